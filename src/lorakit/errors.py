@@ -1,0 +1,80 @@
+"""Every error a user can cause, as one tree.
+
+    LorakitError
+    ├── SpecError          an adapter specification that cannot mean anything (rank 0, unknown method)
+    │   └── TargetError    a pattern that matched nothing, or matched what cannot be adapted
+    ├── AttachError        a model that cannot take the adapter (patched forward, name in use)
+    ├── AliveError         an adapter that is attached but was never called, or got no gradient
+    ├── MergeError         a merge that would lie: tied weight, input-dependent update, NaN
+    ├── AdapterFileError   a file that is missing, corrupt, of another base, or could not be written
+    ├── RecipeError        a recipe with an unknown key, a wrong type, or a changed resume
+    ├── DataError          rows that cannot be read, recognised or trained on
+    ├── DeviceError        a device that was asked for and is not there
+    └── MissingExtraError  a feature whose optional packages are not installed
+
+A message says what is wrong, where, what was expected and what to do, on one screen. The command line prints it
+and exits with 2; everything that is not a `LorakitError` is our bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class LorakitError(Exception):
+    """Root of the errors a user can cause and repair."""
+
+
+class SpecError(LorakitError, ValueError):
+    """An adapter specification that cannot mean anything."""
+
+
+class TargetError(SpecError):
+    """A target pattern that matched nothing, or a match that cannot be adapted."""
+
+
+class AttachError(LorakitError):
+    """A model that cannot take the adapter."""
+
+
+class AliveError(LorakitError):
+    """An attached adapter that a forward never called or a backward never reached."""
+
+
+class MergeError(LorakitError):
+    """A merge that would change more, less or something other than the adapted forward."""
+
+
+class AdapterFileError(LorakitError):
+    """An adapter file that is missing, corrupt, made for another base, or could not be written."""
+
+
+class RecipeError(LorakitError, ValueError):
+    """A recipe with an unknown key, a wrong value, or a change a resumed run does not allow."""
+
+
+class DataError(LorakitError, ValueError):
+    """Rows that cannot be read, recognised or trained on."""
+
+
+class DeviceError(LorakitError):
+    """A device that was asked for and is not there."""
+
+
+class MissingExtraError(LorakitError, ImportError):
+    """A feature whose optional packages are not installed."""
+
+
+def did_you_mean(word: str, known: Iterable[str], limit: int = 3) -> str:
+    """Return `; did you mean 'a', 'b'?` for the nearest known words, or an empty string when none is near."""
+    near = difflib.get_close_matches(word, sorted(set(known)), n=limit, cutoff=0.6)
+    return f"; did you mean {', '.join(map(repr, near))}?" if near else ""
+
+
+def listing(lines: Sequence[str], limit: int = 12) -> str:
+    """Join offenders one a line, indented, and count those beyond one screen."""
+    shown = [f"  - {line}" for line in lines[:limit]]
+    if len(lines) > limit:
+        shown.append(f"  ... and {len(lines) - limit} more")
+    return "\n".join(shown)
