@@ -1,0 +1,1 @@
+"""lorakit: make a pretrained model yours with a low-rank update."""
