@@ -1,0 +1,175 @@
+"""The updates of one layer at work: an adapter is tensors plus the method that gives them meaning.
+
+`attach` puts `Adapted` in front of a layer's class. The layer keeps its identity, its keys and its weight; its forward
+adds, to the base output, each active update times its weight. A weight is a number or one number per batch row, so
+switching off, scaling, stacking and choosing per row are one notion, and every update is measured from the frozen base,
+so their order cannot matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from lorakit.core.host import Host
+from lorakit.core.method import Call, Method, Static
+from lorakit.core.site import Site
+from lorakit.errors import AttachError, MergeError
+
+Weight = float | Tensor
+
+
+class Adapter(nn.Module):
+    """One named update at one site."""
+
+    def __init__(self, method: Method, site: Site, host: Host, like: Tensor, dropout: float = 0.0) -> None:
+        """Allocate the tensors `method` declares, on `like`'s device, in at least fp32."""
+        super().__init__()
+        self.method, self.site, self.host, self.dropout = method, site, host, dropout
+        dtype = torch.promote_types(like.dtype, torch.float32) if like.is_floating_point() else torch.float32
+        for name, decl in method.tensors(site).items():
+            values = torch.empty(decl.shape, dtype=dtype, device=like.device)
+            if decl.trainable:
+                self.register_parameter(name, nn.Parameter(values))
+            else:
+                self.register_buffer(name, values)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the declared tensors by name."""
+        return {name: getattr(self, name) for name in (*self._parameters, *self._buffers)}
+
+    @torch.no_grad()
+    def init(self, weight: Tensor, rng: torch.Generator) -> None:
+        """Fill the tensors; drawn on the CPU so that a seed means the same values on every device."""
+        if weight.is_meta:
+            return
+        own = self.tensors()
+        drawn = {name: torch.empty_like(t, device="cpu") for name, t in own.items()}
+        self.method.init(drawn, self.site, weight, rng)
+        for name, values in drawn.items():
+            own[name].copy_(values)
+
+    def forward(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Return the term this update adds to `y = op(x; W) + b`, zero outside its rows."""
+        if self.dropout and self.training and x.is_floating_point():
+            x = F.dropout(x, self.dropout)
+        p = {name: t.to(y.dtype) for name, t in self.tensors().items()}
+        branch = self.method.branch(p, Call(self.host, module, x, y, self.site.rows))
+        return branch if self.site.rows is None else _place(branch, self.host.op.axis, self.site.rows, y)
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """Return dW for the canonical base `weight`, in fp32 or better, zero outside its rows."""
+        if not isinstance(self.method, Static):
+            raise MergeError(
+                f"{self.site.path}: {self.method.name} depends on the input, so no single weight equals it; "
+                "keep it attached instead of merging"
+            )
+        rows = self.site.rows
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        delta = self.method.delta(self.tensors(), wide if rows is None else wide[rows[0] : rows[1]])
+        return delta if rows is None else _place(delta, -wide.dim(), rows, wide)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Take a checkpoint of the bare base as it is: it has none of our keys, and misses none."""
+        if any(key.startswith(prefix) for key in state_dict):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Adapters(nn.Module):
+    """Every update of one layer, and how strongly each acts."""
+
+    def __init__(self, host: Host) -> None:
+        super().__init__()
+        self.host = host
+        self.by_name = nn.ModuleDict()
+        self.weights: dict[str, Weight] = {}
+
+    def named(self) -> list[tuple[str, Adapter]]:
+        """Return the updates: a name owns one, or several on different rows of a fused layer."""
+        return [(key.split("@")[0], cast(Adapter, adapter)) for key, adapter in self.by_name.items()]
+
+    def forward(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Return `y + sum_i w_i branch_i(x)`."""
+        total = y
+        for key, adapter in self.by_name.items():
+            weight = self.weights.get(key.split("@")[0])
+            if weight is not None:
+                total = total + _per_row(weight, y, adapter) * adapter(module, x, y)
+        return total
+
+
+class Adapted:
+    """Mixin in front of a host's class: the base forward, then the updates."""
+
+    adapters: Adapters
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the adapted output."""
+        y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        return self.adapters(self, x, y)  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle and copy by the base class: the adapted class is made on demand and has no importable name."""
+        return _revive, (base_class(cast(nn.Module, self)),), self.__dict__.copy()
+
+
+_adapted_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
+    """Return `base` with `Adapted` in front; one class per base, so compiled graphs are shared."""
+    if base not in _adapted_classes:
+        _adapted_classes[base] = type(f"Adapted{base.__name__}", (Adapted, base), {"__module__": __name__})
+    return _adapted_classes[base]
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class a module has, or had before it was adapted."""
+    cls = type(module)
+    return cls.__mro__[2] if isinstance(module, Adapted) else cls
+
+
+def swap_in(module: nn.Module, host: Host) -> Adapters:
+    """Make `module` an adapted one (once) and return its updates."""
+    if not isinstance(module, Adapted):
+        module.adapters = Adapters(host)
+        module.adapters.train(module.training)
+        module.__class__ = adapted_class(type(module))
+    return cast(Adapters, module.adapters)
+
+
+def swap_out(module: nn.Module) -> None:
+    """Give `module` its own class back, without updates: the inverse of `swap_in`."""
+    if isinstance(module, Adapted):
+        base = base_class(module)
+        del module.adapters
+        module.__class__ = base
+
+
+def _revive(base: type[nn.Module]) -> nn.Module:
+    cls = adapted_class(base)
+    return cast(nn.Module, cls.__new__(cls))
+
+
+def _place(part: Tensor, axis: int, rows: tuple[int, int], like: Tensor) -> Tensor:
+    """Return `part` at `rows` of `axis` (negative), zero elsewhere, shaped like `like`."""
+    return F.pad(part, [0, 0] * (-axis - 1) + [rows[0], like.shape[axis] - rows[1]])
+
+
+def _per_row(weight: Weight, y: Tensor, adapter: Adapter) -> Weight:
+    """Return a weight that broadcasts over `y (batch, ...)`."""
+    if not isinstance(weight, Tensor) or weight.dim() == 0:
+        return weight
+    if weight.shape[0] != y.shape[0]:
+        raise AttachError(
+            f"{adapter.site.path}: weights for {weight.shape[0]} rows meet a batch of {y.shape[0]}; "
+            "give one weight per row of the batch (times the beams, when generating with beams)"
+        )
+    return weight.to(y.dtype).view(-1, *[1] * (y.dim() - 1))
+
+
+__all__ = ["Adapted", "Adapter", "Adapters", "Weight", "adapted_class", "base_class", "swap_in", "swap_out"]

@@ -1,0 +1,60 @@
+"""How a layer uses its weight (an op) and how the weight is kept (a store); a host is one pair of them.
+
+Every host layer computes `y = op(x; W) + b` with op linear in the canonical weight `W (out, in, *kernel)`. That one
+fact is what lets a method know tensors only, and a layer kind be one row of a table.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lorakit.core.site import Site
+
+
+class Op(ABC):
+    """How a weight acts on an input."""
+
+    axis: int
+    """The dimension of the output that counts the output features."""
+
+    @abstractmethod
+    def apply(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+        """Return `op(x; weight)`, without bias, for any number of output features in `weight`."""
+
+    @abstractmethod
+    def mix(self, module: nn.Module, hidden: Tensor, up: Tensor) -> Tensor:
+        """Return `up (out, r / groups)` applied along the feature axis of `hidden`, the output of `apply(down)`."""
+
+    @abstractmethod
+    def channel(self, values: Tensor, like: Tensor) -> Tensor:
+        """Return `values (out,)` shaped to broadcast over the output `like`."""
+
+
+class Store(ABC):
+    """How a weight is kept in its module."""
+
+    lossless: bool = True
+    """Whether `write(read())` changes nothing and `write(W)` keeps every value of W (up to its dtype)."""
+
+    @abstractmethod
+    def read(self, module: nn.Module) -> Tensor:
+        """Return the weight in canonical layout; it may be a view of the module's own."""
+
+    @abstractmethod
+    def write(self, module: nn.Module, weight: Tensor) -> None:
+        """Put a canonical weight into the module, in place, cast to the dtype it is kept in."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """One kind of layer: which modules it is, and how they use and keep their weight."""
+
+    kind: str
+    matches: Callable[[nn.Module], bool]
+    op: Op
+    store: Store
+    site: Callable[[str, nn.Module], Site]

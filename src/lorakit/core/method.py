@@ -1,0 +1,151 @@
+"""The method tower: what an update is, from "adds a term to y" up to "is a low-rank product".
+
+    Method    branch(p, call) -> the term added to y       input-dependent updates stop here
+    Static    + delta(p, W) -> dW in canonical layout      can be merged and analysed
+    Dense     writes delta; branch follows
+    LowRank   writes factors(p) -> (down, up); delta and branch follow; can be banked for serving
+
+One law ties the rungs and is the main test: `op(x; W) + branch(x) == op(x; W + delta(W))`. Rungs are abstract, methods
+are final frozen dataclasses whose fields are their configuration, and no concrete function is ever overridden.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lorakit.core.host import Host
+from lorakit.core.site import Decl, Role, Site
+from lorakit.errors import SpecError
+
+Tensors = Mapping[str, Tensor]
+
+WEIGHT_KINDS = frozenset({"linear", "transposed-linear", "embedding", "conv1d", "conv2d", "conv3d"})
+
+
+@dataclass
+class Call:
+    """One forward of one adapted layer, as a method sees it: input `x`, base output `y` with bias."""
+
+    host: Host
+    module: nn.Module
+    x: Tensor
+    y: Tensor
+    rows: tuple[int, int] | None = None
+
+    @property
+    def y0(self) -> Tensor:
+        """Return the base output without its bias, sliced to this update's rows."""
+        bias = getattr(self.module, "bias", None)
+        y = self.y if bias is None else self.y - self.host.op.channel(bias, self.y)
+        return y if self.rows is None else y.narrow(self.host.op.axis, self.rows[0], self.rows[1] - self.rows[0])
+
+    @property
+    def weight(self) -> Tensor:
+        """Return the base weight in canonical layout, sliced to this update's rows."""
+        weight = self.host.store.read(self.module)
+        return weight if self.rows is None else weight[self.rows[0] : self.rows[1]]
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """Return `op(x; weight)`."""
+        return self.host.op.apply(self.module, self.x, weight)
+
+    def mix(self, hidden: Tensor, up: Tensor) -> Tensor:
+        """Return `up` applied to the features of `hidden`."""
+        return self.host.op.mix(self.module, hidden, up)
+
+    def scale(self, values: Tensor, y: Tensor) -> Tensor:
+        """Return `y` with output feature i multiplied by `values[i]`."""
+        return self.host.op.channel(values, y) * y
+
+
+class Method(ABC):
+    """An update of one weight."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    kinds: ClassVar[frozenset[str]] = WEIGHT_KINDS
+    peft: ClassVar[str | None] = None
+
+    @abstractmethod
+    def tensors(self, site: Site) -> dict[str, Decl]:
+        """Declare the tensors of this update at `site`: planned, allocated, loaded and documented from here."""
+
+    @abstractmethod
+    def init(self, p: Tensors, site: Site, weight: Tensor, rng: torch.Generator) -> None:
+        """Fill `p` in place so that the first forward equals the base's."""
+
+    @abstractmethod
+    def branch(self, p: Tensors, call: Call) -> Tensor:
+        """Return the term added to the layer's output."""
+
+    def check(self, site: Site) -> None:
+        """Raise `SpecError` where this method does not fit `site`."""
+        if site.kind not in self.kinds:
+            raise SpecError(f"{self.name} does not fit a layer of kind {site.kind}; it fits {sorted(self.kinds)}")
+
+
+class Static(Method):
+    """An update that is a change of the weight, the same for every input."""
+
+    @abstractmethod
+    def delta(self, p: Tensors, weight: Tensor) -> Tensor:
+        """Return dW, shaped like `weight (out, in, *kernel)`."""
+
+
+class Dense(Static):
+    """A static update known by its dW alone."""
+
+    def branch(self, p: Tensors, call: Call) -> Tensor:
+        """Return `op(x; dW)`."""
+        return call.apply(self.delta(p, call.weight))
+
+
+class LowRank(Static):
+    """A static update that is a product `up @ down` of rank r."""
+
+    rank: int
+
+    @abstractmethod
+    def factors(self, p: Tensors) -> tuple[Float[Tensor, "r in *kernel"], Float[Tensor, "out rg"]]:
+        """Return `(down (r, in, *kernel), up (out, r / groups))` with every scale folded in."""
+
+    def delta(self, p: Tensors, weight: Tensor) -> Tensor:
+        """Return `up @ down` in the weight's shape; with g groups, the product of each group's own block."""
+        down, up = self.factors(p)
+        groups = down.shape[0] // up.shape[1]
+        blocks = up.unflatten(0, (groups, -1)) @ down.flatten(1).unflatten(0, (groups, -1))
+        return blocks.reshape(weight.shape)
+
+    def branch(self, p: Tensors, call: Call) -> Tensor:
+        """Return `up @ op(x; down)`, never forming dW."""
+        down, up = self.factors(p)
+        return call.mix(call.apply(down), up)
+
+    def check(self, site: Site) -> None:
+        """Raise `SpecError` for a rank the weight cannot have, or one its groups do not divide."""
+        super().check(site)
+        if self.rank > site.max_rank:
+            raise SpecError(
+                f"rank {self.rank} exceeds min(out, in) = {site.max_rank}; lower the rank or exclude this path"
+            )
+        if self.rank % site.groups:
+            raise SpecError(
+                f"rank {self.rank} is not a multiple of the convolution's {site.groups} groups; "
+                f"use rank {math.ceil(self.rank / site.groups) * site.groups} or exclude this path"
+            )
+
+
+def down_up(rank: int, site: Site) -> dict[str, Decl]:
+    """Declare the pair `down (r, in, *kernel)`, `up (out, r / groups)` every low-rank method starts from."""
+    return {
+        "down": Decl((rank, site.in_, *site.kernel), Role.DOWN),
+        "up": Decl((site.out, rank // site.groups), Role.UP),
+    }

@@ -1,0 +1,143 @@
+"""What to train, as a value: a method, where it goes, and what else moves.
+
+A spec is frozen, validated when made, equal by value, and JSON both ways; the recipe's `adapter:` section becomes one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lorakit.core.method import Method
+from lorakit.core.registry import method as method_named
+from lorakit.errors import SpecError, did_you_mean
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Which sites: patterns to include, patterns to leave out, and the layers to stay in (see docs/targets.md)."""
+
+    include: tuple[str, ...] = ("all-linear",)
+    exclude: tuple[str, ...] = ()
+    layers: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            value = getattr(self, name)
+            listed = (value,) if isinstance(value, str) else tuple(value)
+            object.__setattr__(self, name, listed)
+            if bad := [p for p in listed if not isinstance(p, str) or not p.strip()]:
+                raise SpecError(f"targets must be non-empty names or patterns, not {bad[0]!r}")
+        if not self.include:
+            raise SpecError("targets is empty; name at least one pattern, for example all-linear")
+        if isinstance(self.layers, int | list | tuple) and not isinstance(self.layers, bool):
+            items = self.layers if isinstance(self.layers, list | tuple) else [self.layers]
+            object.__setattr__(self, "layers", ",".join(str(item) for item in items))
+
+
+@dataclass(frozen=True)
+class Override:
+    """Other values of the method's fields, at the sites that `targets` select; the last that matches wins."""
+
+    targets: Targets
+    fields: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, pattern: str | tuple[str, ...] = "*", *, layers: str | None = None, **fields: Any) -> Override:
+        """Return the override of `fields` (`rank=8, alpha=16`) at `pattern`, within `layers`."""
+        include = (pattern,) if isinstance(pattern, str) else tuple(pattern)
+        return cls(Targets(include, (), layers), tuple(sorted(fields.items())))
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """A whole adapter: the method, its sites, its exceptions, the base modules trained beside it, and its seed."""
+
+    method: Method
+    targets: Targets = field(default_factory=Targets)
+    train: tuple[str, ...] = ()
+    dropout: float = 0.0
+    overrides: tuple[Override, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, Method):
+            raise SpecError(f"method must be a lorakit method such as LoRA(rank=16), not {self.method!r}")
+        if not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
+            raise SpecError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
+        object.__setattr__(self, "train", (self.train,) if isinstance(self.train, str) else tuple(self.train))
+        object.__setattr__(self, "overrides", tuple(self.overrides))
+        for override in self.overrides:
+            self.method_with(override)
+
+    def method_with(self, override: Override) -> Method:
+        """Return the method with an override's fields, or raise `SpecError` naming the field it has not."""
+        known = [f.name for f in dataclasses.fields(self.method)]
+        for name, _ in override.fields:
+            if name not in known:
+                raise SpecError(
+                    f"override of {'/'.join(override.targets.include)}: {self.method.name} has no field {name!r}"
+                    f"{did_you_mean(name, known)}; its fields: {', '.join(known)}"
+                )
+        changed: Method = replace(self.method, **dict(override.fields))
+        return changed
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the spec as JSON-ready values, with a format version."""
+        return {
+            "version": VERSION,
+            "method": method_to_json(self.method),
+            "targets": _targets_to_json(self.targets),
+            "train": list(self.train),
+            "dropout": self.dropout,
+            "overrides": [
+                {"targets": _targets_to_json(o.targets), "fields": dict(o.fields)} for o in self.overrides
+            ],
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> AdapterSpec:
+        """Return the spec `to_json` wrote; raises `SpecError` for another version."""
+        if data.get("version") != VERSION:
+            raise SpecError(f"adapter spec has version {data.get('version')!r}, this lorakit reads {VERSION}; upgrade it")
+        return cls(
+            method=method_from_json(data["method"]),
+            targets=_targets_from_json(data["targets"]),
+            train=tuple(data["train"]),
+            dropout=data["dropout"],
+            overrides=tuple(
+                Override(_targets_from_json(o["targets"]), tuple(sorted(o["fields"].items()))) for o in data["overrides"]
+            ),
+            seed=data["seed"],
+        )
+
+
+def method_to_json(method: Method) -> dict[str, Any]:
+    """Return `{"name": ..., **fields}`."""
+    return {"name": method.name, **{f.name: getattr(method, f.name) for f in dataclasses.fields(method)}}
+
+
+def method_from_json(data: dict[str, Any]) -> Method:
+    """Return the method of `{"name": ..., **fields}`, or raise `SpecError` with the nearest name or field."""
+    fields = dict(data)
+    cls = method_named(fields.pop("name"))
+    known = [f.name for f in dataclasses.fields(cls)]
+    if unknown := [name for name in fields if name not in known]:
+        raise SpecError(
+            f"method {cls.name} has no field {unknown[0]!r}{did_you_mean(unknown[0], known)}; "
+            f"its fields: {', '.join(known)}"
+        )
+    made: Method = cls(**fields)
+    return made
+
+
+def _targets_to_json(targets: Targets) -> dict[str, Any]:
+    return {"include": list(targets.include), "exclude": list(targets.exclude), "layers": targets.layers}
+
+
+def _targets_from_json(data: dict[str, Any]) -> Targets:
+    return Targets(tuple(data["include"]), tuple(data["exclude"]), data["layers"])

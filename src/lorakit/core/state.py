@@ -1,0 +1,69 @@
+"""An adapter outside any model: a pure value that files, analysis and combination work on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lorakit.core.method import Method
+from lorakit.core.site import Site
+from lorakit.core.spec import AdapterSpec
+from lorakit.errors import AdapterFileError, listing
+
+
+@dataclass(frozen=True)
+class Update:
+    """One update at one site: its method (overrides applied) and its tensors, as the method declares them."""
+
+    site: Site
+    method: Method
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Base:
+    """Which base an adapter was trained on: its name, and a few of its weights to know it by.
+
+    `probes` maps a site's path to evenly spaced values of its weight; two dtypes of one base agree on them to rounding,
+    two bases do not.
+    """
+
+    name: str | None = None
+    probes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterState:
+    """Everything an adapter is: its spec, its updates, and the base's own tensors it trained whole."""
+
+    spec: AdapterSpec
+    updates: tuple[Update, ...]
+    trained: Mapping[str, Tensor] = field(default_factory=dict)
+    base: Base = field(default_factory=Base)
+
+    @property
+    def parameters(self) -> int:
+        """Return the number of stored values."""
+        stored = sum(t.numel() for u in self.updates for t in u.tensors.values())
+        return stored + sum(t.numel() for t in self.trained.values())
+
+
+def check_tensors(updates: tuple[Update, ...]) -> None:
+    """Raise `AdapterFileError` listing every missing, extra, misshaped or non-finite tensor."""
+    problems: list[str] = []
+    for update in updates:
+        declared = update.method.tensors(update.site)
+        for name in sorted(declared.keys() | update.tensors.keys()):
+            where = f"{update.site.key}.{name}"
+            if name not in update.tensors:
+                problems.append(f"{where}: missing, expected shape {declared[name].shape}")
+            elif name not in declared:
+                problems.append(f"{where}: not a tensor of {update.method.name}, shape {tuple(update.tensors[name].shape)}")
+            elif (shape := tuple(update.tensors[name].shape)) != declared[name].shape:
+                problems.append(f"{where}: shape {shape}, expected {declared[name].shape}")
+            elif not update.tensors[name].isfinite().all():
+                problems.append(f"{where}: holds NaN or infinity")
+    if problems:
+        raise AdapterFileError(f"{len(problems)} adapter tensor(s) do not fit:\n{listing(problems)}")

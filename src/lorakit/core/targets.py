@@ -1,0 +1,254 @@
+"""The target language: which sites a pattern means, and what to say when it means none.
+
+    q_proj, attn.c_attn      exact path, or its dotted end
+    model.layers.*.mlp.up    glob: `*` and `?` stay within one name, `**` crosses dots
+    re:.*\\.(q|v)_proj        regular expression over the whole path
+    all-linear               every linear layer but the output head
+    attention, mlp           the linear layers of the attention, or the other linear layers, of each block
+    c_attn[q,v], w[0:768]    rows of a fused layer, by part name or by number
+
+Refuse rather than guess: a pattern that matched nothing, and a match that cannot be adapted, are errors that name the
+near misses, all of them at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from lorakit.core.method import Method
+from lorakit.core.site import Site, Skeleton, layer_of
+from lorakit.core.spec import AdapterSpec, Targets
+from lorakit.errors import SpecError, TargetError, did_you_mean, listing
+
+LINEAR_KINDS = ("linear", "transposed-linear")
+_SLICE = re.compile(r"(?P<pattern>.+)\[(?P<parts>[\w:, ]+)\]")
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Match:
+    """A site that will be adapted, the method it gets (overrides applied) and the pattern that caught it."""
+
+    site: Site
+    method: Method
+    pattern: str
+
+
+def resolve(spec: AdapterSpec, skeleton: Skeleton) -> tuple[Match, ...]:
+    """Return every site the spec adapts, in the skeleton's order.
+
+    Raises:
+        TargetError: a pattern (of targets, exclude, overrides or layers) that matched nothing, or a matched module
+            that cannot be adapted; all of them, with near misses.
+        SpecError: a rank the site cannot have.
+    """
+    chosen = select(spec.targets, skeleton)
+    overridden = [(spec.method_with(o), _keys(o.targets, skeleton, chosen)) for o in spec.overrides]
+    matches, problems = [], []
+    for site, pattern in chosen:
+        method = spec.method
+        for changed, keys in overridden:
+            if site.key in keys:
+                method = changed
+        try:
+            method.check(site)
+        except SpecError as problem:
+            problems.append(f"{site.key}: {problem}")
+        matches.append(Match(site, method, pattern))
+    if problems:
+        raise SpecError(f"{len(problems)} of {len(chosen)} targets do not fit:\n{listing(problems)}")
+    return tuple(matches)
+
+
+def select(targets: Targets, skeleton: Skeleton) -> list[tuple[Site, str]]:
+    """Return the sites `targets` mean and the pattern that caught each first, in the skeleton's order."""
+    found: dict[str, tuple[Site, str]] = {}
+    problems: list[str] = []
+    for pattern in targets.include:
+        try:
+            for site in _expand(pattern, skeleton):
+                found.setdefault(site.key, (site, pattern))
+        except TargetError as problem:
+            problems.append(str(problem))
+    for pattern in targets.exclude:
+        gone = set(_paths(pattern, skeleton, (*skeleton.by_path, *skeleton.others)))
+        if not gone:
+            problems.append(f"exclude {_nothing(pattern, skeleton)}")
+        found = {key: hit for key, hit in found.items() if hit[0].path not in gone}
+    if problems:
+        raise TargetError(f"{len(problems)} target pattern(s) cannot be used:\n{listing(problems)}")
+    if targets.layers is not None:
+        found = {key: hit for key, hit in found.items() if _in_layers(hit[0].path, targets.layers, skeleton)}
+    if not found:
+        raise TargetError(f"nothing is left to adapt after exclude={list(targets.exclude)} and layers={targets.layers!r}")
+    _refuse_overlaps(site for site, _ in found.values())
+    order = {path: i for i, path in enumerate(skeleton.by_path)}
+    return sorted(found.values(), key=lambda hit: (order[hit[0].path], hit[0].rows or (0, 0)))
+
+
+def modules_named(patterns: Iterable[str], paths: Iterable[str]) -> dict[str, list[str]]:
+    """Return, for each pattern of `train`, the module paths it means: names and globs and `re:`, no keywords.
+
+    Raises:
+        TargetError: a pattern that matched nothing, with near misses.
+    """
+    known = [path for path in paths if path]
+    hits = {pattern: [path for path in known if _matcher(pattern)(path)] for pattern in patterns}
+    if missed := [f"{p!r} matched no module{_near(p, known)}" for p, found in hits.items() if not found]:
+        raise TargetError(f"modules to train whole were not found:\n{listing(missed)}")
+    return hits
+
+
+def parse_layers(text: str, depth: int) -> frozenset[int]:
+    """Return the layer numbers `20-24`, `top:5`, `bottom:2`, `0,3,8-11` mean in a stack of `depth`, counted from 0.
+
+    Raises:
+        TargetError: a number outside the stack, a range that runs backwards, or words that are none of these.
+    """
+    chosen: set[int] = set()
+    for part in (p.strip() for p in text.split(",")):
+        if ranged := re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part):
+            first, last = int(ranged[1]), int(ranged[2] or ranged[1])
+        elif counted := re.fullmatch(r"(top|bottom):(\d+)", part):
+            n = int(counted[2])
+            first, last = (depth - n, depth - 1) if counted[1] == "top" else (0, n - 1)
+        else:
+            raise TargetError(f"layers {part!r} is not understood; write 20-24, top:5, bottom:2 or 0,3,8-11")
+        if first > last or first < 0 or last >= depth:
+            raise TargetError(f"layers {part!r} lies outside this model: it has {depth} layers, 0 to {depth - 1}")
+        chosen.update(range(first, last + 1))
+    return frozenset(chosen)
+
+
+def _expand(pattern: str, skeleton: Skeleton) -> list[Site]:
+    """Return the sites one pattern of `include` means, slices cut."""
+    sliced = None if pattern.startswith("re:") else _SLICE.fullmatch(pattern)
+    name = sliced["pattern"] if sliced else pattern
+    paths = _paths(name, skeleton, (*skeleton.by_path, *skeleton.others))
+    sites = [skeleton.by_path[path] for path in paths if path in skeleton.by_path]
+    if not sites:
+        unfit = [f"{path} is {' '.join(skeleton.others[path])}" for path in paths]
+        raise TargetError(
+            f"{pattern!r} matched only modules that cannot be adapted:\n{listing(unfit, 4)}"
+            if unfit
+            else _nothing(name, skeleton)
+        )
+    if unfit := [path for path in paths if path in skeleton.others and not _contains(path, sites)]:
+        shown = listing([f"{path} is {' '.join(skeleton.others[path])}" for path in unfit], 4)
+        raise TargetError(f"{pattern!r} also matched modules that cannot be adapted; narrow it:\n{shown}")
+    return [cut for site in sites for cut in _cut(site, sliced["parts"], skeleton)] if sliced else sites
+
+
+def _contains(path: str, sites: list[Site]) -> bool:
+    """Return whether a matched container only stands above matched sites, as `**` and `re:.*` make it."""
+    return any(site.path.startswith(f"{path}.") for site in sites)
+
+
+def _cut(site: Site, parts: str, skeleton: Skeleton) -> list[Site]:
+    """Return the slices of a fused layer that `q,v` or `0:768` mean."""
+    named = skeleton.parts.get(site.path, {})
+    cuts = []
+    for part in (p.strip() for p in parts.split(",")):
+        if numbered := re.fullmatch(r"(\d+):(\d+)", part):
+            start, stop = int(numbered[1]), int(numbered[2])
+        elif part in named:
+            start, stop = named[part]
+        else:
+            known = ", ".join(f"{k} = {a}:{b}" for k, (a, b) in named.items()) or "none are known here; give rows a:b"
+            raise TargetError(f"{site.path} has no part {part!r}; its parts: {known}")
+        if not 0 <= start < stop <= site.out:
+            raise TargetError(f"{site.path}[{part}] lies outside its {site.out} output rows")
+        cuts.append(site.slice(start, stop))
+    return cuts
+
+
+def _paths(pattern: str, skeleton: Skeleton, candidates: Iterable[str]) -> list[str]:
+    """Return the paths a pattern without slice means; keywords mean sites only."""
+    if pattern in _KEYWORDS:
+        return [site.path for site in skeleton.sites if _KEYWORDS[pattern](site, skeleton)]
+    matches = _matcher(pattern)
+    return [path for path in candidates if matches(path)]
+
+
+def _matcher(pattern: str) -> Callable[[str], bool]:
+    if pattern.startswith("re:"):
+        try:
+            compiled = re.compile(pattern[3:])
+        except re.error as bad:
+            raise TargetError(f"{pattern!r} is not a regular expression: {bad}") from None
+        return lambda path: compiled.fullmatch(path) is not None
+    if "*" in pattern or "?" in pattern:
+        steps = {"**": ".*", "*": r"[^.]*", "?": r"[^.]"}
+        glob = "".join(steps.get(t, re.escape(t)) for t in re.split(r"(\*\*|\*|\?)", pattern))
+        return lambda path: re.fullmatch(glob, path) is not None
+    return lambda path: path == pattern or path.endswith(f".{pattern}")
+
+
+def _all_linear(site: Site, skeleton: Skeleton) -> bool:
+    return site.kind in LINEAR_KINDS and site.path not in skeleton.heads
+
+
+def _attention(site: Site, skeleton: Skeleton) -> bool:
+    place = layer_of(site.path)
+    inside = site.path[len(place[0]) :] if place else ""
+    return _all_linear(site, skeleton) and _ATTENTION.search(inside) is not None
+
+
+def _mlp(site: Site, skeleton: Skeleton) -> bool:
+    inside_a_layer = layer_of(site.path) is not None
+    return _all_linear(site, skeleton) and inside_a_layer and not _attention(site, skeleton)
+
+
+_KEYWORDS: dict[str, Callable[[Site, Skeleton], bool]] = {
+    "all-linear": _all_linear,
+    "attention": _attention,
+    "mlp": _mlp,
+}
+
+
+def _in_layers(path: str, text: str, skeleton: Skeleton) -> bool:
+    place = layer_of(path)
+    if place is None:
+        return False
+    return place[1] in parse_layers(text, skeleton.depths[place[0]])
+
+
+def _keys(targets: Targets, skeleton: Skeleton, chosen: list[tuple[Site, str]]) -> set[str]:
+    """Return the keys of the chosen sites an override applies to; one that applies to none is an error."""
+    if targets.include == ("*",):
+        paths = {site.path for site, _ in chosen}
+        if targets.layers is not None:
+            paths = {path for path in paths if _in_layers(path, targets.layers, skeleton)}
+        hit = {site.key for site, _ in chosen if site.path in paths}
+    else:
+        meant = [site for site, _ in select(targets, skeleton)]
+        whole = {site.path for site in meant if site.rows is None}
+        hit = {site.key for site, _ in chosen if site.path in whole or site in meant}
+    if not hit:
+        where = "/".join(targets.include) + (f" in layers {targets.layers}" if targets.layers else "")
+        raise TargetError(f"the override of {where} applies to no adapted layer; remove it or widen the targets")
+    return hit
+
+
+def _refuse_overlaps(sites: Iterable[Site]) -> None:
+    by_path: dict[str, list[Site]] = {}
+    for site in sites:
+        by_path.setdefault(site.path, []).append(site)
+    for path, group in by_path.items():
+        spans = sorted(site.rows or (0, site.out) for site in group)
+        if any(a[1] > b[0] for a, b in zip(spans, spans[1:], strict=False)):
+            raise TargetError(f"{path}: targets overlap on rows {spans}; give each row to one target")
+
+
+def _nothing(pattern: str, skeleton: Skeleton) -> str:
+    return f"{pattern!r} matched nothing{_near(pattern, (*skeleton.by_path, *skeleton.others))}"
+
+
+def _near(pattern: str, paths: Iterable[str]) -> str:
+    """Return a hint: the nearest module names, as long as the pattern is."""
+    length = pattern.count(".") + 1
+    tails = {".".join(p.split(".")[-length:]) for p in paths}
+    words = {t for t in tails if not re.fullmatch(r"[\d.]*", t)} | set(_KEYWORDS)
+    return did_you_mean(pattern.removeprefix("re:"), words)

@@ -1,0 +1,76 @@
+"""The table of layer kinds: adding a kind is adding a row.
+
+A row matches the class that computes `op(x; W) + b` and its subclasses only while they keep its forward: a subclass
+with a forward of its own may do anything with the weight, and an update that guesses would be silently wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from lorakit.core.adapters import Adapted
+from lorakit.core.host import Host
+from lorakit.core.site import Site
+from lorakit.hosts.ops import Convolution, Lookup, MatrixProduct
+from lorakit.hosts.stores import Plain, Transposed
+
+
+def _keeps_forward_of(base: type[nn.Module]) -> Callable[[nn.Module], bool]:
+    def matches(module: nn.Module) -> bool:
+        return isinstance(module, base) and _plain_forward(type(module)) is base.forward
+
+    return matches
+
+
+def _plain_forward(cls: type) -> Any:
+    """Return the forward a module would have without lorakit's mixin in front."""
+    return next(c.__dict__["forward"] for c in cls.__mro__ if "forward" in c.__dict__ and c is not Adapted)
+
+
+def _is_gpt2_conv1d(module: nn.Module) -> bool:
+    """Return whether this is transformers' Conv1D, without importing transformers."""
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    """Return whether this is a table lookup: torch's, or a model's own that also multiplies by `embed_scale`."""
+    plain = isinstance(module, nn.Embedding) and _plain_forward(type(module)) is nn.Embedding.forward
+    return plain or (isinstance(module, nn.Embedding) and hasattr(module, "embed_scale"))
+
+
+def _conv_site(kind: str) -> Callable[[str, Any], Site]:
+    def site(path: str, m: Any) -> Site:
+        return Site(path, m.out_channels, m.in_channels // m.groups, tuple(m.kernel_size), kind=kind, groups=m.groups)
+
+    return site
+
+
+ROWS: tuple[Host, ...] = (
+    Host(
+        "linear",
+        _keeps_forward_of(nn.Linear),
+        MatrixProduct(),
+        Plain(),
+        lambda path, m: Site(path, m.out_features, m.in_features),  # type: ignore[arg-type]
+    ),
+    Host(
+        "transposed-linear",
+        _is_gpt2_conv1d,
+        MatrixProduct(),
+        Transposed(),
+        lambda path, m: Site(path, m.weight.shape[1], m.weight.shape[0], kind="transposed-linear"),  # type: ignore[union-attr,index]
+    ),
+    Host(
+        "embedding",
+        _is_embedding,
+        Lookup(),
+        Transposed(),
+        lambda path, m: Site(path, m.embedding_dim, m.num_embeddings, kind="embedding"),  # type: ignore[arg-type]
+    ),
+    Host("conv1d", _keeps_forward_of(nn.Conv1d), Convolution(1), Plain(), _conv_site("conv1d")),
+    Host("conv2d", _keeps_forward_of(nn.Conv2d), Convolution(2), Plain(), _conv_site("conv2d")),
+    Host("conv3d", _keeps_forward_of(nn.Conv3d), Convolution(3), Plain(), _conv_site("conv3d")),
+)

@@ -1,0 +1,1 @@
+"""Update methods, one file each; the folder is the registry (`lorakit.core.registry` reads it)."""
