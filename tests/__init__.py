@@ -1,0 +1,1 @@
+"""The tests mirror src/lorakit, path by path; helpers beside this file are imported as `tests.<name>`."""

@@ -1,0 +1,59 @@
+"""What every test stands on: no network, fixed seeds, and tensor shapes checked while the tests run.
+
+Environment variables are set before anything is imported, because the Hugging Face libraries read them once.
+LORAKIT_NO_TYPECHECK=1 runs the tests without the shape checks, as production does.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+from tests.shape_checks import check_shapes
+
+ROOT = Path(__file__).parents[1]
+
+if os.environ.get("LORAKIT_NO_TYPECHECK") != "1":
+    check_shapes("lorakit.core", "lorakit.methods", "lorakit.hosts", "lorakit.inits")
+
+# Time limits belong to pytest; a fixed sequence makes a red run red again.
+hypothesis.settings.register_profile("lorakit", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("lorakit")
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """Start every test from the same random state, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def torch_defaults() -> Iterator[None]:
+    """Give the next test the global switches as this one found them."""
+    dtype, threads, grad = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
+    yield
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(grad)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of study data that lives beside the repository, `../shared/data`; skips where it is absent."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("needs the study data in ../shared/data, beside the repository")
+    return folder
