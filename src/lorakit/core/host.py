@@ -58,3 +58,13 @@ class Host:
     op: Op
     store: Store
     site: Callable[[str, nn.Module], Site]
+
+    def __reduce__(self) -> tuple[Callable[[str], Host], tuple[str]]:
+        """Copy and pickle as the name of a row: a host is a constant of the table."""
+        return _row, (self.kind,)
+
+
+def _row(kind: str) -> Host:
+    from lorakit.core.registry import hosts
+
+    return hosts()[kind]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 
@@ -44,7 +44,7 @@ class Site:
     """One weight an update can be added to, in canonical layout `(out, in_, *kernel)`.
 
     `in_` counts the inputs one output sees (a grouped convolution: in_channels / groups). `rows` restricts the
-    update to a slice of the outputs of a fused layer; `out` is then the height of the slice.
+    update to a slice of the outputs of a fused layer; `out` is then the height of the slice and `height` the layer's.
     """
 
     path: str
@@ -54,6 +54,12 @@ class Site:
     rows: tuple[int, int] | None = None
     kind: str = "linear"
     groups: int = 1
+    fused_out: int | None = None
+
+    @property
+    def height(self) -> int:
+        """Return the number of outputs of the whole layer."""
+        return self.out if self.fused_out is None else self.fused_out
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -77,7 +83,7 @@ class Site:
 
     def slice(self, start: int, stop: int) -> Site:
         """Return the site of output rows `start:stop`."""
-        return Site(self.path, stop - start, self.in_, self.kernel, (start, stop), self.kind, self.groups)
+        return replace(self, out=stop - start, rows=(start, stop), fused_out=self.height)
 
 
 _INDEX = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")

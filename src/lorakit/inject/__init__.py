@@ -1,0 +1,1 @@
+"""Putting adapters into a live model and taking them out: sites, attach, activate, alive, merge."""

@@ -1,0 +1,59 @@
+"""Prove that attached adapters take part: called in the forward, reached by the backward.
+
+Guard 3. An adapter can be attached and do nothing: the layer's parent reads the weight itself, a cached path skips it,
+checkpointing cut the gradient off. One watched step tells, by path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from lorakit.core.adapters import Adapted, Adapter
+from lorakit.errors import AliveError, listing
+
+
+@contextmanager
+def alive(model: nn.Module, backward: bool = True) -> Iterator[None]:
+    """Watch one forward (and backward) and raise `AliveError` naming every active adapter it did not involve.
+
+    Args:
+        model: a model with attached adapters, in eager mode.
+        backward: also require a gradient on every trainable tensor of the active adapters.
+    """
+    watched = _active_adapters(model)
+    if not watched:
+        raise AliveError("no adapter is active on this model; attach one, or switch it on with use(model, {name: 1.0})")
+    called: set[Adapter] = set()
+
+    def note(module: nn.Module, *_: Any) -> None:
+        assert isinstance(module, Adapter)
+        called.add(module)
+
+    hooks = [adapter.register_forward_hook(note) for adapter in watched]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    silent = [a.site.key for a in watched if a not in called]
+    if silent:
+        raise AliveError(
+            f"{len(silent)} of {len(watched)} active adapters were never called in the forward; their layers' outputs "
+            f"are made some other way, so exclude them:\n{listing(silent)}"
+        )
+    if backward:
+        cut = [a.site.key for a in watched if any(p.requires_grad and p.grad is None for p in a.parameters())]
+        if cut:
+            raise AliveError(
+                f"{len(cut)} of {len(watched)} active adapters got no gradient; with reentrant gradient checkpointing "
+                f"call model.enable_input_require_grads(), or use use_reentrant=False:\n{listing(cut)}"
+            )
+
+
+def _active_adapters(model: nn.Module) -> list[Adapter]:
+    layers = [module.adapters for module in model.modules() if isinstance(module, Adapted)]
+    return [adapter for layer in layers for name, adapter in layer.named() if name in layer.weights]

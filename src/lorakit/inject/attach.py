@@ -1,0 +1,272 @@
+"""Attach an adapter to a model, by swapping the class of each target layer in place, and take it off again.
+
+All or nothing: every check runs before the first layer changes, so a refused adapter leaves the model as it was. The
+base's keys, parameters and `isinstance` stay, its checkpoint still loads, and `detach` restores classes, gradient flags
+and the values of modules that were trained whole.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.adapters import Adapted, Adapter, Adapters, swap_in, swap_out
+from lorakit.core.method import Method
+from lorakit.core.registry import host_of
+from lorakit.core.site import Site
+from lorakit.core.spec import AdapterSpec
+from lorakit.core.state import AdapterState, Base, Update, check_tensors
+from lorakit.core.targets import modules_named, resolve
+from lorakit.errors import AdapterFileError, AttachError, did_you_mean, listing
+from lorakit.inject.ledger import Ledger, ledger_of, parameters_of
+from lorakit.inject.sites import sites
+
+
+@dataclass(frozen=True)
+class Handle:
+    """What `attach` returns: the adapter's name, where it sits, and its trainable parameters."""
+
+    model: nn.Module
+    name: str
+    paths: tuple[str, ...]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the trainable parameters of this adapter, modules trained whole included."""
+        own = [p for a in adapters_named(self.model, self.name) for p in a.parameters()]
+        base = parameters_of(self.model)
+        return own + [base[key] for key in ledger_of(self.model).trained[self.name]]
+
+    def __repr__(self) -> str:
+        """Return one line: name, layers, parameters."""
+        count = sum(p.numel() for p in self.parameters())
+        return f"Handle({self.name!r}: {len(self.paths)} updates, {count:,} trainable parameters)"
+
+
+def attach(model: nn.Module, what: AdapterSpec | AdapterState, name: str = "default") -> Handle:
+    """Add an adapter to `model` in place, active with weight 1, the base frozen.
+
+    Args:
+        model: any `nn.Module` with layers of a known kind.
+        what: a spec for a fresh adapter (the first forward equals the base's), or the state of a trained one.
+        name: what `use`, `merge`, `state` and `detach` will call it.
+
+    Raises:
+        TargetError: a pattern matched nothing, or matched what cannot be adapted.
+        SpecError: a method or rank that does not fit a site.
+        AttachError: a name in use, a layer whose forward was patched.
+        AdapterFileError: a state whose tensors, paths or base do not fit this model.
+    """
+    ledger = ledger_of(model)
+    _check_name(name, ledger)
+    skeleton = sites(model)
+    if isinstance(what, AdapterSpec):
+        spec, tensors, values = what, {}, {}
+        placed = [(m.site, m.method) for m in resolve(spec, skeleton)]
+    else:
+        spec, values = what.spec, dict(what.trained)
+        updates = _fit(what, skeleton.by_path)
+        check_tensors(updates)
+        _check_base(what.base, model)
+        placed = [(u.site, u.method) for u in updates]
+        tensors = {u.site.key: u.tensors for u in updates}
+    trained = _trained_parameters(model, spec, values)
+    _refuse_adapted_and_whole([site.path for site, _ in placed], trained)
+    ledger.refuse_shared(name, trained)
+    modules = dict(model.named_modules())
+    _refuse_patched({site.path: modules[site.path] for site, _ in placed})
+    ledger.freeze(model)
+    for site, method in placed:
+        adapter = _place(modules[site.path], site, method, spec, name)
+        if site.key in tensors:
+            _copy(adapter, dict(tensors[site.key]))
+        else:
+            adapter.init(_weight(modules[site.path], site), _generator(spec.seed, site.key))
+    ledger.add(model, name, spec, trained, values)
+    return Handle(model, name, tuple(site.key for site, _ in placed))
+
+
+def detach(model: nn.Module, name: str = "default") -> None:
+    """Take an adapter off, restoring what `attach` changed; the last one off leaves the bare base.
+
+    Raises:
+        AttachError: no adapter of that name.
+    """
+    ledger = ledger_of(model)
+    ledger.require(name)
+    for module in list(model.modules()):
+        if isinstance(module, Adapted):
+            adapters = module.adapters
+            for key in [k for k in adapters.by_name if k.split("@")[0] == name]:
+                del adapters.by_name[key]
+            adapters.weights.pop(name, None)
+            if not adapters.by_name:
+                _swap_out(cast(nn.Module, module))
+    ledger.remove(model, name)
+
+
+def state(model: nn.Module, name: str = "default") -> AdapterState:
+    """Return a copy of an adapter as a value: spec, tensors, modules trained whole, and what base it sits on.
+
+    Raises:
+        AttachError: no adapter of that name.
+    """
+    ledger = ledger_of(model)
+    ledger.require(name)
+    updates = tuple(
+        Update(a.site, a.method, {k: t.detach().clone() for k, t in a.tensors().items()})
+        for a in adapters_named(model, name)
+    )
+    return AdapterState(ledger.specs[name], updates, ledger.trained_values(model, name), base_of(model))
+
+
+def adapters_named(model: nn.Module, name: str) -> list[Adapter]:
+    """Return the adapters of one name, in the model's order."""
+    layers = [m.adapters for m in model.modules() if isinstance(m, Adapted)]
+    return [adapter for layer in layers for key, adapter in layer.named() if key == name]
+
+
+def base_of(model: nn.Module, most: int = 8, values: int = 4) -> Base:
+    """Return the base's name and probes: a few evenly spaced weights of the first adaptable layers."""
+    config = getattr(model, "config", None)
+    probes: dict[str, tuple[float, ...]] = {}
+    for site in sites(model).sites:
+        weight = getattr(model.get_submodule(site.path), "weight", None)
+        if isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta and len(probes) < most:
+            flat = weight.detach().reshape(-1)
+            picked = flat[:: max(1, flat.numel() // values)][:values]
+            probes[site.path] = tuple(round(float(v), 6) for v in picked.float())
+    return Base(getattr(config, "_name_or_path", None) or None, probes)
+
+
+def _check_name(name: str, ledger: Ledger) -> None:
+    if not name or any(c in name for c in ".@/ "):
+        raise AttachError(f"adapter name {name!r} must be non-empty and without '.', '@', '/' or spaces")
+    if name in ledger.specs:
+        raise AttachError(f"an adapter named {name!r} is attached already; detach it first or give another name")
+
+
+def _fit(given: AdapterState, by_path: dict[str, Site]) -> tuple[Update, ...]:
+    """Return the state's updates on this model's own sites, or list the paths it does not have."""
+    missing = [
+        f"{u.site.path}{did_you_mean(u.site.path, by_path)}" for u in given.updates if u.site.path not in by_path
+    ]
+    if missing:
+        raise AdapterFileError(
+            f"the adapter was made for another model: {len(missing)} of its {len(given.updates)} layers are not here:\n"
+            f"{listing(missing)}"
+        )
+    return tuple(
+        replace(u, site=by_path[u.site.path] if u.site.rows is None else by_path[u.site.path].slice(*u.site.rows))
+        for u in given.updates
+    )
+
+
+def _check_base(base: Base, model: nn.Module, tolerance: float = 0.02) -> None:
+    """Compare the weights the adapter remembers of its base with this model's (2 %: bf16 rounds at 0.4 %)."""
+    here = base_of(model)
+    differing = []
+    for path, values in base.probes.items():
+        mine = here.probes.get(path)
+        scale = max((abs(v) for v in values), default=0.0)
+        if mine is not None and any(abs(a - b) > tolerance * scale for a, b in zip(mine, values, strict=True)):
+            differing.append(f"{path}: expected {values}, found {mine}")
+    if differing:
+        raise AdapterFileError(
+            f"the adapter was trained on another base ({base.name or 'unnamed'}) than this model "
+            f"({here.name or 'unnamed'}): the shapes fit but the weights differ; load the base it was trained on\n"
+            f"{listing(differing, 4)}"
+        )
+
+
+def _trained_parameters(model: nn.Module, spec: AdapterSpec, values: dict[str, Tensor]) -> list[str]:
+    """Return the names of the base's parameters trained whole, checked against the values that come with a state."""
+    named = parameters_of(model)
+    if not values:
+        hits = modules_named(spec.train, [path for path, _ in model.named_modules()]) if spec.train else {}
+        prefixes = tuple(f"{path}." for paths in hits.values() for path in paths)
+        inside = {id(named[key]): key for key in reversed(named) if key.startswith(prefixes)} if prefixes else {}
+        return [key for key in named if inside.get(id(named[key])) == key]
+    problems = [f"{key}: not in this model{did_you_mean(key, named)}" for key in values if key not in named]
+    problems += [
+        f"{key}: shape {tuple(v.shape)}, this model has {tuple(named[key].shape)}"
+        for key, v in values.items()
+        if key in named and named[key].shape != v.shape
+    ]
+    if problems:
+        raise AdapterFileError(f"modules saved whole do not fit this model:\n{listing(problems)}")
+    return list(values)
+
+
+def _refuse_adapted_and_whole(paths: list[str], trained: list[str]) -> None:
+    if both := [key for key in trained if key.rpartition(".")[0] in set(paths)]:
+        raise AttachError(
+            f"these are both adapted and trained whole; exclude them from the targets, or from `train`:\n{listing(both)}"
+        )
+
+
+def _refuse_patched(modules: dict[str, nn.Module]) -> None:
+    """Guard 1: a forward set on the instance would be called instead of the adapted one; accelerate's is re-hooked."""
+    patched = [p for p, m in modules.items() if "forward" in vars(m) and not hasattr(m, "_hf_hook")]
+    if patched:
+        raise AttachError(
+            "something replaced `forward` on these layers, so an adapter there would never be called; "
+            f"attach before that, or undo it:\n{listing(patched)}"
+        )
+
+
+def _place(module: nn.Module, site: Site, method: Method, spec: AdapterSpec, name: str) -> Adapter:
+    host = host_of(module)
+    assert host is not None, site.path
+    adapter = Adapter(method, site, host, _weight(module, site), spec.dropout)
+    hook = _unhook(module)
+    layer: Adapters = swap_in(module, host)
+    key = name if site.rows is None else f"{name}@{site.rows[0]}-{site.rows[1]}"
+    layer.by_name[key] = adapter.train(module.training)
+    layer.weights[name] = 1.0
+    _rehook(module, hook)
+    return adapter
+
+
+def _swap_out(module: nn.Module) -> None:
+    hook = _unhook(module)
+    swap_out(module)
+    _rehook(module, hook)
+
+
+def _unhook(module: nn.Module) -> Any:
+    """Take accelerate's hook off a layer (it keeps a bound copy of the old class's forward) and return it."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        from accelerate.hooks import remove_hook_from_module
+
+        remove_hook_from_module(module)
+    return hook
+
+
+def _rehook(module: nn.Module, hook: Any) -> None:
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(module, hook)
+
+
+def _weight(module: nn.Module, site: Site) -> Tensor:
+    host = host_of(module)
+    assert host is not None, site.path
+    weight = host.store.read(module).detach()
+    return weight if site.rows is None else weight[site.rows[0] : site.rows[1]]
+
+
+@torch.no_grad()
+def _copy(adapter: Adapter, values: dict[str, Tensor]) -> None:
+    for key, own in adapter.tensors().items():
+        own.copy_(values[key])
+
+
+def _generator(seed: int, key: str) -> torch.Generator:
+    """Return the generator of one site: its start depends on the seed and its path alone, not on its neighbours."""
+    return torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(key.encode()))

@@ -1,0 +1,125 @@
+"""Fold attached adapters into the base weights: `W + sum_i w_i dW_i(W)`, summed in fp32, cast once.
+
+Every dW is measured from the same frozen W, so order cannot matter; every check runs, and every sum is proved finite,
+before the first weight changes. To unmerge, keep the base: subtracting in 16 bits does not give it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.adapters import Adapted, Adapters, Weight
+from lorakit.core.method import Static
+from lorakit.errors import MergeError, listing
+from lorakit.inject.attach import detach
+from lorakit.inject.ledger import ledger_of
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did: layers changed, the largest change of a weight, and the largest rounding of the one cast."""
+
+    layers: int
+    largest_change: float
+    largest_rounding: float
+
+
+@torch.no_grad()
+def merge(model: nn.Module, names: Sequence[str] | None = None, *, untie: bool = False) -> MergeReport:
+    """Fold adapters into their layers' weights in place and take them off.
+
+    Args:
+        model: a model with attached adapters.
+        names: which adapters, with the weights they act with now; all active ones by default. Others stay attached.
+        untie: give a layer whose weight another module shares a copy of its own, instead of refusing.
+
+    Raises:
+        MergeError: an update that depends on the input, a per-row weight, a lossy store, a tied weight, NaN or infinity.
+        AttachError: a name that is not attached.
+    """
+    ledger = ledger_of(model)
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, Adapted)}
+    if names is None:
+        names = [n for n in ledger.specs if any(n in m.adapters.weights for m in layers.values()) or n in ledger.swapped_in]
+    for name in names:
+        ledger.require(name)
+    merging = {path: _weights(m.adapters, names) for path, m in layers.items()}
+    merging = {path: weights for path, weights in merging.items() if weights}
+    _refuse(model, {path: cast(nn.Module, layers[path]) for path in merging}, merging, untie)
+    change = rounding = 0.0
+    for write in (False, True):  # a first pass proves every sum finite, so that a refusal changes nothing
+        for path, weights in merging.items():
+            module = cast(nn.Module, layers[path])
+            here = _merged(path, module, weights)
+            if write:
+                change = max(change, here.change)
+                rounding = max(rounding, here.rounding)
+                if untie:
+                    module.weight = nn.Parameter(module.weight.detach().clone(), module.weight.requires_grad)  # type: ignore
+                cast(Adapters, module.adapters).host.store.write(module, here.weight)
+    for name in names:
+        ledger.keep_trained(name)
+        detach(model, name)
+    if untie and (config := getattr(model, "config", None)) is not None:
+        config.tie_word_embeddings = False
+    return MergeReport(len(merging), change, rounding)
+
+
+@dataclass(frozen=True)
+class _Merged:
+    weight: Tensor
+    change: float
+    rounding: float
+
+
+def _merged(path: str, module: nn.Module, weights: dict[str, Weight]) -> _Merged:
+    """Return the merged canonical weight of one layer, in the dtype it is kept in."""
+    adapters = cast(Adapters, module.adapters)
+    kept = adapters.host.store.read(module)
+    wide = kept.to(torch.promote_types(kept.dtype, torch.float32))
+    total = wide.clone()
+    for name, adapter in adapters.named():
+        if name in weights:
+            total += float(weights[name]) * adapter.delta(wide)
+    cast_once = total.to(kept.dtype)
+    if not cast_once.isfinite().all():
+        bad = int((~cast_once.isfinite()).sum())
+        raise MergeError(
+            f"{path}: merging would write {bad:,} NaN or infinite values of {cast_once.numel():,} in {kept.dtype}; "
+            "the base is unchanged; check the adapter, or merge in a wider dtype"
+        )
+    change = float((cast_once - kept).abs().max())
+    return _Merged(cast_once, change, float((cast_once.to(total.dtype) - total).abs().max()))
+
+
+def _weights(adapters: Adapters, names: Sequence[str]) -> dict[str, Weight]:
+    return {name: weight for name, weight in adapters.weights.items() if name in names}
+
+
+def _refuse(
+    model: nn.Module, layers: dict[str, nn.Module], merging: dict[str, dict[str, Weight]], untie: bool
+) -> None:
+    """Raise `MergeError` listing every layer that cannot be merged."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter.data_ptr() or id(parameter), []).append(name)
+    problems = []
+    for path, module in layers.items():
+        adapters = cast(Adapters, module.adapters)
+        for name, adapter in adapters.named():
+            if name in merging[path] and not isinstance(adapter.method, Static):
+                problems.append(f"{path}: {adapter.method.name} depends on the input, so no single weight equals it")
+        for name, weight in merging[path].items():
+            if isinstance(weight, Tensor) and weight.dim() > 0:
+                problems.append(f"{path}: {name!r} has one weight per row; choose a number with use() first")
+        weight = cast(Tensor, module.weight)
+        shared = [n for n in owners.get(weight.data_ptr() or id(weight), []) if n != f"{path}.weight"]
+        if shared and not untie:
+            problems.append(f"{path}: its weight is tied to {', '.join(shared)}, which would change too; pass untie=True")
+    if problems:
+        raise MergeError(f"the model is unchanged; {len(problems)} layer(s) cannot be merged:\n{listing(problems)}")

@@ -1,0 +1,116 @@
+"""Read the skeleton of a model: what can be adapted, what cannot and why, which layers are heads, how rows are fused.
+
+A configuration is enough: the model is then built on the meta device, where a 70B shape costs no memory.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakit.core.adapters import Adapters
+from lorakit.core.lazy import need
+from lorakit.core.registry import host_of
+from lorakit.core.site import Site, Skeleton
+
+READ_BY_PARENT: dict[str, frozenset[str]] = {
+    "MultiheadAttention": frozenset({"out_proj"}),
+    "TransformerEncoderLayer": frozenset({"linear1", "linear2"}),
+    "MambaMixer": frozenset({"out_proj", "conv1d"}),
+    "Mamba2Mixer": frozenset({"out_proj", "conv1d"}),
+}
+"""Layers whose parent class reads `.weight` past their forward: an update there would be called by no one."""
+
+
+def sites(model_or_config: Any) -> Skeleton:
+    """Return the skeleton of a model, or of a Hugging Face configuration through the meta device."""
+    model = model_or_config if isinstance(model_or_config, nn.Module) else _on_meta(model_or_config)
+    found: list[Site] = []
+    others: dict[str, tuple[str, str]] = {}
+    parents = {f"{path}.{name}" if path else name: parent for path, parent in model.named_modules()
+               for name, _ in parent.named_children()}  # fmt: skip
+    ours: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if isinstance(module, Adapters):
+            ours += (f"{path}.",)
+        if not path or f"{path}.".startswith(ours):
+            continue
+        host = host_of(module)
+        name = type(module).__name__
+        if host is None:
+            others[path] = (name, _why_not(module))
+        elif (parent := _reads_weight(parents[path], path)) is not None:
+            others[path] = (name, f"whose weight {parent} reads directly, past the layer's forward")
+        else:
+            found.append(host.site(path, module))
+    return Skeleton(
+        sites=tuple(found),
+        others=others,
+        heads=_heads(model, found),
+        parts={site.path: parts for site in found if (parts := _parts(site, model))},
+        total_parameters=sum(p.numel() for p in _base_parameters(model)),
+    )
+
+
+def _base_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [p for name, p in model.named_parameters() if ".adapters.by_name." not in f".{name}"]
+
+
+def _reads_weight(parent: nn.Module, path: str) -> str | None:
+    """Return the parent's class name where it is known to read this child's weight itself."""
+    child = path.rpartition(".")[2]
+    return next((c.__name__ for c in type(parent).__mro__ if child in READ_BY_PARENT.get(c.__name__, ())), None)
+
+
+def _why_not(module: nn.Module) -> str:
+    if any(True for _ in module.children()):
+        return "which holds other layers; name those"
+    if isinstance(module, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd):
+        return "whose forward is its own, so its weight may mean anything"
+    if not any(True for _ in module.parameters(recurse=False)):
+        return "which has no weight"
+    return "whose output is not linear in its weight, or whose kind has no row in hosts/rows.py"
+
+
+def _heads(model: nn.Module, found: list[Site]) -> frozenset[str]:
+    """Return the output layers: the model's own word for it, and classification heads by the layer they stand in."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    named = {path for path, module in model.named_modules() if output is not None and module is output}
+    outside = {s.path for s in found if re.match(r"(lm_head|classifier|score|cls|qa_outputs|embed_out)(\.|$)", s.path)}
+    return frozenset(named | outside)
+
+
+def _parts(site: Site, model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return the named output slices of a fused layer, where its name and the configuration tell them for sure."""
+    name = site.path.rpartition(".")[2]
+    if name in ("c_attn", "in_proj", "qkv", "Wqkv") and site.out == 3 * site.in_:
+        return _spans(q=site.in_, k=site.in_, v=site.in_)
+    if name == "gate_up_proj" and site.out % 2 == 0:
+        return _spans(gate=site.out // 2, up=site.out // 2)
+    if name in ("qkv_proj", "Wqkv", "in_proj"):
+        config = getattr(model, "config", None)
+        heads = getattr(config, "num_attention_heads", None)
+        if heads and config is not None:
+            width = getattr(config, "head_dim", None) or config.hidden_size // heads
+            groups = getattr(config, "num_key_value_heads", None) or heads
+            if (heads + 2 * groups) * width == site.out:
+                return _spans(q=heads * width, k=groups * width, v=groups * width)
+    return {}
+
+
+def _spans(**sizes: int) -> dict[str, tuple[int, int]]:
+    spans, start = {}, 0
+    for name, size in sizes.items():
+        spans[name] = (start, start + size)
+        start += size
+    return spans
+
+
+def _on_meta(config: Any) -> nn.Module:
+    transformers = need("transformers", "train")
+    with torch.device("meta"):
+        model: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
+    return model

@@ -1,0 +1,1 @@
+"""Training: the recipe, the Trainer, evaluation and the event log."""

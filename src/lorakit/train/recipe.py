@@ -1,0 +1,225 @@
+"""The recipe: one YAML file for every verb, typed, versioned, with no silent key.
+
+`1e-4` is a number, an unknown key is an error that names the near ones, and a run's folder keeps the whole recipe, so a
+resumed run can refuse a change nobody announced.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lorakit.core.layerwise import PROFILES
+from lorakit.core.method import Method
+from lorakit.core.spec import AdapterSpec, Override, Targets, method_from_json
+from lorakit.errors import RecipeError, SpecError, did_you_mean, listing
+
+VERSION = 1
+
+
+class Section(BaseModel):
+    """A part of the recipe: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class DataSection(Section):
+    """What to train on, and which of its tokens carry the loss."""
+
+    train: str | None = None
+    validation: str | None = None
+    format: Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt", "classification"] = "auto"
+    loss: Literal["completions", "all"] = "completions"
+    max_length: int = Field(default=1024, ge=2)
+    overlong: Literal["drop", "cut", "split", "error"] = "drop"
+    packing: Literal["auto", "always", "never"] = "auto"
+    separator: str = "\n"
+    labels: tuple[str, ...] = ()
+
+
+class OverrideSection(Section):
+    """Other method fields for some of the targets."""
+
+    targets: str | tuple[str, ...] = "*"
+    layers: str | int | tuple[int | str, ...] | None = None
+    fields: dict[str, Any]
+
+
+class AdapterSection(BaseModel):
+    """The method with its own fields, and where it goes; keys the section does not know are the method's."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    method: str = "lora"
+    targets: str | tuple[str, ...] = "all-linear"
+    exclude: str | tuple[str, ...] = ()
+    layers: str | int | tuple[int | str, ...] | None = None
+    train: str | tuple[str, ...] = ()
+    dropout: float = 0.0
+    overrides: tuple[OverrideSection, ...] = ()
+    layerwise: Literal["low", "middle", "high"] | None = None
+
+    @model_validator(mode="after")
+    def _names_a_method_that_exists(self) -> AdapterSection:
+        self.build_method()
+        return self
+
+    def build_method(self) -> Method:
+        """Return the method with its fields, or raise `SpecError` naming a field it has not."""
+        extra = dict(self.__pydantic_extra__ or {})
+        try:
+            return method_from_json({"name": self.method, **extra})
+        except SpecError as error:
+            own = [name for name in type(self).model_fields if name != "method"]
+            hints = [did_you_mean(key, own) for key in extra]
+            raise SpecError(f"{error}{next((h for h in hints if h), '')}") from None
+
+    def spec(self, *, seed: int, heads: tuple[str, ...] = (), depth: int | None = None) -> AdapterSpec:
+        """Return the adapter spec; `heads` are trained whole as well, `depth` scales the layer-wise preset."""
+        method = self.build_method()
+        overrides = [
+            Override(Targets(_words(o.targets), (), o.layers), tuple(sorted(o.fields.items())))  # type: ignore[arg-type]
+            for o in self.overrides
+        ]
+        if self.layerwise is not None:
+            assert depth is not None
+            overrides = [*PROFILES[self.layerwise].overrides(method, depth), *overrides]
+        train = tuple(dict.fromkeys((*_words(self.train), *heads)))
+        targets = Targets(_words(self.targets), _words(self.exclude), self.layers)  # type: ignore[arg-type]
+        return AdapterSpec(method, targets, train, self.dropout, tuple(overrides), seed)
+
+
+class TrainSection(Section):
+    """How long and how fast; every default is a measured or published one (docs/recipe.md)."""
+
+    epochs: float = Field(default=1.0, gt=0)
+    steps: int | None = Field(default=None, ge=1)
+    lr: float | Literal["auto"] = "auto"
+    up_ratio: float = Field(default=1.0, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(default=0.03, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    batch_tokens: int | None = Field(default=None, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
+    accumulation: int = Field(default=1, ge=1)
+    evaluate_every: int | None = Field(default=None, ge=1)
+    save_every: int | None = Field(default=None, ge=1)
+    keep: int = Field(default=2, ge=1)
+    patience: int | None = Field(default=None, ge=1)
+    checkpointing: bool = False
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    seed: int = Field(default=0, ge=0)
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+    @model_validator(mode="after")
+    def _one_unit_of_batch(self) -> TrainSection:
+        if self.batch_tokens is not None and self.batch_size is not None:
+            raise ValueError("give batch_tokens or batch_size, not both")
+        return self
+
+
+class Recipe(Section):
+    """A whole run, from the base to the output folder."""
+
+    version: Literal[1] = 1
+    model: str = "lorakit/tales"
+    task: Literal["auto", "causal-lm", "classification"] = "auto"
+    data: DataSection = DataSection()
+    adapter: AdapterSection = AdapterSection()
+    train: TrainSection = TrainSection()
+    output: str = "runs/first"
+
+    def differences(self, other: Recipe) -> list[str]:
+        """Return `train.lr: 0.0001 -> 0.001` for every value `other` changes."""
+        mine, theirs = _flat(self.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
+        keys = sorted(mine.keys() | theirs.keys())
+        return [f"{k}: {mine.get(k)!r} -> {theirs.get(k)!r}" for k in keys if mine.get(k) != theirs.get(k)]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: `1e-4` is a number."""
+
+
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load_recipe(path: str | Path, changes: dict[str, Any] | None = None) -> Recipe:
+    """Read a recipe file, with dotted `changes` (`train.lr=1e-3`) on top.
+
+    Raises:
+        RecipeError: no such file, not YAML, or values that do not fit, all of them with their lines' keys.
+    """
+    file = Path(path)
+    try:
+        raw = yaml.load(file.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {file}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file} is not YAML: {error}") from None
+    if not isinstance(raw, dict | None):
+        raise RecipeError(f"{file} must hold keys such as `model:` and `data:`, not a {type(raw).__name__}")
+    return make_recipe(_changed(raw or {}, changes or {}), str(file))
+
+
+def make_recipe(values: dict[str, Any], source: str = "the recipe") -> Recipe:
+    """Return the recipe of plain values, or raise `RecipeError` listing everything wrong with them."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = [_explain(dict(e), values) for e in error.errors()]
+        raise RecipeError(f"{source} has {len(problems)} problem(s):\n{listing(problems)}") from None
+
+
+def scalar(text: str) -> Any:
+    """Return the value a `key=value` flag of the command line means, by the recipe's own YAML."""
+    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+
+
+def _changed(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    result = {k: dict(v) if isinstance(v, dict) else v for k, v in raw.items()}
+    for key, value in changes.items():
+        section, _, rest = key.partition(".")
+        if not rest:
+            result[section] = value
+        elif isinstance(inner := result.setdefault(section, {}), dict):
+            inner[rest] = value
+        else:
+            raise RecipeError(f"cannot set {key}: {section} is {inner!r}, not a section")
+    return result
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {"data": DataSection, "adapter": AdapterSection, "train": TrainSection}
+
+
+def _explain(error: dict[str, Any], values: dict[str, Any]) -> str:
+    """Return one line for one of pydantic's errors: where, what, what was given, and the near words."""
+    where = [str(step) for step in error["loc"]]
+    path = ".".join(where) or "the recipe"
+    if error["type"] == "extra_forbidden":
+        section = _SECTIONS.get(where[0], Recipe) if len(where) > 1 else Recipe
+        known = list(section.model_fields)
+        elsewhere = [f"{name}.{where[-1]}" for name, s in _SECTIONS.items() if where[-1] in s.model_fields]
+        hint = did_you_mean(where[-1], known) or (f"; did you mean {elsewhere[0]}?" if elsewhere else "")
+        return f"{path}: unknown key{hint or f'; known keys: {", ".join(known)}'}"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    given = error.get("input")
+    shown = "" if isinstance(given, dict | BaseModel) else f" (given {given!r})"
+    return f"{path}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _words(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}" if prefix else key).items()}
