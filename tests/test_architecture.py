@@ -46,6 +46,9 @@ def test_the_house_keeps_its_rules() -> None:
         ("core/host.py", "def f():\n    from lorakit import inject", "'core' imports up, from 'inject'"),
         ("core/host.py", "if TYPE_CHECKING:\n    from lorakit import inject", "'core' imports up, from 'inject'"),
         ("core/host.py", "need('lorakit.inject.attach', 'train')", "'core' imports up, from 'inject'"),
+        ("core/host.py", "def f():\n    need('lorakit.methods', '')", "'core' imports up, from 'methods'"),
+        ("core/registry.py", "import_module('lorakit.methods')", "'core' imports up, from 'methods'"),
+        ("core/registry.py", "def f():\n    import lorakit.inject", "'core' imports up, from 'inject'"),
         ("persist/peft.py", "from lorakit import attach", "'persist' imports up, from '__init__'"),
         ("persist/peft.py", "import lorakit", "'persist' imports up, from '__init__'"),
         ("train/trainer.py", "from lorakit.cli import main", "'train' imports up, from 'cli'"),
@@ -103,6 +106,7 @@ def test_a_file_without_its_reason_is_named(tmp_path: Path, text: str) -> None:
     ("path", "line"),
     [
         ("core/host.py", "from lorakit.errors import SpecError\nfrom .site import Site\nimport torch"),
+        ("core/registry.py", "def f():\n    return importlib.import_module('lorakit.methods')"),
         ("methods/dora.py", "from . import lora\nfrom .lora import Lora\nfrom ..core import site"),
         ("inject/attach.py", "from lorakit.core.registry import methods\nfrom lorakit.kernels import lora"),
         ("train/trainer.py", "from transformers import Trainer\nimport accelerate\nfrom lorakit import inject"),
