@@ -75,7 +75,7 @@ class AdapterSection(BaseModel):
             return method_from_json({"name": self.method, **extra})
         except SpecError as error:
             own = [name for name in type(self).model_fields if name != "method"]
-            hints = [did_you_mean(key, own) for key in extra]
+            hints = [did_you_mean(key, own) for key in extra if "has no field" in str(error)]
             raise SpecError(f"{error}{next((h for h in hints if h), '')}") from None
 
     def spec(self, *, seed: int, heads: tuple[str, ...] = (), depth: int | None = None) -> AdapterSpec:
@@ -208,7 +208,7 @@ def _explain(error: dict[str, Any], values: dict[str, Any]) -> str:
         known = list(section.model_fields)
         elsewhere = [f"{name}.{where[-1]}" for name, s in _SECTIONS.items() if where[-1] in s.model_fields]
         hint = did_you_mean(where[-1], known) or (f"; did you mean {elsewhere[0]}?" if elsewhere else "")
-        return f"{path}: unknown key{hint or f'; known keys: {", ".join(known)}'}"
+        return f"{path}: unknown key{hint or '; known keys: ' + ', '.join(known)}"
     message = str(error["msg"]).removeprefix("Value error, ")
     given = error.get("input")
     shown = "" if isinstance(given, dict | BaseModel) else f" (given {given!r})"
