@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.core.host import Host
@@ -95,10 +95,9 @@ class Adapters(nn.Module):
     def forward(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return `y + sum_i w_i branch_i(x)`."""
         total = y
-        for key, adapter in self.by_name.items():
-            weight = self.weights.get(key.split("@")[0])
-            if weight is not None:
-                total = total + _per_row(weight, y, adapter) * adapter(module, x, y)
+        for name, adapter in self.named():
+            if name in self.weights:
+                total = total + _per_row(self.weights[name], y, adapter.site.path) * adapter(module, x, y)
         return total
 
 
@@ -136,9 +135,8 @@ def base_class(module: nn.Module) -> type[nn.Module]:
 def swap_in(module: nn.Module, host: Host) -> Adapters:
     """Make `module` an adapted one (once) and return its updates."""
     if not isinstance(module, Adapted):
-        module.adapters = Adapters(host)
-        module.adapters.train(module.training)
-        module.__class__ = adapted_class(type(module))
+        module.adapters = Adapters(host).train(module.training)
+        module.__class__ = adapted_class(type(module))  # type: ignore[assignment]
     return cast(Adapters, module.adapters)
 
 
@@ -152,7 +150,7 @@ def swap_out(module: nn.Module) -> None:
 
 def _revive(base: type[nn.Module]) -> nn.Module:
     cls = adapted_class(base)
-    return cast(nn.Module, cls.__new__(cls))
+    return cls.__new__(cls)
 
 
 def _place(part: Tensor, axis: int, rows: tuple[int, int], like: Tensor) -> Tensor:
@@ -160,13 +158,13 @@ def _place(part: Tensor, axis: int, rows: tuple[int, int], like: Tensor) -> Tens
     return F.pad(part, [0, 0] * (-axis - 1) + [rows[0], like.shape[axis] - rows[1]])
 
 
-def _per_row(weight: Weight, y: Tensor, adapter: Adapter) -> Weight:
+def _per_row(weight: Weight, y: Tensor, path: str) -> Weight:
     """Return a weight that broadcasts over `y (batch, ...)`."""
     if not isinstance(weight, Tensor) or weight.dim() == 0:
         return weight
     if weight.shape[0] != y.shape[0]:
         raise AttachError(
-            f"{adapter.site.path}: weights for {weight.shape[0]} rows meet a batch of {y.shape[0]}; "
+            f"{path}: weights for {weight.shape[0]} rows meet a batch of {y.shape[0]}; "
             "give one weight per row of the batch (times the beams, when generating with beams)"
         )
     return weight.to(y.dtype).view(-1, *[1] * (y.dim() - 1))

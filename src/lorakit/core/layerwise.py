@@ -1,8 +1,8 @@
 """Layer-wise ranks: less for the lower layers, more for the upper ones, at a stated budget.
 
-A preset of the field without a citation, so it comes with its baseline: `uniform_rank` gives the one rank that costs the
-same, and a comparison against it is the only fair one. Bands are thirds-like shares of the depth (6, 12 and 14 of 32
-layers), rescaled to any depth; alpha moves with the rank, so every layer keeps the method's scale.
+A preset of the field without a citation, so it comes with its baseline: `uniform_rank` gives the one rank that costs
+the same, and a comparison against it is the only fair one. Bands are shares of the depth (6, 12 and 14 of 32 layers),
+rescaled to any depth; alpha moves with the rank, so every layer keeps the method's scale.
 """
 
 from __future__ import annotations

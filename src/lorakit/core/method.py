@@ -66,6 +66,7 @@ class Call:
         return self.host.op.channel(values, y) * y
 
 
+@dataclass(frozen=True)
 class Method(ABC):
     """An update of one weight."""
 
@@ -121,8 +122,9 @@ class LowRank(Static):
         """Return `up @ down` in the weight's shape; with g groups, the product of each group's own block."""
         down, up = self.factors(p)
         groups = down.shape[0] // up.shape[1]
-        blocks = up.unflatten(0, (groups, -1)) @ down.flatten(1).unflatten(0, (groups, -1))
-        return blocks.reshape(weight.shape)
+        per_group_up = up.reshape(groups, -1, up.shape[1])
+        per_group_down = down.reshape(groups, up.shape[1], -1)
+        return (per_group_up @ per_group_down).reshape(weight.shape)
 
     def branch(self, p: Tensors, call: Call) -> Tensor:
         """Return `up @ op(x; down)`, never forming dW."""

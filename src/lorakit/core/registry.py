@@ -25,9 +25,9 @@ def methods() -> dict[str, type[Method]]:
     for info in pkgutil.iter_modules(folder.__path__):
         module = importlib.import_module(f"lorakit.methods.{info.name}")
         for cls in vars(module).values():
-            if inspect.isclass(cls) and issubclass(cls, Method) and not inspect.isabstract(cls):
-                if cls.__module__ == module.__name__:
-                    found[cls.name] = cls
+            is_method = inspect.isclass(cls) and issubclass(cls, Method) and not inspect.isabstract(cls)
+            if is_method and cls.__module__ == module.__name__:
+                found[cls.name] = cls
     return dict(sorted(found.items()))
 
 

@@ -26,16 +26,14 @@ class Targets:
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
-            value = getattr(self, name)
-            listed = (value,) if isinstance(value, str) else tuple(value)
+            listed = _as_tuple(getattr(self, name))
             object.__setattr__(self, name, listed)
             if bad := [p for p in listed if not isinstance(p, str) or not p.strip()]:
                 raise SpecError(f"targets must be non-empty names or patterns, not {bad[0]!r}")
         if not self.include:
             raise SpecError("targets is empty; name at least one pattern, for example all-linear")
-        if isinstance(self.layers, int | list | tuple) and not isinstance(self.layers, bool):
-            items = self.layers if isinstance(self.layers, list | tuple) else [self.layers]
-            object.__setattr__(self, "layers", ",".join(str(item) for item in items))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", ",".join(str(item) for item in _as_tuple(self.layers)))
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class AdapterSpec:
             raise SpecError(f"method must be a lorakit method such as LoRA(rank=16), not {self.method!r}")
         if not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
             raise SpecError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
-        object.__setattr__(self, "train", (self.train,) if isinstance(self.train, str) else tuple(self.train))
+        object.__setattr__(self, "train", _as_tuple(self.train))
         object.__setattr__(self, "overrides", tuple(self.overrides))
         for override in self.overrides:
             self.method_with(override)
@@ -93,9 +91,7 @@ class AdapterSpec:
             "targets": _targets_to_json(self.targets),
             "train": list(self.train),
             "dropout": self.dropout,
-            "overrides": [
-                {"targets": _targets_to_json(o.targets), "fields": dict(o.fields)} for o in self.overrides
-            ],
+            "overrides": [{"targets": _targets_to_json(o.targets), "fields": dict(o.fields)} for o in self.overrides],
             "seed": self.seed,
         }
 
@@ -103,14 +99,17 @@ class AdapterSpec:
     def from_json(cls, data: dict[str, Any]) -> AdapterSpec:
         """Return the spec `to_json` wrote; raises `SpecError` for another version."""
         if data.get("version") != VERSION:
-            raise SpecError(f"adapter spec has version {data.get('version')!r}, this lorakit reads {VERSION}; upgrade it")
+            raise SpecError(
+                f"adapter spec has version {data.get('version')!r}, this lorakit reads {VERSION}; upgrade it"
+            )
         return cls(
             method=method_from_json(data["method"]),
             targets=_targets_from_json(data["targets"]),
             train=tuple(data["train"]),
             dropout=data["dropout"],
             overrides=tuple(
-                Override(_targets_from_json(o["targets"]), tuple(sorted(o["fields"].items()))) for o in data["overrides"]
+                Override(_targets_from_json(o["targets"]), tuple(sorted(o["fields"].items())))
+                for o in data["overrides"]
             ),
             seed=data["seed"],
         )
@@ -133,6 +132,11 @@ def method_from_json(data: dict[str, Any]) -> Method:
         )
     made: Method = cls(**fields)
     return made
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    """Return one thing, or a list of things, as a tuple."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def _targets_to_json(targets: Targets) -> dict[str, Any]:

@@ -60,7 +60,9 @@ def check_tensors(updates: tuple[Update, ...]) -> None:
             if name not in update.tensors:
                 problems.append(f"{where}: missing, expected shape {declared[name].shape}")
             elif name not in declared:
-                problems.append(f"{where}: not a tensor of {update.method.name}, shape {tuple(update.tensors[name].shape)}")
+                problems.append(
+                    f"{where}: not a tensor of {update.method.name}, shape {tuple(update.tensors[name].shape)}"
+                )
             elif (shape := tuple(update.tensors[name].shape)) != declared[name].shape:
                 problems.append(f"{where}: shape {shape}, expected {declared[name].shape}")
             elif not update.tensors[name].isfinite().all():

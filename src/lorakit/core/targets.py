@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from lorakit.core.method import Method
 from lorakit.core.site import Site, Skeleton, layer_of
@@ -82,7 +83,9 @@ def select(targets: Targets, skeleton: Skeleton) -> list[tuple[Site, str]]:
     if targets.layers is not None:
         found = {key: hit for key, hit in found.items() if _in_layers(hit[0].path, targets.layers, skeleton)}
     if not found:
-        raise TargetError(f"nothing is left to adapt after exclude={list(targets.exclude)} and layers={targets.layers!r}")
+        raise TargetError(
+            f"nothing is left to adapt after exclude={list(targets.exclude)} and layers={targets.layers!r}"
+        )
     _refuse_overlaps(site for site, _ in found.values())
     order = {path: i for i, path in enumerate(skeleton.by_path)}
     return sorted(found.values(), key=lambda hit: (order[hit[0].path], hit[0].rows or (0, 0)))
@@ -238,7 +241,7 @@ def _refuse_overlaps(sites: Iterable[Site]) -> None:
         by_path.setdefault(site.path, []).append(site)
     for path, group in by_path.items():
         spans = sorted(site.rows or (0, site.out) for site in group)
-        if any(a[1] > b[0] for a, b in zip(spans, spans[1:], strict=False)):
+        if any(a[1] > b[0] for a, b in pairwise(spans)):
             raise TargetError(f"{path}: targets overlap on rows {spans}; give each row to one target")
 
 

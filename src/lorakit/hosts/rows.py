@@ -48,6 +48,11 @@ def _conv_site(kind: str) -> Callable[[str, Any], Site]:
     return site
 
 
+def _transposed_site(path: str, module: Any) -> Site:
+    in_, out = module.weight.shape
+    return Site(path, out, in_, kind="transposed-linear")
+
+
 ROWS: tuple[Host, ...] = (
     Host(
         "linear",
@@ -61,7 +66,7 @@ ROWS: tuple[Host, ...] = (
         _is_gpt2_conv1d,
         MatrixProduct(),
         Transposed(),
-        lambda path, m: Site(path, m.weight.shape[1], m.weight.shape[0], kind="transposed-linear"),  # type: ignore[union-attr,index]
+        _transposed_site,
     ),
     Host(
         "embedding",

@@ -22,7 +22,9 @@ class Using:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for module, weights in self._before.items():
             cast(Adapted, module).adapters.weights = weights
         ledger_of(self._model).show(self._model, self._shown)
@@ -60,4 +62,6 @@ def use(model: nn.Module, weights: Mapping[str, Weight]) -> Using:
 
 def active(model: nn.Module) -> dict[str, Weight]:
     """Return the adapters that act now, with their weights."""
-    return {k: w for module in model.modules() if isinstance(module, Adapted) for k, w in module.adapters.weights.items()}
+    return {
+        k: w for module in model.modules() if isinstance(module, Adapted) for k, w in module.adapters.weights.items()
+    }

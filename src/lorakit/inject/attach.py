@@ -204,7 +204,8 @@ def _trained_parameters(model: nn.Module, spec: AdapterSpec, values: dict[str, T
 def _refuse_adapted_and_whole(paths: list[str], trained: list[str]) -> None:
     if both := [key for key in trained if key.rpartition(".")[0] in set(paths)]:
         raise AttachError(
-            f"these are both adapted and trained whole; exclude them from the targets, or from `train`:\n{listing(both)}"
+            "these are both adapted and trained whole; exclude them from the targets, or from `train`:\n"
+            f"{listing(both)}"
         )
 
 

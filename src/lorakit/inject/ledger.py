@@ -33,7 +33,9 @@ class Ledger:
         """Raise `AttachError` unless an adapter of that name is attached."""
         if name not in self.specs:
             known = ", ".join(self.specs) or "none"
-            raise AttachError(f"no adapter named {name!r} is attached{did_you_mean(name, self.specs)}; attached: {known}")
+            raise AttachError(
+                f"no adapter named {name!r} is attached{did_you_mean(name, self.specs)}; attached: {known}"
+            )
 
     def freeze(self, model: nn.Module) -> None:
         """Freeze the base, remembering each parameter's flag the first time."""

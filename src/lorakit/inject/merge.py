@@ -39,13 +39,15 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, *, untie: bool =
         untie: give a layer whose weight another module shares a copy of its own, instead of refusing.
 
     Raises:
-        MergeError: an update that depends on the input, a per-row weight, a lossy store, a tied weight, NaN or infinity.
+        MergeError: an update that depends on the input, a per-row weight, a tied weight, NaN or infinity.
         AttachError: a name that is not attached.
     """
     ledger = ledger_of(model)
     layers = {path: m for path, m in model.named_modules() if isinstance(m, Adapted)}
     if names is None:
-        names = [n for n in ledger.specs if any(n in m.adapters.weights for m in layers.values()) or n in ledger.swapped_in]
+        names = [
+            n for n in ledger.specs if any(n in m.adapters.weights for m in layers.values()) or n in ledger.swapped_in
+        ]
     for name in names:
         ledger.require(name)
     merging = {path: _weights(m.adapters, names) for path, m in layers.items()}
@@ -101,9 +103,7 @@ def _weights(adapters: Adapters, names: Sequence[str]) -> dict[str, Weight]:
     return {name: weight for name, weight in adapters.weights.items() if name in names}
 
 
-def _refuse(
-    model: nn.Module, layers: dict[str, nn.Module], merging: dict[str, dict[str, Weight]], untie: bool
-) -> None:
+def _refuse(model: nn.Module, layers: dict[str, nn.Module], merging: dict[str, dict[str, Weight]], untie: bool) -> None:
     """Raise `MergeError` listing every layer that cannot be merged."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -120,6 +120,8 @@ def _refuse(
         weight = cast(Tensor, module.weight)
         shared = [n for n in owners.get(weight.data_ptr() or id(weight), []) if n != f"{path}.weight"]
         if shared and not untie:
-            problems.append(f"{path}: its weight is tied to {', '.join(shared)}, which would change too; pass untie=True")
+            problems.append(
+                f"{path}: its weight is tied to {', '.join(shared)}, which would change too; pass untie=True"
+            )
     if problems:
         raise MergeError(f"the model is unchanged; {len(problems)} layer(s) cannot be merged:\n{listing(problems)}")

@@ -159,7 +159,7 @@ def load_recipe(path: str | Path, changes: dict[str, Any] | None = None) -> Reci
     """
     file = Path(path)
     try:
-        raw = yaml.load(file.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
+        raw = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise RecipeError(f"cannot read the recipe {file}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -180,7 +180,7 @@ def make_recipe(values: dict[str, Any], source: str = "the recipe") -> Recipe:
 
 def scalar(text: str) -> Any:
     """Return the value a `key=value` flag of the command line means, by the recipe's own YAML."""
-    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    return yaml.load(text, _Loader)
 
 
 def _changed(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
