@@ -1,0 +1,34 @@
+"""From rows to batches: readers -> formats -> masking -> prepare -> packing, with a preview of what is trained.
+
+readers.py         files, folders, hub datasets -> rows that know their line
+formats.py         which format are they, and is every value what it must be
+masking.py         a row -> segments, trained or not -> ids and labels; the prompt for inference, the same way
+prepare.py         all of it, with every loss counted          classification.py   the same for labelled rows
+packing.py         several examples a row, the collator, and the measured proof of their isolation
+preview.py         one example as coloured text                report.py           what became of the rows
+"""
+
+from lorakit.data.classification import prepare_classification
+from lorakit.data.formats import FORMATS, Format, detect, read_rows
+from lorakit.data.masking import IGNORE, render_prompt
+from lorakit.data.packing import Collator, packing_is_isolated, refuse_leaky_packing
+from lorakit.data.prepare import prepare
+from lorakit.data.preview import preview
+from lorakit.data.report import DataReport, Prepared
+
+__all__ = [
+    "FORMATS",
+    "IGNORE",
+    "Collator",
+    "DataReport",
+    "Format",
+    "Prepared",
+    "detect",
+    "packing_is_isolated",
+    "prepare",
+    "prepare_classification",
+    "preview",
+    "read_rows",
+    "refuse_leaky_packing",
+    "render_prompt",
+]

@@ -1,0 +1,203 @@
+"""From a source of rows to token ids and labels, with every loss counted and every fault traced to its row.
+
+`prepare` reads, recognises, checks, masks, fits to length and packs; the result is a `Dataset` of `input_ids` and
+`labels` (and `position_ids` when packed) beside a `DataReport`. It works in memory, in one process, and leaves no
+cache behind.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from lorakit.core.lazy import need
+from lorakit.data.formats import Format, at_rows, check, named
+from lorakit.data.masking import IGNORE, Loss, Segment, Tokens, encode, opening, seam, segments
+from lorakit.data.packing import pack
+from lorakit.data.preview import plain
+from lorakit.data.readers import Where, load
+from lorakit.data.report import DataReport, Prepared, check_vocabulary
+from lorakit.errors import DataError, listing
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+Overlong = Literal["drop", "cut", "split", "error"]
+
+
+def prepare(
+    source_or_rows: str | Dataset | Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    format: str = "auto",
+    loss: Loss = "completions",
+    overlong: Overlong = "drop",
+    packing: bool = False,
+    separator: str | None = None,
+    seed: int = 0,
+    split: str | None = None,
+    vocab_size: int | None = None,
+) -> Prepared:
+    """Turn rows into ids and labels of at most `max_length` tokens.
+
+    `overlong` says what becomes of longer rows: `drop`, `cut` (the end is lost), `split` (plain text only, nothing is
+    lost) or `error`. `separator` goes between prompt and completion: None decides (a newline, unless every row has
+    whitespace there), a string is used as given; hand `report.separator_used` on to validation data and to
+    `render_prompt`. `seed` shuffles the packs. `vocab_size` is the number of rows of the model's embedding.
+
+    Raises `DataError` for rows that are malformed, have no trained token, or hold ids the model does not know.
+    """
+    if max_length < 2:
+        raise DataError(f"max_length is {max_length}; expected at least 2: a token, and the one it predicts")
+    source, rows, where = load(source_or_rows, split)
+    form = named(format, rows)
+    check(rows, form, where)
+    if overlong == "split" and form.name != "text":
+        raise DataError(f"overlong: split is for plain text; pieces of '{form.name}' rows would lose their prompt")
+    joint = seam(rows, form) if separator is None else separator
+    encoder = _Encoder(tokenizer, form, joint, loss, max_length, overlong)
+    dataset = encoder.map(rows)
+    encoder.raise_faults(where, vocab_size)
+    report = encoder.report(source, len(rows))
+    if packing:
+        dataset = pack(dataset, max_length, seed)
+        full = report.tokens / (len(dataset) * max_length)
+        report = replace(report, packs=len(dataset), packing_efficiency=full)
+    return Prepared(dataset, report)
+
+
+@dataclass
+class _Encoder:
+    """Encodes batches of rows and keeps count of what becomes of them."""
+
+    tokenizer: PreTrainedTokenizerBase
+    form: Format
+    separator: str
+    loss: Loss
+    max_length: int
+    overlong: Overlong
+    faults: dict[int, str] = field(default_factory=dict)
+    masked: dict[int, Tokens] = field(default_factory=dict)
+    seen: set[int] = field(default_factory=set)
+    kept = dropped = cut = split = tokens = trained = lost = longest = duplicates = highest = 0
+
+    def map(self, rows: Dataset) -> Dataset:
+        """Return the rows' tokens as a new in-memory dataset."""
+        datasets = need("datasets", "train")
+        ids = datasets.Sequence(datasets.Value("int32"))
+        start = opening(self.tokenizer, self.form)
+
+        def batch(columns: Mapping[str, list[Any]], numbers: list[int]) -> dict[str, list[list[int]]]:
+            values = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+            pieces = [self._segments(number, row) for number, row in zip(numbers, values, strict=True)]
+            encoded = encode(pieces, self.tokenizer, start, self.loss)
+            fitted = [one for number, tokens in zip(numbers, encoded, strict=True) for one in self._fit(number, tokens)]
+            return {"input_ids": [one.ids for one in fitted], "labels": [one.labels for one in fitted]}
+
+        mapped: Dataset = rows.map(
+            batch,
+            batched=True,
+            with_indices=True,
+            remove_columns=rows.column_names,
+            features=datasets.Features(input_ids=ids, labels=ids),
+            keep_in_memory=True,
+            load_from_cache_file=False,
+            new_fingerprint=uuid.uuid4().hex,  # else the tokenizer is pickled and hashed for a cache nobody reads
+            desc="tokenising",
+        )
+        return mapped
+
+    def _segments(self, number: int, row: Mapping[str, Any]) -> list[Segment]:
+        try:
+            return segments(row, self.form, self.tokenizer, self.separator)
+        except DataError as fault:
+            self.faults[number] = str(fault)
+            return []
+
+    def _fit(self, number: int, tokens: Tokens) -> list[Tokens]:
+        if number in self.faults:
+            return []
+        length = len(tokens.ids)
+        self.longest = max(self.longest, length)
+        pieces = [tokens] if length <= self.max_length else self._shorten(number, tokens)
+        self.kept += bool(pieces)
+        self.duplicates += bool(pieces) and hash(tuple(tokens.ids)) in self.seen
+        self.seen.add(hash(tuple(tokens.ids)))
+        for piece in pieces:
+            trained = sum(label != IGNORE for label in piece.labels)
+            self.tokens += len(piece.ids)
+            self.trained += trained
+            self.highest = max(self.highest, *piece.ids, 0)
+            if not trained:
+                self.masked[number] = piece
+        return pieces
+
+    def _shorten(self, number: int, tokens: Tokens) -> list[Tokens]:
+        length, size = len(tokens.ids), self.max_length
+        match self.overlong:
+            case "drop":
+                self.dropped += 1
+                self.lost += length
+                return []
+            case "cut":
+                self.cut += 1
+                self.lost += length - size
+                return [Tokens(tokens.ids[:size], tokens.labels[:size])]
+            case "split":  # pieces share one token, so that every token is still predicted exactly once
+                self.split += 1
+                pieces = [
+                    (tokens.ids[at : at + size], tokens.labels[at : at + size]) for at in range(0, length - 1, size - 1)
+                ]
+                return [Tokens(ids, [IGNORE, *labels[1:]]) for ids, labels in pieces]
+            case "error":
+                self.faults[number] = f"has {length} tokens, max_length is {size}"
+                return []
+
+    def raise_faults(self, where: Where, vocab_size: int | None) -> None:
+        """Raise `DataError` for rows that failed, that have nothing to learn, or whose ids the model lacks."""
+        if self.faults:
+            raise DataError(f"rows that cannot be prepared:\n{at_rows(self.faults, where)}")
+        check_vocabulary(self.highest, self.tokenizer, vocab_size)
+        if self.masked:
+            places = where(list(self.masked)[:12])
+            sample = plain(*next(iter(self.masked.values())), self.tokenizer)
+            raise DataError(
+                f"{len(self.masked)} rows have no token to train on:\n"
+                f"{listing(places + [''] * (len(self.masked) - len(places)))}\n"
+                f"the first of them, encoded (trained text would stand in [[ ]]):\n{sample[:600]}\n{self._remedy()}"
+            )
+        if not self.kept:
+            raise DataError(
+                f"every row is longer than max_length {self.max_length} (the longest has {self.longest} tokens); "
+                "raise max_length, or choose overlong: cut"
+            )
+
+    def _remedy(self) -> str:
+        if self.cut:
+            return f"the prompt alone fills max_length {self.max_length}: raise it, or choose overlong: drop"
+        if self.form.name in ("messages", "sharegpt"):
+            return "a conversation needs a turn of the assistant; remove these rows, or choose loss: all"
+        return "remove the empty rows"
+
+    def report(self, source: str, rows: int) -> DataReport:
+        """Return the counts as a value."""
+        return DataReport(
+            source=source,
+            format=self.form.name,
+            rows=rows,
+            kept=self.kept,
+            tokens=self.tokens,
+            trained_tokens=self.trained,
+            longest=self.longest,
+            max_length=self.max_length,
+            dropped_overlong=self.dropped,
+            cut=self.cut,
+            split=self.split,
+            tokens_lost=self.lost,
+            duplicates=self.duplicates,
+            separator_used=self.separator,
+        )

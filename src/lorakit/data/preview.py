@@ -1,0 +1,53 @@
+"""One masked example made visible: what is trained stands out, what is only context is dim, special tokens show.
+
+Colour carries it on a terminal; `plain` says the same with double brackets where there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple
+
+from lorakit.data.masking import IGNORE
+from lorakit.data.report import Prepared
+
+if TYPE_CHECKING:
+    from rich.text import Text
+    from transformers import PreTrainedTokenizerBase
+
+
+class Run(NamedTuple):
+    """Neighbouring tokens of one kind, decoded together so that characters of several tokens stay whole."""
+
+    text: str
+    trained: bool
+    special: bool
+
+
+def runs(ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[Run]:
+    """Cut an example `(length,)` where trained meets untrained or special meets ordinary."""
+    special = set(tokenizer.all_special_ids)
+    kinds = groupby(zip(ids, labels, strict=True), key=lambda pair: (pair[1] != IGNORE, pair[0] in special))
+    return [Run(_decode([token for token, _ in pairs], tokenizer), *kind) for kind, pairs in kinds]
+
+
+def preview(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, index: int = 0) -> Text:
+    """Show row `index` of the dataset: trained text bright green, context dim, special tokens reversed."""
+    from rich.text import Text
+
+    row, text = prepared.dataset[index], Text()
+    for run in runs(row["input_ids"], row["labels"], tokenizer):
+        text.append(run.text, ("bold green" if run.trained else "dim") + (" reverse" if run.special else ""))
+    return text
+
+
+def plain(ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Show an example without colour: trained text between double brackets."""
+    kinds = groupby(runs(ids, labels, tokenizer), key=lambda run: run.trained)
+    pieces = ((trained, "".join(run.text for run in group)) for trained, group in kinds)
+    return "".join(f"[[{text}]]" if trained else text for trained, text in pieces)
+
+
+def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -1,0 +1,255 @@
+"""Rows from JSONL, JSON, CSV or Parquet files, a folder of them, or a dataset of the hub.
+
+Local files are read by plain readers that know the line they stand on. The `Dataset` handed on knows nothing of
+files; when a row turns out bad, `locate` reads the files again and counts, so the happy path carries no line numbers.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorakit.core.lazy import need
+from lorakit.errors import DataError, did_you_mean, listing
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Table = Any  # pyarrow.Table, which ships no types
+Record = tuple[int, dict[str, Any]]  # the line (or row) of the file, counted from 1, and what stands there
+
+Where = Callable[[Sequence[int]], list[str]]  # rows counted from 0 -> their places in the user's words
+
+SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation",
+          "dev": "validation", "test": "test"}  # fmt: skip
+
+
+def load(source_or_rows: str | Dataset | Iterable[Mapping[str, Any]], split: str | None) -> tuple[str, Dataset, Where]:
+    """Return a name, the rows and a way to name their places, for a source or for rows held in memory."""
+    if isinstance(source_or_rows, str):
+        return source_or_rows, read_rows(source_or_rows, split), partial(locate, source_or_rows, split)
+    is_dataset = isinstance(source_or_rows, need("datasets", "train").Dataset)
+    rows = source_or_rows if is_dataset else from_records(source_or_rows)
+    return "rows in memory", rows, lambda numbers: [f"row {number + 1}" for number in numbers]
+
+
+def read_rows(source: str, split: str | None = None) -> Dataset:
+    """Read every row of a file, a folder or a hub dataset; `split` chooses among those of a folder or of the hub.
+
+    Raises `DataError` when nothing is there, nothing is in it, a line is malformed or a column mixes types.
+    """
+    if Path(source).exists() or _looks_local(source):
+        files = data_files(source, split)
+        rows = _dataset([_table(file) for file in files], files)
+    else:
+        rows = _from_hub(source, split)
+    if len(rows) == 0:
+        raise DataError(f"{source}: the dataset is empty; at least one row is needed")
+    return rows
+
+
+def from_records(records: Iterable[Mapping[str, Any]]) -> Dataset:
+    """Turn rows held in memory into a `Dataset` whose columns are the union of their keys."""
+    table = _columns_to_table([(number, dict(row)) for number, row in enumerate(records, 1)], "row")
+    if table.num_rows == 0:
+        raise DataError("the dataset is empty; at least one row is needed")
+    return _dataset([table], [])
+
+
+def locate(source: str, split: str | None, rows: Sequence[int]) -> list[str]:
+    """Name file and line of the given rows (counted from 0) of `read_rows(source, split)`."""
+    if not Path(source).exists():
+        return [f"{source} row {row + 1}" for row in rows]
+    wanted, found, count = set(rows), dict[int, str](), 0
+    for file in data_files(source, split):
+        for line, _ in _records(file):
+            if count in wanted:
+                found[count] = f"{file} {_unit(file)} {line}"
+            count += 1
+    return [found[row] for row in rows]
+
+
+def data_files(source: str, split: str | None) -> list[Path]:
+    """List the data files behind a local source, in a fixed order, refusing to mix train with test."""
+    path = Path(source)
+    known = ", ".join(_READERS)
+    if not path.exists():
+        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"{source}: no such file or folder{did_you_mean(path.name, near)}")
+    if path.is_file():
+        if path.suffix not in _READERS:
+            raise DataError(
+                f"{source}: cannot read '{path.suffix or 'a file without suffix'}'; expected one of {known}"
+            )
+        return [path]
+    files = sorted(p for p in path.rglob("*") if p.suffix in _READERS and not p.name.startswith("."))
+    named = defaultdict(list)
+    for file in files:
+        named[SPLITS.get(re.split(r"[-_.]", file.stem)[0], file.stem)].append(file)
+    if not files:
+        raise DataError(f"{source}: the folder holds no data files; expected {known}")
+    if split is not None:
+        files = named.get(SPLITS.get(split, split), [])
+        if not files:
+            raise DataError(f"{source}: no file of split '{split}'; found {sorted(named)}{did_you_mean(split, named)}")
+    elif len(named.keys() & set(SPLITS.values())) > 1:
+        raise DataError(f"{source}: the folder holds {sorted(named)}; name one file or choose a split")
+    return files
+
+
+def _looks_local(source: str) -> bool:
+    return Path(source).suffix in _READERS or source.startswith((".", "/", "~")) or source.endswith("/")
+
+
+def _from_hub(source: str, split: str | None) -> Dataset:
+    datasets = need("datasets", "train")
+    try:
+        found = datasets.load_dataset(source, split=split)
+    except Exception as error:  # the hub's client raises a dozen unrelated types
+        raise DataError(
+            f"'{source}' is neither a local file or folder (looked in {Path.cwd()}) nor a dataset the hub could give: "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+        ) from error
+    if isinstance(found, dict):
+        if len(found) > 1:
+            raise DataError(f"{source}: the dataset has the splits {sorted(found)}; choose one")
+        found = next(iter(found.values()))
+    rows: Dataset = found
+    return rows
+
+
+def _dataset(tables: list[Table], files: list[Path]) -> Dataset:
+    datasets, pa = need("datasets", "train"), need("pyarrow", "train")
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        names = listing([str(file) for file in files])
+        raise DataError(f"these files do not hold the same columns ({error}):\n{names}") from error
+    rows: Dataset = datasets.Dataset(table)
+    return rows
+
+
+def _table(file: Path) -> Table:
+    if file.suffix == ".parquet":  # keeps class names, which live in the file's schema
+        return _read_parquet(file)
+    return _columns_to_table(list(_records(file)), f"{file} {_unit(file)}")
+
+
+def _columns_to_table(records: list[Record], unit: str) -> Table:
+    pa = need("pyarrow", "train")
+    names = dict.fromkeys(name for _, row in records for name in row)
+    try:
+        return pa.table({name: pa.array([row.get(name) for _, row in records]) for name in names})
+    except pa.ArrowException as error:
+        mixed = [f"{unit} {line}: {what}" for line, what in _mixed(records)]
+        raise DataError(f"a column must hold one type of value:\n{listing(mixed or [f'{unit}s: {error}'])}") from error
+
+
+def _mixed(records: list[Record]) -> list[tuple[int, str]]:
+    """Find the values whose type is not the usual one of their place, e.g. `messages[].content`."""
+    seen: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for line, row in records:
+        for place, kind in _kinds(row, ""):
+            seen[place][kind].append(line)
+    found = []
+    for place, kinds in seen.items():
+        usual = max(kinds, key=lambda kind: len(kinds[kind]))
+        for kind, lines in kinds.items():
+            if kind != usual:
+                found += [(line, f"'{place}' is {kind}, but {usual} in {len(kinds[usual])} rows") for line in lines]
+    return sorted(found)
+
+
+def _kinds(value: Any, place: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        inner = [(f"{place}.{key}".lstrip("."), item) for key, item in value.items()]
+    else:
+        inner = [(f"{place}[]", item) for item in value] if isinstance(value, list) else []
+    if place and value is not None:
+        yield place, kind_of(value)
+    for where, item in inner:
+        yield from _kinds(item, where)
+
+
+def kind_of(value: object) -> str:
+    """Name a JSON value's type in the words of an error message."""
+    if value is None:
+        return "null"
+    names = ((bool, "a boolean"), ((int, float), "a number"), (str, "a string"), (list, "a list"), (dict, "an object"))
+    return next((name for kind, name in names if isinstance(value, kind)), type(value).__name__)
+
+
+def _records(file: Path) -> Iterator[Record]:
+    try:
+        yield from _READERS[file.suffix][1](file)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from error
+
+
+def _unit(file: Path) -> str:
+    return _READERS[file.suffix][0]
+
+
+def _read_jsonl(file: Path) -> Iterator[Record]:
+    bad = []
+    with file.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                bad.append(f"{file} line {number}: {error.msg} at column {error.colno}")
+                continue
+            if isinstance(row, dict):
+                yield number, row
+            else:
+                bad.append(f"{file} line {number}: is {kind_of(row)}")
+    if bad:
+        raise DataError(f"each line must be one JSON object, as {{...}}:\n{listing(bad)}")
+
+
+def _read_json(file: Path) -> Iterator[Record]:
+    text = file.read_text(encoding="utf-8-sig")
+    if not text.lstrip().startswith("["):
+        yield from _read_jsonl(file)
+        return
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file} line {error.lineno}: {error.msg} at column {error.colno}") from error
+    bad = [f"{file} entry {n}: is {kind_of(row)}" for n, row in enumerate(rows, 1) if not isinstance(row, dict)]
+    if bad:
+        raise DataError(f"each entry must be one JSON object, as {{...}}:\n{listing(bad)}")
+    yield from enumerate(rows, 1)
+
+
+def _read_csv(file: Path) -> Iterator[Record]:
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines)
+        for row in reader:
+            if None in row:
+                raise DataError(f"{file} line {reader.line_num}: more cells than columns; quote cells that hold commas")
+            yield reader.line_num, row
+
+
+def _read_parquet(file: Path) -> Table:
+    parquet = need("pyarrow.parquet", "train")
+    try:
+        return parquet.read_table(file)
+    except need("pyarrow", "train").ArrowException as error:
+        raise DataError(f"{file}: not a readable Parquet file ({error})") from error
+
+
+_READERS: dict[str, tuple[str, Callable[[Path], Iterable[Record]]]] = {
+    ".jsonl": ("line", _read_jsonl),
+    ".json": ("entry", _read_json),
+    ".csv": ("line", _read_csv),
+    ".parquet": ("row", lambda file: enumerate(_read_parquet(file).to_pylist(), 1)),
+}

@@ -1,0 +1,88 @@
+"""What became of the rows: a value for the terminal, for events and for the run's record. Nothing is lost silently."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from lorakit.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """Counts of rows and tokens from reading to packing.
+
+    `rows` were read and `kept` are left; `tokens` and `trained_tokens` (those that carry loss; for classification one
+    a row) count what is left, `tokens_lost` what was dropped or cut off; `longest` is the longest row before that.
+    `packs` and `packing_efficiency` (tokens over room) are None without packing.
+    """
+
+    source: str
+    format: str
+    rows: int
+    kept: int
+    tokens: int
+    trained_tokens: int
+    longest: int
+    max_length: int
+    dropped_overlong: int = 0
+    cut: int = 0
+    split: int = 0
+    tokens_lost: int = 0
+    duplicates: int = 0
+    separator_used: str = ""
+    packs: int | None = None
+    packing_efficiency: float | None = None
+
+    def lines(self) -> list[str]:
+        """Say it in lines for a terminal, the losses only where there are any."""
+        lines = [
+            f"{self.source}: {self.rows:,} rows, format {self.format}",
+            f"{self.tokens:,} tokens, {self.trained_tokens:,} of them trained "
+            f"({self.trained_tokens / max(self.tokens, 1):.0%}); longest row {self.longest:,}",
+        ]
+        overlong = f"longer than max_length {self.max_length:,}"
+        if self.dropped_overlong:
+            share = self.dropped_overlong / self.rows
+            lines.append(
+                f"dropped {self.dropped_overlong:,} rows ({share:.1%}) {overlong}: {self.tokens_lost:,} tokens"
+            )
+        if self.cut:
+            share = self.cut / self.rows
+            lines.append(f"cut {self.cut:,} rows ({share:.1%}) {overlong}: {self.tokens_lost:,} tokens lost")
+        if self.split:
+            lines.append(f"split {self.split:,} rows {overlong}; no token lost")
+        if self.duplicates:
+            lines.append(f"{self.duplicates:,} rows repeat an earlier one")
+        if self.separator_used:
+            lines.append(f"prompt and completion are joined by {self.separator_used!r}")
+        if self.packs is not None:
+            lines.append(f"packed into {self.packs:,} rows of {self.max_length:,}, {self.packing_efficiency:.1%} full")
+        return lines
+
+    def to_json(self) -> dict[str, object]:
+        """Return the fields as plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Rows as tensors-to-be, what became of the rest, and for classification the class names in id order."""
+
+    dataset: Dataset
+    report: DataReport
+    labels: tuple[str, ...] | None = None
+
+
+def check_vocabulary(highest: int, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> None:
+    """Raise `DataError` when an id lies beyond the `vocab_size` rows of the model's embedding."""
+    if vocab_size is not None and highest >= vocab_size:
+        raise DataError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model only {vocab_size} rows: the data uses id {highest} "
+            f"({tokenizer.convert_ids_to_tokens(highest)!r}); use the tokenizer the model came with, or resize its "
+            "embedding"
+        )
