@@ -20,8 +20,8 @@ LEVELS: dict[str, float] = {
     "errors": 0,
     "core": 1,
     **dict.fromkeys(("methods", "hosts", "inits", "context", "kernels"), 2),
-    **dict.fromkeys(("inject", "plan", "persist", "combine", "spectral", "data"), 3),
-    **dict.fromkeys(("train", "serve", "report", "search"), 4),
+    **dict.fromkeys(("inject", "planning", "persist", "combining", "spectral", "data"), 3),
+    **dict.fromkeys(("training", "serve", "report", "search"), 4),
     "__init__": 4.5,
     **dict.fromkeys(("cli", "studio"), 5),
     "__main__": 6,
@@ -60,7 +60,7 @@ HEAVY = frozenset(
         "wandb",
     ]
 )
-AT_THE_TOP = {"train": HEAVY, "cli": frozenset({"typer", "click", "rich"})}  # rooms whose purpose is the package
+AT_THE_TOP = {"training": HEAVY, "cli": frozenset({"typer", "click", "rich"})}  # rooms whose purpose is the package
 OWNERS = {
     "bitsandbytes": ("hosts/bnb.py",),
     "matplotlib": ("report/plots.py",),
@@ -174,14 +174,14 @@ def heavy_packages_have_owners(source: Source) -> Iterator[tuple[int, str]]:
 
 
 def trainer_stays_in_train(source: Source) -> Iterator[tuple[int, str]]:
-    if source.room == "train":
+    if source.room == "training":
         return
     for item in imports(source):
         if item.package == "transformers" and (item.name in TRAINER or "trainer" in item.module):
-            yield item.line, "names transformers' Trainer, which only train/ may"
+            yield item.line, "names transformers' Trainer, which only training/ may"
     for node in ast.walk(source.tree):
         if isinstance(node, ast.Attribute) and node.attr in TRAINER:
-            yield node.lineno, "names transformers' Trainer, which only train/ may"
+            yield node.lineno, "names transformers' Trainer, which only training/ may"
 
 
 def only_the_command_line_prints(source: Source) -> Iterator[tuple[int, str]]:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.architecture import HEAVY, LINES, violations
+import lorakit
+from tests.architecture import HEAVY, LEVELS, LINES, violations
 
 ROOT = Path(__file__).parents[1] / "src" / "lorakit"
 REASON = '"""A reason."""\n'
@@ -19,7 +20,7 @@ REASON = '"""A reason."""\n'
 
 def plant(root: Path, path: str, text: str) -> list[str]:
     """Write one file into an otherwise faultless package and return what the checker says."""
-    for name in ("__init__.py", "errors.py", "core/site.py", "methods/lora.py", "train/trainer.py"):
+    for name in ("__init__.py", "errors.py", "core/site.py", "methods/lora.py", "training/trainer.py"):
         file = root / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(REASON)
@@ -42,7 +43,7 @@ def test_the_house_keeps_its_rules() -> None:
         ("core/host.py", "from lorakit.methods.lora import Lora", "'core' imports up, from 'methods'"),
         ("core/host.py", "from ..methods import lora", "'core' imports up, from 'methods'"),
         ("core/host.py", "from .. import methods", "'core' imports up, from 'methods'"),
-        ("core/host.py", "import lorakit.train.trainer", "'core' imports up, from 'train'"),
+        ("core/host.py", "import lorakit.training.trainer", "'core' imports up, from 'training'"),
         ("core/host.py", "def f():\n    from lorakit import inject", "'core' imports up, from 'inject'"),
         ("core/host.py", "if TYPE_CHECKING:\n    from lorakit import inject", "'core' imports up, from 'inject'"),
         ("core/host.py", "need('lorakit.inject.attach', 'train')", "'core' imports up, from 'inject'"),
@@ -51,16 +52,16 @@ def test_the_house_keeps_its_rules() -> None:
         ("core/registry.py", "def f():\n    import lorakit.inject", "'core' imports up, from 'inject'"),
         ("persist/peft.py", "from lorakit import attach", "'persist' imports up, from '__init__'"),
         ("persist/peft.py", "import lorakit", "'persist' imports up, from '__init__'"),
-        ("train/trainer.py", "from lorakit.cli import main", "'train' imports up, from 'cli'"),
+        ("training/trainer.py", "from lorakit.cli import main", "'training' imports up, from 'cli'"),
         ("__init__.py", "from lorakit.cli import main", "'__init__' imports up, from 'cli'"),
         # siblings are strangers
         ("methods/dora.py", "from lorakit.hosts.ops import Linear", "'methods' imports its sibling 'hosts'"),
         ("inject/merge.py", "from lorakit.persist import native", "'inject' imports its sibling 'persist'"),
-        ("serve/bank.py", "from ..train import trainer", "'serve' imports its sibling 'train'"),
+        ("serve/bank.py", "from ..training import trainer", "'serve' imports its sibling 'training'"),
         ("studio/app.py", "from lorakit.cli import main", "'studio' imports its sibling 'cli'"),
         # the registry stands between
         ("inject/attach.py", "from lorakit.methods.lora import Lora", "'inject' reaches 'methods' directly"),
-        ("train/trainer.py", "from lorakit import hosts", "'train' reaches 'hosts' directly"),
+        ("training/trainer.py", "from lorakit import hosts", "'training' reaches 'hosts' directly"),
         ("cli/train.py", "def f():\n    import lorakit.methods.lora", "'cli' reaches 'methods' directly"),
         # every room has a level
         ("helpers/misc.py", "x = 1", "'helpers' has no level"),
@@ -75,7 +76,7 @@ def test_the_house_keeps_its_rules() -> None:
         ("data/show.py", "import typer", "imports typer while being imported"),
         ("cli/train.py", "import transformers", "imports transformers while being imported"),
         ("report/plots.py", "import matplotlib.pyplot", "imports matplotlib while being imported"),
-        ("train/curve.py", "def f():\n    import matplotlib", "names matplotlib, which only report/plots.py may"),
+        ("training/curve.py", "def f():\n    import matplotlib", "names matplotlib, which only report/plots.py may"),
         ("persist/q.py", "def f():\n    need('bitsandbytes', 'quant')", "names bitsandbytes, which only hosts/bnb.py"),
         ("serve/engine.py", "def f():\n    import fastapi", "names fastapi, which only serve/http.py and studio/ may"),
         # transformers' Trainer
@@ -109,8 +110,8 @@ def test_a_file_without_its_reason_is_named(tmp_path: Path, text: str) -> None:
         ("core/registry.py", "def f():\n    return importlib.import_module('lorakit.methods')"),
         ("methods/dora.py", "from . import lora\nfrom .lora import Lora\nfrom ..core import site"),
         ("inject/attach.py", "from lorakit.core.registry import methods\nfrom lorakit.kernels import lora"),
-        ("train/trainer.py", "from transformers import Trainer\nimport accelerate\nfrom lorakit import inject"),
-        ("train/trainer.py", "class Ours(transformers.Trainer):\n    pass"),
+        ("training/trainer.py", "from transformers import Trainer\nimport accelerate\nfrom lorakit import inject"),
+        ("training/trainer.py", "class Ours(transformers.Trainer):\n    pass"),
         ("persist/hub.py", "def f():\n    import peft"),
         ("persist/hub.py", "async def f():\n    need('transformers', 'train')"),
         ("persist/hub.py", "if TYPE_CHECKING:\n    from transformers import PreTrainedModel"),
@@ -120,14 +121,22 @@ def test_a_file_without_its_reason_is_named(tmp_path: Path, text: str) -> None:
         ("report/plots.py", "def f():\n    import matplotlib.pyplot"),
         ("studio/app.py", "def f():\n    import fastapi"),
         ("cli/__init__.py", "import typer\nfrom lorakit import attach\nprint(1)"),
-        ("cli/train.py", "def f():\n    from lorakit.train.trainer import train"),
-        ("__init__.py", "if TYPE_CHECKING:\n    from .methods.lora import Lora\n    from .train.trainer import train"),
+        ("cli/train.py", "def f():\n    from lorakit.training.trainer import train"),
+        (
+            "__init__.py",
+            "if TYPE_CHECKING:\n    from .methods.lora import Lora\n    from .training.trainer import train",
+        ),
         ("__main__.py", "from lorakit.cli import main"),
         ("core/host.py", "\n" * (LINES - 1)),
     ],
 )
 def test_what_the_design_allows_passes(tmp_path: Path, path: str, line: str) -> None:
     assert plant(tmp_path, path, REASON + line) == []
+
+
+def test_no_room_has_the_name_of_a_public_verb() -> None:
+    # Python would bind the folder over the verb, depending on what was imported first (docs/adr/0002).
+    assert not set(lorakit.__all__) & set(LEVELS)
 
 
 def test_all_faults_are_listed_at_once(tmp_path: Path) -> None:

@@ -1,0 +1,126 @@
+"""The documents tell the truth: their commands run, their links lead somewhere, and both READMEs say the same.
+
+A fenced bash or python block that follows the line `<!-- test -->` is run, in order with its neighbours, in one empty
+folder; `<!-- test: slow -->` marks one that only `make test-slow` runs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+READMES = ("README.md", "README.ko.md")
+FENCE = re.compile(r"^(?:<!-- (test|test: slow) -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block: its language, its text, and whether tests run it (`test`, `test: slow` or nothing)."""
+
+    language: str
+    text: str
+    mark: str
+
+
+def blocks(markdown: str) -> list[Block]:
+    """Return the fenced blocks of a document in order."""
+    return [Block(language, text, mark) for mark, language, text in FENCE.findall(markdown)]
+
+
+def run(story: list[Block], folder: Path) -> list[str]:
+    """Run marked blocks one after the other in `folder`, stop at the first failure and return it with its output."""
+    bin_folder = str(Path(sys.executable).parent)
+    environment = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "NO_COLOR": "1"}
+    commands = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
+    for block in story:
+        done = subprocess.run(
+            [*commands[block.language], block.text],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        if done.returncode:
+            return [f"exit {done.returncode}:\n{block.text}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"]
+    return []
+
+
+def dead_links(root: Path, documents: list[Path]) -> list[str]:
+    """Return every relative link that leads to no file, as `document: link`."""
+    dead = []
+    for document in documents:
+        prose = FENCE.sub("", document.read_text(encoding="utf-8"))
+        for link in LINK.findall(prose):
+            target = link.split("#")[0]
+            if target and ":" not in target and not (document.parent / target).exists():
+                dead.append(f"{document.relative_to(root)}: {link}")
+    return dead
+
+
+def tree(markdown: str) -> set[str]:
+    """Return the folders of src/lorakit that a README's drawing of the repository names, as `name/`."""
+    drawing = next(block.text for block in blocks(markdown) if "src/lorakit/" in block.text)
+    inside = drawing.split("src/lorakit/", 1)[1]
+    return set(re.findall(r"^ {2}(\w+/)", inside, re.MULTILINE))
+
+
+def documents() -> list[Path]:
+    return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lorakit.cli") is None, reason="lorakit.cli does not exist yet")
+@pytest.mark.parametrize("marks", [{"test"}, pytest.param({"test", "test: slow"}, marks=pytest.mark.slow)])
+def test_the_readme_runs(tmp_path: Path, marks: set[str]) -> None:
+    story = [block for block in blocks((ROOT / "README.md").read_text(encoding="utf-8")) if block.mark in marks]
+    assert story, "README.md marks no block with <!-- test -->"
+    failures = run(story, tmp_path)
+    assert not failures, failures[0]
+
+
+def test_both_readmes_give_the_same_commands() -> None:
+    english, korean = (blocks((ROOT / name).read_text(encoding="utf-8")) for name in READMES)
+    commands = [[b for b in found if b.language in ("bash", "python", "yaml")] for found in (english, korean)]
+    assert commands[0] == commands[1]
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_drawn_tree_is_the_tree(name: str) -> None:
+    drawn = tree((ROOT / name).read_text(encoding="utf-8"))
+    rooms = {f"{file.parent.name}/" for file in (ROOT / "src" / "lorakit").glob("*/*") if file.suffix in (".py", ".md")}
+    assert drawn == rooms, f"{name} lacks {sorted(rooms - drawn)} and invents {sorted(drawn - rooms)}"
+
+
+def test_every_relative_link_leads_somewhere() -> None:
+    assert not dead_links(ROOT, documents())
+
+
+def test_a_failing_block_and_a_dead_link_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "[here](page.md#top) [web](https://example.org) [gone](gone.md)\n\n"
+        "<!-- test -->\n```bash\necho one > made\n```\n\n"
+        "```bash\nexit 1\n```\n\n"
+        "<!-- test -->\n```python\nassert open('made').read() == 'one\\n'\n```\n\n"
+        "<!-- test: slow -->\n```bash\nfalse | cat\n[not](a-link.md)\n```\n"
+    )
+    found = blocks(page.read_text())
+    assert [(block.language, block.mark) for block in found] == [
+        ("bash", "test"),
+        ("bash", ""),
+        ("python", "test"),
+        ("bash", "test: slow"),
+    ]
+    assert run([found[0], found[2]], tmp_path) == []
+    assert run([found[3], found[1]], tmp_path)[0].startswith("exit 1:\nfalse | cat")
+    assert dead_links(tmp_path, [page]) == ["page.md: gone.md"]
