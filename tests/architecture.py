@@ -31,34 +31,11 @@ REGISTRY = "core/registry.py"  # and it alone may look up, when asked
 
 # Slow to import or optional, so they wait inside the function that needs them.
 HEAVY = frozenset(
-    [
-        "accelerate",
-        "bitsandbytes",
-        "click",
-        "datasets",
-        "fastapi",
-        "huggingface_hub",
-        "jinja2",
-        "loralib",
-        "matplotlib",
-        "optuna",
-        "pandas",
-        "peft",
-        "prometheus_client",
-        "pyarrow",
-        "rich",
-        "sacrebleu",
-        "scipy",
-        "sentence_transformers",
-        "sklearn",
-        "starlette",
-        "tensorboard",
-        "tokenizers",
-        "transformers",
-        "typer",
-        "uvicorn",
-        "wandb",
-    ]
+    (
+        "accelerate bitsandbytes click datasets fastapi huggingface_hub jinja2 loralib matplotlib optuna pandas peft "
+        "prometheus_client pyarrow rich sacrebleu scipy sentence_transformers sklearn starlette tensorboard "
+        "tokenizers transformers typer uvicorn wandb"
+    ).split()
 )
 AT_THE_TOP = {"training": HEAVY, "cli": frozenset({"typer", "click", "rich"})}  # rooms whose purpose is the package
 OWNERS = {
@@ -66,9 +43,7 @@ OWNERS = {
     "matplotlib": ("report/plots.py",),
     **dict.fromkeys(("fastapi", "uvicorn", "starlette"), ("serve/http.py", "studio/")),
 }
-TRAINER = frozenset(
-    ["Trainer", "Seq2SeqTrainer", "TrainerCallback", "TrainerControl", "TrainerState", "TrainingArguments"]
-)
+TRAINER = frozenset("Trainer Seq2SeqTrainer TrainerCallback TrainerControl TrainerState TrainingArguments".split())
 IMPORTERS = frozenset({"need", "import_module"})  # calls that import the module named by their first argument
 
 
