@@ -136,7 +136,7 @@ def swap_in(module: nn.Module, host: Host) -> Adapters:
     """Make `module` an adapted one (once) and return its updates."""
     if not isinstance(module, Adapted):
         module.adapters = Adapters(host).train(module.training)
-        module.__class__ = adapted_class(type(module))  # type: ignore[assignment]
+        module.__class__ = adapted_class(type(module))
     return cast(Adapters, module.adapters)
 
 
@@ -145,7 +145,7 @@ def swap_out(module: nn.Module) -> None:
     if isinstance(module, Adapted):
         base = base_class(module)
         del module.adapters
-        module.__class__ = base
+        module.__class__ = base  # type: ignore[assignment]
 
 
 def _revive(base: type[nn.Module]) -> nn.Module:

@@ -6,6 +6,7 @@ A spec is frozen, validated when made, equal by value, and JSON both ways; the r
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,20 +21,18 @@ VERSION = 1
 class Targets:
     """Which sites: patterns to include, patterns to leave out, and the layers to stay in (see docs/targets.md)."""
 
-    include: tuple[str, ...] = ("all-linear",)
-    exclude: tuple[str, ...] = ()
+    include: Sequence[str] = ("all-linear",)
+    exclude: Sequence[str] = ()
     layers: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
-            listed = _as_tuple(getattr(self, name))
+            listed = _words(getattr(self, name))
             object.__setattr__(self, name, listed)
             if bad := [p for p in listed if not isinstance(p, str) or not p.strip()]:
                 raise SpecError(f"targets must be non-empty names or patterns, not {bad[0]!r}")
         if not self.include:
             raise SpecError("targets is empty; name at least one pattern, for example all-linear")
-        if self.layers is not None:
-            object.__setattr__(self, "layers", ",".join(str(item) for item in _as_tuple(self.layers)))
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,9 @@ class Override:
     fields: tuple[tuple[str, Any], ...]
 
     @classmethod
-    def of(cls, pattern: str | tuple[str, ...] = "*", *, layers: str | None = None, **fields: Any) -> Override:
+    def of(cls, pattern: Sequence[str] = "*", *, layers: str | None = None, **fields: Any) -> Override:
         """Return the override of `fields` (`rank=8, alpha=16`) at `pattern`, within `layers`."""
-        include = (pattern,) if isinstance(pattern, str) else tuple(pattern)
-        return cls(Targets(include, (), layers), tuple(sorted(fields.items())))
+        return cls(Targets(pattern, (), layers), tuple(sorted(fields.items())))
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,9 @@ class AdapterSpec:
 
     method: Method
     targets: Targets = field(default_factory=Targets)
-    train: tuple[str, ...] = ()
+    train: Sequence[str] = ()
     dropout: float = 0.0
-    overrides: tuple[Override, ...] = ()
+    overrides: Sequence[Override] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -66,7 +64,7 @@ class AdapterSpec:
             raise SpecError(f"method must be a lorakit method such as LoRA(rank=16), not {self.method!r}")
         if not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
             raise SpecError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
-        object.__setattr__(self, "train", _as_tuple(self.train))
+        object.__setattr__(self, "train", _words(self.train))
         object.__setattr__(self, "overrides", tuple(self.overrides))
         for override in self.overrides:
             self.method_with(override)
@@ -134,9 +132,9 @@ def method_from_json(data: dict[str, Any]) -> Method:
     return made
 
 
-def _as_tuple(value: Any) -> tuple[Any, ...]:
-    """Return one thing, or a list of things, as a tuple."""
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
+def _words(value: Sequence[str]) -> tuple[str, ...]:
+    """Return one word, or a list of words, as a tuple."""
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def _targets_to_json(targets: Targets) -> dict[str, Any]:

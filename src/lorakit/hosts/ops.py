@@ -33,7 +33,7 @@ class Lookup(Op):
 
     def apply(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         """Return the columns of `weight (out, vocabulary)` that `x` names."""
-        row = F.embedding(x, weight.T)
+        row = F.embedding(x, weight.T, padding_idx=module.padding_idx)  # type: ignore[arg-type]
         scale = getattr(module, "embed_scale", None)
         return row if scale is None else row * scale
 

@@ -270,4 +270,4 @@ def _copy(adapter: Adapter, values: dict[str, Tensor]) -> None:
 
 def _generator(seed: int, key: str) -> torch.Generator:
     """Return the generator of one site: its start depends on the seed and its path alone, not on its neighbours."""
-    return torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(key.encode()))
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {key}".encode()))  # torch's CPU generator takes 32 bits

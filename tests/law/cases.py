@@ -1,0 +1,119 @@
+"""The two axes of the law matrix: every layer kind, and every method in a few configurations.
+
+A new method or a new kind is one entry here; the laws then run over it by themselves, and a registered one without an
+entry fails `test_the_matrix_covers_the_registry`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lorakit.core.adapters import Adapter
+from lorakit.core.method import Method
+from lorakit.core.registry import host_of
+from lorakit.core.spec import AdapterSpec, Targets
+from lorakit.inject.attach import adapters_named, attach
+from lorakit.methods.lora import LoRA
+
+
+class Net(nn.Module):
+    """A model of one layer, so that it has a path."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output."""
+        y: Tensor = self.layer(x)
+        return y
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One layer kind: how to build a layer, and a batch of three rows for it."""
+
+    layer: Callable[[], nn.Module]
+    inputs: Callable[[], Tensor]
+
+
+def _conv1d() -> nn.Module:
+    layer = Conv1D(8, 12)
+    nn.init.normal_(layer.bias)
+    return layer
+
+
+KINDS: dict[str, Kind] = {
+    "linear": Kind(lambda: nn.Linear(12, 8), lambda: torch.randn(3, 5, 12)),
+    "linear, no bias": Kind(lambda: nn.Linear(12, 8, bias=False), lambda: torch.randn(3, 12)),
+    "transposed-linear": Kind(_conv1d, lambda: torch.randn(3, 5, 12)),
+    "embedding": Kind(lambda: nn.Embedding(12, 8, padding_idx=0), lambda: torch.randint(0, 12, (3, 5))),
+    "conv1d": Kind(lambda: nn.Conv1d(12, 8, 3, padding=2, dilation=2), lambda: torch.randn(3, 12, 9)),
+    "conv2d": Kind(lambda: nn.Conv2d(12, 8, 3, stride=2, padding=1), lambda: torch.randn(3, 12, 9, 9)),
+    "conv2d, grouped, reflected": Kind(
+        lambda: nn.Conv2d(12, 8, 3, groups=2, padding=1, padding_mode="reflect"), lambda: torch.randn(3, 12, 7, 7)
+    ),
+    "conv2d, circular, no bias": Kind(
+        lambda: nn.Conv2d(12, 8, (3, 1), padding="same", padding_mode="circular", bias=False),
+        lambda: torch.randn(3, 12, 5, 5),
+    ),
+    "conv3d": Kind(lambda: nn.Conv3d(12, 8, (1, 2, 2), groups=4), lambda: torch.randn(3, 12, 3, 4, 4)),
+}
+
+METHODS: dict[str, Method] = {
+    "lora": LoRA(rank=4, alpha=8.0),
+    "lora, rank-stabilised": LoRA(rank=4, alpha=8.0, stabilised=True),
+}
+
+PAIRS = [(kind, method) for kind in KINDS for method in METHODS]
+
+
+def net(kind: str, *methods: str, rows: str = "", dtype: torch.dtype = torch.float32) -> Net:
+    """Return a one-layer model with each named method attached as `n0`, `n1`, ..., its tensors moved off the start."""
+    model = Net(KINDS[kind].layer()).to(dtype)
+    for i, method in enumerate(methods):
+        attach(model, AdapterSpec(METHODS[method], Targets(f"layer{rows}")), f"n{i}")
+        for adapter in adapters_named(model, f"n{i}"):
+            jitter(adapter)
+    return model
+
+
+@torch.no_grad()
+def jitter(adapter: Adapter) -> None:
+    """Move every tensor off its starting value, so that no law holds trivially."""
+    for values in adapter.parameters():
+        values.add_(0.3 * torch.randn_like(values))
+
+
+def inputs(kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a batch of three rows."""
+    x = KINDS[kind].inputs()
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+def dense(model: Net, x: Tensor, weight: Tensor) -> Tensor:
+    """Return `op(x; weight) + b`, with torch's own layer and another weight."""
+    host = host_of(model.layer)
+    assert host is not None
+    y = host.op.apply(model.layer, x, weight)
+    bias: Any = getattr(model.layer, "bias", None)
+    return y if bias is None else y + host.op.channel(bias, y)
+
+
+def weight_of(model: Net) -> Tensor:
+    """Return the base weight in canonical layout."""
+    host = host_of(model.layer)
+    assert host is not None
+    return host.store.read(model.layer).detach()
+
+
+def deltas(model: Net, name: str) -> Iterator[Tensor]:
+    """Yield dW of each update of one name."""
+    for adapter in adapters_named(model, name):
+        yield adapter.delta(weight_of(model))
