@@ -1,4 +1,4 @@
-"""Parity with PEFT, an implementation we did not write: same factors, same outputs and gradients, on each layer kind."""
+"""Parity with PEFT, which we did not write: same factors, same outputs and gradients, on each layer kind."""
 
 from __future__ import annotations
 

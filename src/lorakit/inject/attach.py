@@ -245,6 +245,7 @@ def _unhook(module: nn.Module) -> Any:
         from accelerate.hooks import remove_hook_from_module
 
         remove_hook_from_module(module)
+        vars(module).pop("forward", None)  # it leaves the old class's forward bound to the instance
     return hook
 
 

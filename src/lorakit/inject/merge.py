@@ -44,6 +44,7 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, *, untie: bool =
     """
     ledger = ledger_of(model)
     layers = {path: m for path, m in model.named_modules() if isinstance(m, Adapted)}
+    shared = _shared(model)
     if names is None:
         names = [
             n for n in ledger.specs if any(n in m.adapters.weights for m in layers.values()) or n in ledger.swapped_in
@@ -52,7 +53,7 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, *, untie: bool =
         ledger.require(name)
     merging = {path: _weights(m.adapters, names) for path, m in layers.items()}
     merging = {path: weights for path, weights in merging.items() if weights}
-    _refuse(model, {path: cast(nn.Module, layers[path]) for path in merging}, merging, untie)
+    _refuse({path: cast(nn.Module, layers[path]) for path in merging}, merging, {} if untie else shared)
     change = rounding = 0.0
     for write in (False, True):  # a first pass proves every sum finite, so that a refusal changes nothing
         for path, weights in merging.items():
@@ -61,15 +62,34 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, *, untie: bool =
             if write:
                 change = max(change, here.change)
                 rounding = max(rounding, here.rounding)
-                if untie:
-                    module.weight = nn.Parameter(module.weight.detach().clone(), module.weight.requires_grad)  # type: ignore
+                if path in shared:
+                    _untie(model, module)
                 cast(Adapters, module.adapters).host.store.write(module, here.weight)
     for name in names:
         ledger.keep_trained(name)
         detach(model, name)
-    if untie and (config := getattr(model, "config", None)) is not None:
-        config.tie_word_embeddings = False
     return MergeReport(len(merging), change, rounding)
+
+
+def _shared(model: nn.Module) -> dict[str, list[str]]:
+    """Return, for each module whose weight other modules hold too, the other names of that weight."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter.data_ptr() or id(parameter), []).append(name)
+    return {
+        name.removesuffix(".weight"): [other for other in group if other != name]
+        for group in names.values()
+        if len(group) > 1
+        for name in group
+    }
+
+
+def _untie(model: nn.Module, module: nn.Module) -> None:
+    """Give a module a copy of its weight, and the configuration the word that it is its own."""
+    weight = module.get_parameter("weight")
+    module.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+    if (config := getattr(model, "config", None)) is not None:
+        config.tie_word_embeddings = False
 
 
 @dataclass(frozen=True)
@@ -103,25 +123,18 @@ def _weights(adapters: Adapters, names: Sequence[str]) -> dict[str, Weight]:
     return {name: weight for name, weight in adapters.weights.items() if name in names}
 
 
-def _refuse(model: nn.Module, layers: dict[str, nn.Module], merging: dict[str, dict[str, Weight]], untie: bool) -> None:
+def _refuse(layers: dict[str, nn.Module], merging: dict[str, dict[str, Weight]], shared: dict[str, list[str]]) -> None:
     """Raise `MergeError` listing every layer that cannot be merged."""
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(parameter.data_ptr() or id(parameter), []).append(name)
     problems = []
     for path, module in layers.items():
-        adapters = cast(Adapters, module.adapters)
-        for name, adapter in adapters.named():
+        for name, adapter in cast(Adapters, module.adapters).named():
             if name in merging[path] and not isinstance(adapter.method, Static):
                 problems.append(f"{path}: {adapter.method.name} depends on the input, so no single weight equals it")
         for name, weight in merging[path].items():
             if isinstance(weight, Tensor) and weight.dim() > 0:
                 problems.append(f"{path}: {name!r} has one weight per row; choose a number with use() first")
-        weight = cast(Tensor, module.weight)
-        shared = [n for n in owners.get(weight.data_ptr() or id(weight), []) if n != f"{path}.weight"]
-        if shared and not untie:
-            problems.append(
-                f"{path}: its weight is tied to {', '.join(shared)}, which would change too; pass untie=True"
-            )
+        if path in shared:
+            others = ", ".join(shared[path])
+            problems.append(f"{path}: its weight is tied to {others}, which would change too; pass untie=True")
     if problems:
         raise MergeError(f"the model is unchanged; {len(problems)} layer(s) cannot be merged:\n{listing(problems)}")

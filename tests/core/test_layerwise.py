@@ -1,0 +1,38 @@
+"""The layer-wise preset: the published bands, rescaled, with its budget-matched baseline."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorakit.core.layerwise import PROFILES, uniform_rank
+from lorakit.core.spec import AdapterSpec, Targets
+from lorakit.core.targets import resolve
+from lorakit.methods.lora import LoRA
+
+
+def test_32_layers_give_the_published_means() -> None:
+    assert uniform_rank(PROFILES["low"].by_layer(32)) == 10.375
+    assert uniform_rank(PROFILES["high"].by_layer(32)) == 34.75
+    assert PROFILES["low"].by_layer(32) == [2] * 6 + [8] * 12 + [16] * 14
+
+
+@pytest.mark.parametrize("depth", [2, 6, 12, 80])
+def test_every_layer_has_a_rank_at_any_depth(depth: int) -> None:
+    ranks = PROFILES["high"].by_layer(depth)
+    assert len(ranks) == depth
+    assert ranks == sorted(ranks)
+    assert ranks[-1] == 64
+
+
+@pytest.mark.parametrize("stabilised", [False, True])
+def test_every_layer_keeps_the_method_s_scale(stabilised: bool) -> None:
+    method = LoRA(16, 32.0, stabilised)
+    spec = AdapterSpec(method, Targets("q_proj"), overrides=tuple(PROFILES["low"].overrides(method, 6)))
+    from transformers import LlamaConfig
+
+    from tests.core.test_targets import skeleton
+
+    config = LlamaConfig(num_hidden_layers=6, hidden_size=32, intermediate_size=64, num_attention_heads=4)
+    found = [m.method for m in resolve(spec, skeleton(config))]
+    assert [m.rank for m in found] == PROFILES["low"].by_layer(6)  # type: ignore[attr-defined]
+    assert all(abs(m.scale - method.scale) < 1e-12 for m in found)  # type: ignore[attr-defined]

@@ -1,0 +1,292 @@
+"""Attaching to real models: what stays, what is guarded, and what a refusal leaves behind."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from lorakit.core.spec import AdapterSpec, Targets
+from lorakit.errors import AdapterFileError, AliveError, AttachError, LorakitError, TargetError
+from lorakit.inject.activate import active, use
+from lorakit.inject.alive import alive
+from lorakit.inject.attach import adapters_named, attach, detach, state
+from lorakit.inject.sites import sites
+from lorakit.methods.lora import LoRA
+from tests.law.cases import jitter
+from tests.tolerances import assert_close
+
+
+def llama(**changes: object) -> LlamaForCausalLM:
+    """Return a tiny Llama."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, **{**sizes, **changes})).eval()
+
+
+def gpt2() -> GPT2LMHeadModel:
+    """Return a tiny GPT-2."""
+    config = GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    return GPT2LMHeadModel(config).eval()
+
+
+MODELS: list[Callable[[], nn.Module]] = [llama, gpt2]
+IDS = torch.arange(14).reshape(2, 7)
+
+
+def moved(model: nn.Module, spec: AdapterSpec, name: str = "default") -> nn.Module:
+    """Attach and move every tensor off its start."""
+    attach(model, spec, name)
+    for adapter in adapters_named(model, name):
+        jitter(adapter)
+    return model
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_the_base_keeps_its_keys_its_classes_and_its_checkpoint(build: Callable[[], nn.Module]) -> None:
+    model = build()
+    checkpoint = copy.deepcopy(model.state_dict())
+    before = model(IDS).logits
+    moved(model, AdapterSpec(LoRA(4)))
+    assert checkpoint.keys() <= model.state_dict().keys()
+    assert all(isinstance(model.get_submodule(s.path), nn.Module) for s in sites(model).sites)
+    adapted = model(IDS).logits
+    model.load_state_dict(checkpoint, strict=True)
+    assert torch.equal(model(IDS).logits, adapted), "a base checkpoint leaves the adapter alone"
+    with use(model, {}):
+        assert torch.equal(model(IDS).logits, before)
+    assert torch.equal(model(IDS).logits, adapted)
+
+
+def test_the_skeleton_does_not_see_the_adapter() -> None:
+    model = llama()
+    before = sites(model)
+    attach(model, AdapterSpec(LoRA(4)))
+    assert sites(model) == before
+
+
+def test_an_adapted_checkpoint_with_a_missing_tensor_is_not_taken_for_a_bare_base() -> None:
+    model = llama()
+    attach(model, AdapterSpec(LoRA(4)))
+    broken = model.state_dict()
+    del broken["model.layers.0.self_attn.q_proj.adapters.by_name.default.up"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*q_proj.adapters.by_name.default.up"):
+        model.load_state_dict(broken)
+
+
+def test_only_the_adapter_trains() -> None:
+    model = llama()
+    handle = attach(model, AdapterSpec(LoRA(4), train=("model.norm",)))
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {n for n in trainable if "adapters" not in n} == {"model.norm.weight"}
+    assert len(handle.parameters()) == len(trainable)
+    assert "14 updates" in repr(handle)
+
+
+def test_a_refused_adapter_leaves_the_model_as_it_was() -> None:
+    model = llama()
+    before = {k: (type(m), vars(m).keys()) for k, m in model.named_modules()}
+    flags = [p.requires_grad for p in model.parameters()]
+    model.model.layers[1].mlp.down_proj.forward = lambda x: x  # type: ignore[method-assign]
+    for spec in (
+        AdapterSpec(LoRA(4), Targets(("q_proj", "v_porj"))),
+        AdapterSpec(LoRA(4), Targets(("q_proj", "norm"))),
+        AdapterSpec(LoRA(40), Targets("q_proj")),
+        AdapterSpec(LoRA(4), Targets(("q_proj", "down_proj"))),
+        AdapterSpec(LoRA(4), Targets("q_proj"), train=("nrom",)),
+        AdapterSpec(LoRA(4), Targets("q_proj"), train=("q_proj",)),
+    ):
+        with pytest.raises(LorakitError):
+            attach(model, spec)
+    del model.model.layers[1].mlp.down_proj.forward
+    assert {k: (type(m), vars(m).keys()) for k, m in model.named_modules()} == before
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_a_patched_forward_is_refused_by_path() -> None:
+    model = llama()
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.forward = layer.forward  # type: ignore[method-assign]
+    with pytest.raises(
+        AttachError, match=r"replaced `forward` on these layers(.|\n)*model\.layers\.0\.self_attn\.q_proj"
+    ):
+        attach(model, AdapterSpec(LoRA(4)))
+
+
+def test_accelerate_s_hooks_are_put_back_around_the_adapter() -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    seen: list[str] = []
+
+    class Note(ModelHook):  # type: ignore[misc]
+        def pre_forward(self, module: nn.Module, *args: object, **kwargs: object) -> tuple[object, object]:
+            seen.append(type(module).__name__)
+            return args, kwargs
+
+    model, plain = llama(), llama()
+    plain.load_state_dict(model.state_dict())
+    add_hook_to_module(model.model.layers[0].self_attn.q_proj, Note())
+    for m in (model, plain):
+        torch.manual_seed(3)
+        moved(m, AdapterSpec(LoRA(4), Targets("q_proj")))
+    assert torch.equal(model(IDS).logits, plain(IDS).logits)
+    assert seen == ["AdaptedLinear"]
+    detach(model)
+    model(IDS)
+    assert seen == ["AdaptedLinear", "Linear"]
+
+
+def test_alive_passes_a_working_adapter_and_names_the_dead() -> None:
+    model = llama()
+    attach(model, AdapterSpec(LoRA(4), Targets(("q_proj", "v_proj"))))
+    with alive(model):
+        model(IDS, labels=IDS).loss.backward()
+    with (
+        pytest.raises(AliveError, match=r"4 of 4 active adapters were never called(.|\n)*layers\.0\.self_attn\.q_proj"),
+        alive(model),
+    ):
+        model.model.embed_tokens(IDS)
+    model.zero_grad(set_to_none=True)
+    cut = r"4 of 4 active adapters got no gradient(.|\n)*enable_input_require_grads"
+    with pytest.raises(AliveError, match=cut), alive(model), torch.no_grad():
+        model(IDS)
+    use(model, {})
+    with pytest.raises(AliveError, match="no adapter is active on this model"), alive(model):
+        pass
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_of_a_frozen_base_reaches_every_adapter(reentrant: bool) -> None:
+    model = llama().train()
+    attach(model, AdapterSpec(LoRA(4)))
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    with alive(model):
+        model(IDS, labels=IDS).loss.backward()
+
+
+def test_dropout_acts_in_training_only_and_on_the_branch_only() -> None:
+    model = llama()
+    moved(model, AdapterSpec(LoRA(4), dropout=0.5))
+    quiet = model(IDS).logits
+    assert torch.equal(model(IDS).logits, quiet)
+    model.train()
+    assert not torch.equal(model(IDS).logits, quiet)
+    use(model, {})
+    assert torch.equal(model(IDS).logits, model(IDS).logits)
+
+
+def test_names_and_choices_that_cannot_be_are_refused() -> None:
+    model = llama()
+    attach(model, AdapterSpec(LoRA(4)), "support")
+    with pytest.raises(AttachError, match="an adapter named 'support' is attached already; detach it first"):
+        attach(model, AdapterSpec(LoRA(4)), "support")
+    with pytest.raises(AttachError, match=r"adapter name 'a\.b' must be non-empty and without"):
+        attach(model, AdapterSpec(LoRA(4)), "a.b")
+    with pytest.raises(
+        AttachError, match=r"no adapter named 'suport' is attached; did you mean 'support'\?; attached:"
+    ):
+        use(model, {"suport": 1.0})
+    with pytest.raises(AttachError, match="no adapter named 'x'"):
+        detach(model, "x")
+    use(model, {"support": torch.ones(3)})
+    with pytest.raises(AttachError, match=r"q_proj: weights for 3 rows meet a batch of 2; give one weight per row"):
+        model(IDS)
+
+
+def test_each_row_of_a_model_s_batch_chooses() -> None:
+    model = moved(llama(), AdapterSpec(LoRA(4)), "a")
+    moved(model, AdapterSpec(LoRA(2), Targets("mlp")), "b")
+    use(model, {"a": 1.0})
+    a = model(IDS).logits
+    use(model, {"b": 1.0})
+    b = model(IDS).logits
+    with use(model, {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([0.0, 1.0])}):
+        mixed = model(IDS).logits
+    assert_close(mixed, torch.stack([a[0], b[1]]))
+    assert active(model) == {"b": 1.0}
+
+
+def test_modules_trained_whole_come_and_go_with_their_adapter() -> None:
+    model = llama()
+    original = model.lm_head.weight.detach().clone()
+    attach(model, AdapterSpec(LoRA(4), Targets("q_proj"), train=("lm_head",)))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    trained = state(model)
+    assert torch.equal(trained.trained["lm_head.weight"], 2 * original)
+    with use(model, {}):
+        assert torch.equal(model.lm_head.weight, original)
+        assert torch.equal(state(model).trained["lm_head.weight"], 2 * original)
+    assert torch.equal(model.lm_head.weight, 2 * original)
+    with pytest.raises(AttachError, match="adapters 'default' and 'second' both train lm_head.weight whole"):
+        attach(model, trained, "second")
+    with pytest.raises(AttachError, match="'default' trained lm_head.weight whole, which is there or not"):
+        use(model, {"default": torch.ones(2)})
+    detach(model)
+    assert torch.equal(model.lm_head.weight, original)
+    attach(model, trained, "back")
+    assert torch.equal(model.lm_head.weight, 2 * original)
+
+
+def test_a_tied_head_is_trained_once() -> None:
+    model = llama(tie_word_embeddings=True)
+    handle = attach(model, AdapterSpec(LoRA(4), Targets("q_proj"), train=("lm_head", "embed_tokens")))
+    assert sum(p is model.lm_head.weight for p in handle.parameters()) == 1
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.requires_grad
+
+
+def test_an_adapter_of_another_base_is_refused() -> None:
+    torch.manual_seed(1)
+    first = moved(llama(), AdapterSpec(LoRA(4)))
+    given = state(first)
+    torch.manual_seed(2)
+    with pytest.raises(AdapterFileError, match=r"trained on another base(.|\n)*shapes fit but the weights differ"):
+        attach(llama(), given)
+    with pytest.raises(AdapterFileError, match=r"another model: 14 of its 14 layers are not here"):
+        attach(gpt2(), given)
+    with pytest.raises(AdapterFileError, match=r"7 adapter tensor\(s\) do not fit|adapter tensor\(s\) do not fit"):
+        attach(llama(intermediate_size=64), given)
+    half = copy.deepcopy(first)
+    detach(half)
+    attach(half.to(torch.bfloat16), given)  # the same base in another dtype is the same base
+
+
+def test_a_nan_in_a_state_is_named() -> None:
+    model = moved(llama(), AdapterSpec(LoRA(4)))
+    given = state(model)
+    next(iter(given.updates[3].tensors.values()))[0, 0] = torch.nan
+    with pytest.raises(AdapterFileError, match=r"o_proj\.down: holds NaN or infinity"):
+        attach(model, given, "second")
+
+
+def test_a_7b_shape_is_adapted_in_under_two_seconds() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig())
+    began = time.perf_counter()
+    handle = attach(model, AdapterSpec(LoRA(16)))
+    assert time.perf_counter() - began < 2
+    assert sum(p.numel() for p in handle.parameters()) == 39_976_960
+    detach(model)
+    handle = attach(model, AdapterSpec(LoRA(8), Targets(("q_proj", "v_proj"))))
+    assert sum(p.numel() for p in handle.parameters()) == 4_194_304
+
+
+def test_attaching_after_compiling_is_not_ignored() -> None:
+    torch._dynamo.reset()
+    model = llama()
+    compiled = torch.compile(model, backend="eager")
+    before = compiled(IDS).logits
+    moved(model, AdapterSpec(LoRA(4)))
+    assert not torch.equal(compiled(IDS).logits, before)
+    assert_close(compiled(IDS).logits, model(IDS).logits)
+
+
+def test_a_target_that_matches_nothing_says_so_on_a_whole_model() -> None:
+    with pytest.raises(TargetError, match="'c_attn' matched nothing"):
+        attach(llama(), AdapterSpec(LoRA(4), Targets("c_attn")))

@@ -1,0 +1,99 @@
+"""Merging equals the adapted forward, and refuses whatever would make it lie."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lorakit.core.spec import AdapterSpec, Targets
+from lorakit.errors import MergeError
+from lorakit.inject.activate import use
+from lorakit.inject.attach import adapters_named
+from lorakit.inject.merge import merge
+from lorakit.methods.lora import LoRA
+from tests.inject.test_attach import IDS, gpt2, llama, moved
+from tests.law.cases import Net
+from tests.tolerances import assert_close
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_merged_logits_equal_adapted_ones(build: object) -> None:
+    model = moved(build(), AdapterSpec(LoRA(4), Targets(("attention", "mlp"))))  # type: ignore[operator]
+    adapted = model(IDS).logits
+    report = merge(model)
+    assert_close(model(IDS).logits, adapted)
+    assert report.layers > 0
+    assert report.largest_change > 0.01
+    assert not [name for name, _ in model.named_parameters() if "adapters" in name]
+    assert merge(model).layers == 0, "a second merge has nothing to do"
+
+
+def test_merging_one_of_two_keeps_the_other_active() -> None:
+    model = moved(llama(), AdapterSpec(LoRA(4)), "a")
+    moved(model, AdapterSpec(LoRA(2), Targets("mlp")), "b")
+    both = model(IDS).logits
+    merge(model, ["a"])
+    assert_close(model(IDS).logits, both)
+    merge(model)
+    assert_close(model(IDS).logits, both)
+
+
+def test_a_16_bit_merge_rounds_once() -> None:
+    model = moved(llama().to(torch.bfloat16), AdapterSpec(LoRA(4), Targets("q_proj")))
+    layer = model.get_submodule("model.layers.0.self_attn.q_proj")
+    delta = adapters_named(model, "default")[0].delta(layer.get_parameter("weight"))
+    wanted = (layer.get_parameter("weight").float() + delta).to(torch.bfloat16)
+    report = merge(model)
+    assert torch.equal(layer.get_parameter("weight"), wanted)
+    assert 0 < report.largest_rounding < report.largest_change
+
+
+def test_nan_and_overflow_are_refused_and_nothing_changes() -> None:
+    model = moved(llama().to(torch.float16), AdapterSpec(LoRA(4)))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    last = adapters_named(model, "default")[-1]
+    with torch.no_grad():
+        last.get_parameter("up").fill_(60000.0)
+    with pytest.raises(
+        MergeError, match=r"down_proj: merging would write [\d,]+ NaN or infinite values of [\d,]+ in torch.float16"
+    ):
+        merge(model)
+    changed = [k for k, v in model.state_dict().items() if "adapters" not in k and not torch.equal(v, before[k])]
+    assert changed == []
+
+
+def test_merging_refuses_tied_weights_and_unties_on_request() -> None:
+    model = moved(llama(tie_word_embeddings=True), AdapterSpec(LoRA(4), Targets("embed_tokens")))
+    adapted = model(IDS).logits
+    with pytest.raises(MergeError, match=r"embed_tokens: its weight is tied to lm_head.weight(.|\n)*untie=True"):
+        merge(model)
+    merge(model, untie=True)
+    assert model.config.tie_word_embeddings is False  # type: ignore[union-attr]
+    assert_close(model(IDS).logits, adapted)
+
+
+def test_untying_leaves_untied_layers_their_parameters() -> None:
+    model = moved(llama(tie_word_embeddings=True), AdapterSpec(LoRA(4), Targets("q_proj")))
+    weight = model.get_submodule("model.layers.0.self_attn.q_proj").get_parameter("weight")
+    merge(model, untie=True)
+    assert model.get_submodule("model.layers.0.self_attn.q_proj").get_parameter("weight") is weight
+    assert model.config.tie_word_embeddings is True  # type: ignore[union-attr]
+
+
+def test_a_choice_per_row_is_not_mergeable() -> None:
+    model = moved(Net(nn.Linear(6, 6)), AdapterSpec(LoRA(2), Targets("layer")))
+    use(model, {"default": torch.tensor([1.0, 0.0])})
+    with pytest.raises(
+        MergeError, match=r"layer: 'default' has one weight per row; choose a number with use\(\) first"
+    ):
+        merge(model)
+
+
+def test_merging_keeps_modules_trained_whole() -> None:
+    model = moved(llama(), AdapterSpec(LoRA(4), Targets("q_proj"), train=("lm_head",)))
+    with torch.no_grad():
+        model.get_submodule("lm_head").get_parameter("weight").mul_(3)
+    adapted = model(IDS).logits
+    merge(model)
+    assert_close(model(IDS).logits, adapted)
