@@ -1,0 +1,86 @@
+"""Adapters on disk: `save` and `load`, in PEFT's format or lorakit's own, and from the original loralib's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lorakit.errors import AdapterFileError, did_you_mean
+
+if TYPE_CHECKING:
+    from lorakit.core.state import AdapterState
+
+__all__ = ["load", "save"]
+
+
+def save(state: AdapterState, path: str | Path, format: Literal["peft", "native"] = "peft") -> None:
+    """Write an adapter to a directory in one step: the old content or the new, never half of one.
+
+    Args:
+        state: the adapter, from `state(model)` or an analysis.
+        path: the directory; other files in it stay.
+        format: "peft" for LoRA that other tools read, "native" for any method, bit for bit.
+
+    Raises:
+        AdapterFileError: a method or format that cannot be written, or a failed write (the old adapter is intact).
+    """
+    if format == "peft":
+        from lorakit.persist.peft import save_peft
+
+        save_peft(state, path)
+    elif format == "native":
+        from lorakit.persist.native import save_native
+
+        save_native(state, path)
+    else:
+        raise AdapterFileError(f"unknown format {format!r}{did_you_mean(format, ('peft', 'native'))}; peft or native")
+
+
+def load(path: str | Path, *, alpha: float | None = None) -> AdapterState:
+    """Return the adapter at `path`, whichever format it has; `alpha` is for loralib files, which do not store it.
+
+    Raises:
+        AdapterFileError: nothing there, something else there, or an adapter with faults (all of them listed).
+    """
+    from lorakit.persist import native, peft
+    from lorakit.persist.files import resting
+    from lorakit.persist.loralib import load_loralib
+
+    place = resting(path)
+    if not place.exists():
+        raise AdapterFileError(f"{path} does not exist{_near(Path(path))}")
+    if place.is_file():
+        if place.name == native.NATIVE:
+            return native.load_native(place)
+        if place.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+            return load_loralib(place, alpha=alpha)
+        raise AdapterFileError(f"{path} is a file; give the adapter's directory, or a loralib .bin or .pt file")
+    has_native = (place / native.NATIVE).exists()
+    has_peft = (place / peft.CONFIG).exists() or any(place.glob(f"*/{peft.CONFIG}"))
+    if has_native and (place / peft.CONFIG).exists():
+        raise AdapterFileError(f"{path} holds two adapters, {native.NATIVE} and {peft.CONFIG}; move one away")
+    if has_native:
+        return native.load_native(place)
+    if has_peft:
+        return peft.load_peft(place)
+    raise AdapterFileError(f"{path} is no adapter: {_found(place)}")
+
+
+def _near(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"; nor does {path.parent}"
+    return did_you_mean(path.name, [p.name for p in path.parent.iterdir() if not p.name.startswith(".")])
+
+
+def _found(place: Path) -> str:
+    """Return what a directory without an adapter holds, in the user's words."""
+    names = sorted(p.name for p in place.iterdir())
+    weights = [n for n in names if n.startswith(("model", "pytorch_model")) and n.endswith((".safetensors", ".bin"))]
+    if "config.json" in names and weights:
+        return "it holds a full model; give it as the base, and the adapter's directory here"
+    if pickles := [n for n in names if n.endswith((".bin", ".pt", ".pth"))]:
+        return f"it holds {pickles[0]}; if that is a loralib adapter, give the file itself and its alpha"
+    if not names:
+        return "it is empty"
+    shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return f"expected adapter_config.json or adapter.lorakit.safetensors, found {shown}"

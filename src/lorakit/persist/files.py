@@ -1,0 +1,152 @@
+"""Readers that name the file they reject and say plainly what is wrong with it: missing, empty, truncated, corrupt.
+
+Tensors come from safetensors, or from a pickle that is allowed to hold tensors alone; nothing in a file is executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as _tensors_of
+from safetensors.torch import save as _bytes_of
+from torch import Tensor
+
+from lorakit.errors import AdapterFileError
+from lorakit.persist.atomic import atomic_directory, resting, write_file
+
+__all__ = [
+    "atomic_directory",
+    "read_json",
+    "read_pickle",
+    "read_safetensors",
+    "resting",
+    "sha256",
+    "tensors_to_bytes",
+    "to_json",
+    "write_file",
+]
+
+
+def tensors_to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return the bytes of a safetensors file; tensors that share memory are written out each by itself."""
+    seen: set[int] = set()
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        ready = tensor.detach().cpu().contiguous()
+        storage = ready.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != ready.nbytes:
+            ready = ready.clone()
+        seen.add(ready.untyped_storage().data_ptr())
+        plain[name] = ready
+    return bytes(_bytes_of(plain, dict(metadata)))
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return `(tensors, metadata)` of a safetensors file.
+
+    Raises:
+        AdapterFileError: naming the file and whether it is missing, unreadable, empty, truncated or corrupt.
+    """
+    data = _read(Path(path))
+    if problem := _wrong_with(data):
+        raise AdapterFileError(f"{path} {problem}")
+    try:
+        tensors = _tensors_of(data)
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as bad:
+        raise AdapterFileError(f"{path} is corrupt: {bad}; get the file again") from bad
+    return tensors, dict(_header(data).get("__metadata__", {}))
+
+
+def read_pickle(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a torch file, read with `weights_only=True`: no code in it is executed.
+
+    Raises:
+        AdapterFileError: a file that is missing, truncated, or holds anything but named tensors.
+    """
+    if not _read(Path(path), 1):
+        raise AdapterFileError(f"{path} is empty (0 bytes); get the file again")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as refused:
+        reason = str(refused).split("\n")[0][:200]
+        raise AdapterFileError(
+            f"{path} was refused: pickles are not executed here, and this one holds more than tensors, or is corrupt "
+            f"({reason}); convert it to safetensors where it was made"
+        ) from refused
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError) as bad:
+        raise AdapterFileError(
+            f"{path} is truncated or corrupt: {str(bad).splitlines()[0][:200]}; get the file again"
+        ) from bad
+    if not isinstance(found, Mapping) or not all(isinstance(v, Tensor) for v in found.values()):
+        kind = ", ".join(map(str, found)) if isinstance(found, Mapping) else type(found).__name__
+        raise AdapterFileError(f"{path} does not hold tensors by name, but {kind[:200]}; save the state dict alone")
+    return {str(name): tensor for name, tensor in found.items()}
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Return the JSON object in a file, keys in the file's order; raises `AdapterFileError` naming file and line."""
+    data = _read(Path(path))
+    try:
+        value = json.loads(data)
+    except (json.JSONDecodeError, UnicodeDecodeError) as bad:
+        how = "is empty (0 bytes)" if not data else f"is truncated or not JSON: {bad}"
+        raise AdapterFileError(f"{path} {how}") from bad
+    if not isinstance(value, dict):
+        raise AdapterFileError(f"{path} holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def to_json(value: Mapping[str, Any]) -> str:
+    """Return indented JSON that keeps the order of keys, so that equal values give equal bytes."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def sha256(path: str | Path) -> str:
+    """Return the hexadecimal SHA-256 of a file."""
+    return hashlib.sha256(_read(Path(path))).hexdigest()
+
+
+def _read(path: Path, most: int = -1) -> bytes:
+    """Return the first `most` bytes of a file, or all of them."""
+    try:
+        with path.open("rb") as file:
+            return file.read(most)
+    except FileNotFoundError:
+        raise AdapterFileError(f"{path} is missing") from None
+    except OSError as failed:
+        raise AdapterFileError(f"{path} could not be read: {failed.strerror or failed}") from failed
+
+
+def _wrong_with(data: bytes) -> str | None:
+    """Return what is plainly wrong with the bytes of a safetensors file, measured against its own header."""
+    if not data:
+        return "is empty (0 bytes); get the file again"
+    if data.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself; run `git lfs pull`"
+    if len(data) < 8:
+        return f"is truncated: {len(data)} bytes are less than its header; get the file again"
+    length = int.from_bytes(data[:8], "little")
+    if length > 100_000_000 or (len(data) > 8 and data[8:9] != b"{"):
+        return "is not a safetensors file, or its header is corrupt; get the file again"
+    if len(data) < 8 + length:
+        return f"is truncated: {len(data):,} bytes end inside its header of {8 + length:,}; get the file again"
+    try:
+        header = _header(data)
+        whole = 8 + length + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return "has a corrupt header; get the file again"
+    if len(data) < whole:
+        return f"is truncated: {len(data):,} of {whole:,} bytes; get the file again"
+    return None
+
+
+def _header(data: bytes) -> dict[str, Any]:
+    header: dict[str, Any] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return header

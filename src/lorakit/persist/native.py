@@ -1,0 +1,119 @@
+"""lorakit's own format: one safetensors file that holds every method, slices included, bit for bit.
+
+Keys are `<path or path[rows]>.<tensor>` as the method declares them, and `trained:<name>` for the base's own tensors;
+the file's metadata holds the spec, the sites with their methods, and the base. Checkpoints use it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lorakit import __version__
+from lorakit.core.site import Site
+from lorakit.core.spec import AdapterSpec, method_from_json, method_to_json
+from lorakit.core.state import AdapterState, Base, Update, check_tensors
+from lorakit.errors import AdapterFileError, listing
+from lorakit.persist import files
+
+NATIVE = "adapter.lorakit.safetensors"
+VERSION = 1
+_TRAINED = "trained:"
+
+
+def save_native(state: AdapterState, path: str | Path) -> None:
+    """Write an adapter as `adapter.lorakit.safetensors` in a directory, in one step; other files stay.
+
+    Raises:
+        AdapterFileError: a write that failed; the old adapter is intact.
+    """
+    others = frozenset({"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "lorakit.json"})
+    with files.atomic_directory(path, drop=others) as draft:
+        files.write_file(draft / NATIVE, to_native(state))
+
+
+def load_native(path: str | Path) -> AdapterState:
+    """Return the adapter in a directory `save_native` wrote, or in the file itself.
+
+    Raises:
+        AdapterFileError: naming the file, and every missing, extra, misshaped or non-finite tensor.
+    """
+    place = files.resting(path)
+    file = place / NATIVE if place.is_dir() else place
+    tensors, metadata = files.read_safetensors(file)
+    if "lorakit" not in metadata:
+        raise AdapterFileError(f"{file} is a safetensors file, but not a lorakit adapter: its metadata does not say so")
+    try:
+        head = json.loads(metadata["lorakit"])
+        if head["format"] != VERSION:
+            raise AdapterFileError(f"{file} has format {head['format']}, this lorakit reads {VERSION}; upgrade lorakit")
+        return _state(head, tensors)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as bad:
+        raise AdapterFileError(f"{file} is damaged or of another version ({bad}); get it again") from bad
+    except AdapterFileError as problem:
+        raise AdapterFileError(f"{file}: {problem}") from problem.__cause__
+
+
+def to_native(state: AdapterState) -> bytes:
+    """Return the bytes of the native file of an adapter."""
+    head = {
+        "format": VERSION,
+        "lorakit": __version__,
+        "spec": state.spec.to_json(),
+        "sites": [{**_site_to_json(u.site), "method": method_to_json(u.method)} for u in state.updates],
+        "base": {"name": state.base.name, "probes": {k: list(v) for k, v in state.base.probes.items()}},
+        "trained": list(state.trained),
+    }
+    tensors = {f"{u.site.key}.{name}": t for u in state.updates for name, t in u.tensors.items()}
+    tensors.update({f"{_TRAINED}{name}": t for name, t in state.trained.items()})
+    return files.tensors_to_bytes(tensors, {"format": "pt", "lorakit": json.dumps(head, separators=(",", ":"))})
+
+
+def _state(head: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState:
+    by_key: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        by_key.setdefault("" if key.startswith(_TRAINED) else key.rpartition(".")[0], {})[key] = tensor
+    updates = []
+    for entry in head["sites"]:
+        site = _site_from_json(entry)
+        own = {key.rpartition(".")[2]: t for key, t in by_key.pop(site.key, {}).items()}
+        updates.append(Update(site, method_from_json(entry["method"]), own))
+    rest = {key: t for group in by_key.values() for key, t in group.items()}
+    names = {f"{_TRAINED}{name}": name for name in head["trained"]}
+    problems = [f"{key}: missing" for key in names if key not in rest]
+    problems += [f"{key}: extra, of no site of this adapter" for key in rest if key not in names]
+    problems += [f"{key}: holds NaN or infinity" for key in names if key in rest and not rest[key].isfinite().all()]
+    if problems:
+        raise AdapterFileError(f"{len(problems)} tensor(s) do not fit:\n{listing(problems)}")
+    check_tensors(tuple(updates))
+    base = Base(head["base"]["name"], {k: tuple(v) for k, v in head["base"]["probes"].items()})
+    trained = {name: rest[key] for key, name in names.items()}
+    return AdapterState(AdapterSpec.from_json(head["spec"]), _in_declared_order(updates), trained, base)
+
+
+def _in_declared_order(updates: list[Update]) -> tuple[Update, ...]:
+    return tuple(
+        Update(u.site, u.method, {name: u.tensors[name] for name in u.method.tensors(u.site)}) for u in updates
+    )
+
+
+def _site_to_json(site: Site) -> dict[str, Any]:
+    return {
+        "path": site.path,
+        "out": site.out,
+        "in": site.in_,
+        "kernel": list(site.kernel),
+        "rows": None if site.rows is None else list(site.rows),
+        "kind": site.kind,
+        "groups": site.groups,
+        "fused_out": site.fused_out,
+    }
+
+
+def _site_from_json(data: dict[str, Any]) -> Site:
+    rows = None if data["rows"] is None else (int(data["rows"][0]), int(data["rows"][1]))
+    kernel, groups, fused = tuple(data["kernel"]), data["groups"], data["fused_out"]
+    return Site(data["path"], data["out"], data["in"], kernel, rows, data["kind"], groups, fused)

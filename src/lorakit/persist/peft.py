@@ -1,0 +1,225 @@
+"""PEFT's format in both directions, exactly: what PEFT, vLLM and llama.cpp read, and what PEFT wrote.
+
+`adapter_config.json` and `adapter_model.safetensors` are PEFT's. Beside them lies `lorakit.json` with what they cannot
+say: the exact spec, the base the adapter was trained on, slices of fused layers, and the checksums of the other two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lorakit import __version__
+from lorakit.core.registry import method as method_named
+from lorakit.core.spec import AdapterSpec, method_from_json, method_to_json
+from lorakit.core.state import AdapterState, Base, Update, check_tensors
+from lorakit.core.targets import modules_named
+from lorakit.errors import AdapterFileError, SpecError, TargetError, did_you_mean, listing
+from lorakit.persist import files
+from lorakit.persist.card import card, is_ours
+from lorakit.persist.peft_config import Settings, config_of
+from lorakit.persist.peft_tensors import Reading, trained_to_peft, update_to_peft
+from lorakit.persist.slices import gather, split
+
+CONFIG, WEIGHTS, PICKLE, NOTE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "lorakit.json"
+NOTE_VERSION = 1
+_HEADS = ("classifier", "score", "qa_outputs")
+
+
+def save_peft(state: AdapterState, path: str | Path) -> None:
+    """Write an adapter in PEFT's format, replacing an adapter that lies there in one step; other files stay.
+
+    Args:
+        state: the adapter; its updates are LoRA or rsLoRA.
+        path: the directory.
+
+    Raises:
+        AdapterFileError: a method without a PEFT form, or a write that failed (the old one is intact).
+    """
+    config, tensors = to_peft(state)
+    old = frozenset({CONFIG, WEIGHTS, PICKLE, NOTE, "adapter.lorakit.safetensors"})
+    with files.atomic_directory(path, drop=old) as draft:
+        files.write_file(draft / CONFIG, files.to_json(config))
+        files.write_file(draft / WEIGHTS, files.tensors_to_bytes(tensors, {"format": "pt"}))
+        sums = {name: files.sha256(draft / name) for name in (CONFIG, WEIGHTS)}
+        files.write_file(draft / NOTE, files.to_json(_note(state, from_peft(config, tensors), sums)))
+        if is_ours(Path(path) / "README.md"):
+            files.write_file(draft / "README.md", card(state))
+
+
+def load_peft(path: str | Path) -> AdapterState:
+    """Return the adapter in a directory PEFT or lorakit wrote; PEFT's named adapters lie one directory deeper.
+
+    Raises:
+        AdapterFileError: naming the file, and every feature, tensor or shape in it that does not fit.
+    """
+    place = _adapter_directory(files.resting(path))
+    config = files.read_json(place / CONFIG)
+    note = files.read_json(place / NOTE) if (place / NOTE).exists() else None
+    if note is not None:
+        _verify(place, note)
+    if (place / WEIGHTS).exists() or not (place / PICKLE).exists():
+        tensors, _ = files.read_safetensors(place / WEIGHTS)
+    else:
+        tensors = files.read_pickle(place / PICKLE)
+    try:
+        state = from_peft(config, tensors)
+    except AdapterFileError as problem:
+        raise AdapterFileError(f"{place}: {problem}") from problem.__cause__
+    return state if note is None else _restored(state, note, place / NOTE)
+
+
+def to_peft(state: AdapterState) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return `(configuration, tensors)` of an adapter in PEFT's terms.
+
+    Raises:
+        AdapterFileError: an adapter without updates, a method without a PEFT form, rows of a grouped convolution.
+    """
+    lora = method_named("lora")
+    if other := sorted({f"{u.site.key}: {u.method.name}" for u in state.updates if type(u.method) is not lora}):
+        raise AdapterFileError(f"these updates have no PEFT form; save with format='native':\n{listing(other)}")
+    if not state.updates:
+        raise AdapterFileError("the adapter has no updates, and PEFT's format needs one; save with format='native'")
+    by_path: dict[str, list[Update]] = {}
+    for update in state.updates:
+        by_path.setdefault(update.site.path, []).append(update)
+    whole = [gather(updates) for updates in by_path.values()]
+    tensors = {key: t for update in whole for key, t in update_to_peft(update).items()}
+    tensors.update(trained_to_peft(state.trained, set(by_path)))
+    return config_of(state.spec, state.base.name, whole, _modules_to_save(state, list(by_path))), tensors
+
+
+def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterState:
+    """Return the adapter of a PEFT configuration and its tensors.
+
+    Two-dimensional pairs have kind "linear" here; `attach` resolves it against the model. Tensors trained whole that
+    `modules_to_save` does not name (embeddings PEFT saves by itself) are in `trained` but not in the spec's `train`.
+
+    Raises:
+        AdapterFileError: a feature lorakit does not have, or every missing, extra, misshaped or non-finite tensor.
+    """
+    settings = Settings(config)
+    reading = Reading(tensors)
+    found = [reading.update(path, settings.method_at(path)) for path in sorted(reading.pairs, key=_natural)]
+    problems = reading.problems
+    problems += [f"{name}: holds NaN or infinity" for name, t in reading.trained.items() if not t.isfinite().all()]
+    if problems:
+        raise AdapterFileError(f"{len(problems)} tensor(s) of the adapter do not fit:\n{listing(problems)}")
+    updates = tuple(update for update in found if update is not None)
+    if not updates:
+        raise AdapterFileError(f"none of its {len(tensors)} tensors is a LoRA factor (lora_A, lora_B)")
+    check_tensors(updates)
+    spec = settings.spec(updates, list(reading.trained))
+    return AdapterState(spec, updates, reading.trained, Base(config.get("base_model_name_or_path")))
+
+
+def _modules_to_save(state: AdapterState, adapted: Sequence[str]) -> list[str]:
+    """Return the modules PEFT shall hold as copies of its own: those the spec trains whole.
+
+    A copy is wrong for a weight that may be tied to another (a table without bias, but no classification head): both
+    ends must see it. Its plain key lands in the base itself, where they do. The same for a name that PEFT, which
+    compares ends without regard to dots, would also find in an adapted layer.
+    """
+    inside: dict[str, set[str]] = {}
+    for name in state.trained:
+        steps = name.split(".")
+        for n in range(1, len(steps)):
+            inside.setdefault(".".join(steps[:n]), set()).add(".".join(steps[n:]))
+    hits: set[str] = set()
+    for pattern in state.spec.train:
+        try:
+            hits.update(*modules_named((pattern,), inside).values())
+        except TargetError:  # trained beside this adapter's tensors, and not among them
+            continue
+    outer = {path for path in hits if not any(path.startswith(f"{other}.") for other in hits)}
+    whole: set[str] = set()
+    for path in outer:
+        leaves = {f"{path}.{leaf}".rpartition(".")[0] for leaf in inside[path]}
+        tied = {leaf for leaf in leaves if _may_be_tied(leaf, inside[leaf], state)}
+        whole |= leaves - tied if tied else {path}
+    return sorted(p for p in whole if not any(a.endswith(p) or f".{p}." in f".{a}." for a in adapted))
+
+
+def _may_be_tied(path: str, tensors: set[str], state: AdapterState) -> bool:
+    table = tensors == {"weight"} and state.trained[f"{path}.weight"].dim() == 2
+    return table and path.rpartition(".")[2] not in _HEADS
+
+
+def _note(state: AdapterState, plain: AdapterState, sums: Mapping[str, str]) -> dict[str, Any]:
+    """Return lorakit.json: the spec, the base, the checksums, and each update that PEFT's files alone would misread."""
+    read = {u.site.path: [(u.site, u.method)] for u in plain.updates}
+    here: dict[str, list[Any]] = {}
+    for update in state.updates:
+        here.setdefault(update.site.path, []).append((update.site, update.method))
+    exact = [pair for path, pairs in here.items() if pairs != read[path] for pair in pairs]
+    return {
+        "format": NOTE_VERSION,
+        "lorakit": __version__,
+        "sha256": dict(sums),
+        "base": {"name": state.base.name, "probes": {k: list(v) for k, v in state.base.probes.items()}},
+        "spec": state.spec.to_json(),
+        "updates": [
+            {"path": s.path, "rows": s.rows and list(s.rows), "kind": s.kind, "method": method_to_json(m)}
+            for s, m in exact
+        ],
+    }
+
+
+def _verify(place: Path, note: Mapping[str, Any]) -> None:
+    if note.get("format") != NOTE_VERSION:
+        raise AdapterFileError(
+            f"{place / NOTE} has format {note.get('format')!r}, this lorakit reads {NOTE_VERSION}; upgrade lorakit"
+        )
+    for name, expected in note.get("sha256", {}).items():
+        if files.sha256(place / name) != expected:
+            raise AdapterFileError(
+                f"{place / name} was changed after it was saved: its checksum is not the one in {NOTE}; get it again, "
+                f"or remove {NOTE} to accept the change"
+            )
+
+
+def _restored(state: AdapterState, note: Mapping[str, Any], file: Path) -> AdapterState:
+    """Return a state read from PEFT's files with what lorakit.json adds to them."""
+    try:
+        parts: dict[str, list[Any]] = {}
+        for entry in note["updates"]:
+            rows = None if entry["rows"] is None else (int(entry["rows"][0]), int(entry["rows"][1]))
+            parts.setdefault(entry["path"], []).append((rows, entry["kind"], method_from_json(entry["method"])))
+        updates = tuple(part for whole in state.updates for part in _exact(whole, parts.get(whole.site.path)))
+        probes = {path: tuple(values) for path, values in note["base"]["probes"].items()}
+        base = Base(note["base"]["name"], probes)
+        return replace(state, spec=AdapterSpec.from_json(note["spec"]), updates=updates, base=base)
+    except (KeyError, TypeError, IndexError, AttributeError, SpecError) as bad:
+        raise AdapterFileError(f"{file} is damaged or of another version ({bad}); get the adapter again") from bad
+
+
+def _exact(whole: Update, parts: list[Any] | None) -> tuple[Update, ...]:
+    if parts is None:
+        return (whole,)
+    rows, kind, method = parts[0]
+    whole = replace(whole, site=replace(whole.site, kind=kind))
+    if rows is None:
+        return (replace(whole, method=method),)
+    return split(whole, [(span, own) for span, _, own in parts])
+
+
+def _adapter_directory(place: Path) -> Path:
+    """Return where the configuration lies: here, or in the one directory below that has one."""
+    if (place / CONFIG).exists() or not place.is_dir():
+        return place
+    below = sorted(p.parent for p in place.glob(f"*/{CONFIG}"))
+    if len(below) > 1:
+        names = [p.name for p in below]
+        raise AdapterFileError(f"{place} holds {len(below)} adapters; name one of: {', '.join(names)}")
+    if not below:
+        near = did_you_mean(CONFIG, [p.name for p in place.iterdir()])
+        raise AdapterFileError(f"{place / CONFIG} is missing{near}")
+    return below[0]
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    return [(int(step), "") if step.isdigit() else (-1, step) for step in path.split(".")]
