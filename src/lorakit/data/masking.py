@@ -52,7 +52,7 @@ def segments(row: Row, form: Format, tokenizer: PreTrainedTokenizerBase, separat
             return [Segment(prompt, False), Segment(completion, True), eos]
         case "messages" | "sharegpt":
             turns = _chat(_messages(row, form), tokenizer)
-            unended = turns[-1].trained and str(tokenizer.eos_token) not in turns[-1].text
+            unended = [t for t in turns[-1:] if t.trained and str(tokenizer.eos_token) not in t.text]
             return [*turns, eos] if unended else turns
     raise DataError(f"format '{form.name}' has no text to learn; use the classification task, or choose format 'text'")
 
@@ -120,15 +120,19 @@ def render_prompt(
     return encode([parts], tokenizer, opening(tokenizer, form), "completions")[0].ids
 
 
-def seam(rows: Dataset, form: Format, separator: str = "\n") -> str:
-    """Return the separator to put after prompts: none if every row has whitespace where prompt and completion meet.
+def seam(rows: Dataset, form: Format, separator: str | None = None) -> str:
+    """Return what stands between prompt and completion: `separator` if given, else a newline, or nothing where every
+    row has whitespace at the seam.
 
-    One decision for the whole dataset, because at inference the completion is not there to be looked at.
+    One decision for the whole dataset, because at inference the completion is not there to be looked at. An empty
+    prompt needs a separator too, for a model must be given something.
     """
     if form.name != "prompt+completion":
         return ""
+    if separator is not None:
+        return separator
     pairs = zip(rows["prompt"], rows["completion"], strict=True)
-    return separator if any(not (p[-1:].isspace() or c[:1].isspace()) for p, c in pairs) else ""
+    return "\n" if any(not p or not (p[-1:].isspace() or c[:1].isspace()) for p, c in pairs) else ""
 
 
 def _end(tokenizer: PreTrainedTokenizerBase) -> Segment:
@@ -178,7 +182,7 @@ def _chat(messages: Messages, tokenizer: PreTrainedTokenizerBase, answer_next: b
         stop += len(eos) if text.startswith(eos, stop) else 0  # a block that leaves out the token to stop at
         cuts += [Segment(text[at:start], False), Segment(text[start:stop], True)]
         at = stop
-    return [cut for cut in [*cuts, Segment(text[at:], False)] if cut.text]
+    return [cut for cut in [*cuts, Segment(text[at:], False)] if cut.text or cut.trained]
 
 
 Spans = list[tuple[int, int]]

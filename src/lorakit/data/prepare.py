@@ -58,8 +58,7 @@ def prepare(
     check(rows, form, where)
     if overlong == "split" and form.name != "text":
         raise DataError(f"overlong: split is for plain text; pieces of '{form.name}' rows would lose their prompt")
-    joint = seam(rows, form) if separator is None else separator
-    encoder = _Encoder(tokenizer, form, joint, loss, max_length, overlong)
+    encoder = _Encoder(tokenizer, form, seam(rows, form, separator), loss, max_length, overlong)
     dataset = encoder.map(rows)
     encoder.raise_faults(where, vocab_size)
     report = encoder.report(source, len(rows))
