@@ -81,7 +81,7 @@ def test_an_unknown_label_is_named_with_its_row_and_the_nearest() -> None:
 
 
 def test_a_missing_label_is_named_with_its_row() -> None:
-    with pytest.raises(DataError, match="row 2: field 'label' is null, expected a string or an integer"):
+    with pytest.raises(DataError, match="row 2: field 'label' is missing or null, expected a string or an integer"):
         prepare_classification([*ROWS[:1], {"text": "b"}], TOK, max_length=9)
 
 

@@ -63,8 +63,8 @@ def test_a_format_named_against_the_columns_is_refused() -> None:
 
 def test_missing_and_null_fields_are_listed_with_their_places() -> None:
     text = fault("prompt+completion", SAMPLES["prompt+completion"], {"prompt": "a"}, {"completion": "b"})
-    assert "place 1: field 'completion' is null, expected a string" in text
-    assert "place 2: field 'prompt' is null, expected a string" in text
+    assert "place 1: field 'completion' is missing or null, expected a string" in text
+    assert "place 2: field 'prompt' is missing or null, expected a string" in text
 
 
 def test_a_number_where_text_belongs_is_named() -> None:

@@ -38,8 +38,8 @@ CHAT = FORMATS["messages"]
 
 
 def tokens(row: dict[str, Any], form: str, tok: Any, separator: str = "\n", loss: Loss = "completions") -> Tokens:
-    cut = segments(row, FORMATS[form], tok, separator)
-    return encode([cut], tok, opening(tok, FORMATS[form]), loss)[0]
+    start = opening(tok, FORMATS[form])
+    return encode([segments(row, FORMATS[form], tok, separator)], tok, start, loss)[0]
 
 
 def said(*turns: str) -> list[dict[str, str]]:
@@ -80,6 +80,11 @@ def test_bos_and_eos_that_the_text_already_holds_are_not_doubled() -> None:
     row = {"prompt": "<bos>a", "completion": "b<eos>"}
     expected = ([BOS, A, NEWLINE, B, EOS], [_, _, _, B, EOS])
     assert tokens(row, "prompt+completion", tokenizer(adds="<bos>")) == expected
+
+
+def test_an_end_in_the_prompt_is_not_the_end_of_the_answer() -> None:
+    row = {"prompt": "a<eos>", "completion": ""}
+    assert tokens(row, "prompt+completion", tokenizer(), separator="") == ([A, EOS, EOS], [_, _, EOS])
 
 
 def test_an_end_inside_the_text_does_not_replace_the_end_of_the_row() -> None:
@@ -181,11 +186,9 @@ def test_a_null_beside_the_content_of_a_turn_is_not_shown_to_the_template() -> N
         assert tokens({"messages": turns}, "messages", tokenizer(named)) == tokens(row, "messages", tokenizer(bare))
 
 
-def test_classification_rows_have_nothing_to_generate() -> None:
-    with pytest.raises(DataError, match="use the classification task"):
-        tokens({"text": "a", "label": 1}, "classification", tokenizer())
-    with pytest.raises(DataError, match="has no prompt to answer"):
-        render_prompt({"text": "a"}, tokenizer(), FORMATS["classification"], "")
+def test_rows_with_labels_have_no_answer_to_generate() -> None:
+    with pytest.raises(DataError, match="rows with labels have no answer to learn; use the classification task"):
+        render_prompt({"text": "a", "label": 1}, tokenizer(), FORMATS["classification"], "")
 
 
 @pytest.mark.parametrize(

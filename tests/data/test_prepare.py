@@ -110,8 +110,8 @@ def test_a_null_field_is_traced_to_its_line(tmp_path: Path) -> None:
     path.write_text('{"text": "a"}\n\n{"text": null}\n{"other": 1}\n')
     with pytest.raises(DataError) as error:
         prepare(str(path), tokenizer(), max_length=20)
-    assert f"{path} line 3: field 'text' is null" in str(error.value)
-    assert f"{path} line 4: field 'text' is null" in str(error.value)
+    assert f"{path} line 3: field 'text' is missing or null" in str(error.value)
+    assert f"{path} line 4: field 'text' is missing or null" in str(error.value)
 
 
 def test_a_token_the_model_does_not_know_is_named() -> None:
@@ -144,6 +144,12 @@ def test_nothing_is_written_where_the_data_lies(tmp_path: Path, monkeypatch: pyt
     assert prepared.dataset.cache_files == []
 
 
+@pytest.mark.parametrize(("name", "value", "near"), [("overlong", "trim", ""), ("loss", "completion", "completions")])
+def test_a_misspelt_choice_is_refused(name: str, value: str, near: str) -> None:
+    with pytest.raises(DataError, match=f"unknown choice '{value}'.*{near}"):
+        prepare(TEN, tokenizer(), max_length=9, **{name: value})  # type: ignore[arg-type]
+
+
 def test_a_length_of_one_token_cannot_hold_a_prediction() -> None:
     with pytest.raises(DataError, match="max_length is 1; expected at least 2"):
         prepare(TEN, tokenizer(), max_length=1)
@@ -157,7 +163,7 @@ def test_the_report_is_plain_json() -> None:
 def test_real_e2e_rows_lose_nothing_and_train_exactly_their_completions(shared_data: Path) -> None:
     source = shared_data / "e2e" / "validation.jsonl"
     rows: list[dict[str, Any]] = [json.loads(line) for line in source.read_text().splitlines()]
-    prepared = prepare(str(source), (tok := tokenizer()), max_length=1024)
+    prepared = prepare(source, (tok := tokenizer()), max_length=1024)
     assert (prepared.report.rows, prepared.report.kept, prepared.report.format) == (427, 427, "prompt+completion")
     for row, tokens in zip(rows, prepared.dataset, strict=True):
         trained = [label for label in tokens["labels"] if label != IGNORE]

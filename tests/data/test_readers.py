@@ -114,6 +114,20 @@ def test_a_folder_is_read_whole_in_the_order_of_its_names(tmp_path: Path) -> Non
     assert read_rows(str(tmp_path))["text"][:] == ["first", "second"]
 
 
+def test_hidden_files_and_folders_are_not_data(tmp_path: Path) -> None:
+    (tmp_path / ".cache").mkdir()
+    for name in ("a.jsonl", ".b.jsonl", ".cache/c.jsonl"):
+        jsonl(tmp_path / name, {"text": name})
+    assert read_rows(str(tmp_path))["text"][:] == ["a.jsonl"]
+
+
+def test_faults_are_listed_in_the_order_of_their_lines(tmp_path: Path) -> None:
+    rows = [{"text": "x"}] * 8 + [{"text": 1}, {"text": "y"}, {"text": []}]
+    with pytest.raises(DataError) as error:
+        read_rows(str(jsonl(tmp_path / "a.jsonl", *rows)))
+    assert str(error.value).index("line 9: 'text' is a number") < str(error.value).index("line 11: 'text' is a list")
+
+
 def test_a_folder_with_train_and_test_asks_which(tmp_path: Path) -> None:
     for name in ("train-0", "train-1", "valid", "test"):
         jsonl(tmp_path / f"{name}.jsonl", {"text": name})

@@ -6,6 +6,7 @@ Here a long text is cut by default, for its label stays true and an evaluation s
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit.core.lazy import need
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def prepare_classification(
-    source_or_rows: str | Dataset | Iterable[Mapping[str, Any]],
+    source_or_rows: str | Path | Dataset | Iterable[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,

@@ -46,7 +46,7 @@ class Format:
         """Say what is wrong with a row, or None."""
         for name, value in self.needs.items():
             if row.get(name) is None:
-                return f"field '{name}' is {'null' if name in row else 'missing'}, expected {value.says}"
+                return f"field '{name}' is missing or null, expected {value.says}"
         for name, value in {**self.needs, **self.may}.items():
             if row.get(name) is not None and (what := value.complaint(row[name])):
                 return f"field '{name}' {what}"

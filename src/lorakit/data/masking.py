@@ -43,23 +43,38 @@ class Tokens(NamedTuple):
 
 def segments(row: Row, form: Format, tokenizer: PreTrainedTokenizerBase, separator: str) -> list[Segment]:
     """Cut a row into trained and untrained segments, its end-of-sequence token included, `opening` not."""
-    eos = _end(tokenizer)
+    eos = Segment((tokenizer.eos_token_id,), True)
     match form.name:
         case "text":
             return [Segment(row["text"], True), eos]
         case "prompt+completion" | "alpaca":
             prompt, completion = _pair(row, form, separator)
             return [Segment(prompt, False), Segment(completion, True), eos]
-        case "messages" | "sharegpt":
+        case _:
             turns = _chat(_messages(row, form), tokenizer)
             unended = [t for t in turns[-1:] if t.trained and str(tokenizer.eos_token) not in t.text]
             return [*turns, eos] if unended else turns
-    raise DataError(f"format '{form.name}' has no text to learn; use the classification task, or choose format 'text'")
 
 
 def opening(tokenizer: PreTrainedTokenizerBase, form: Format) -> list[int]:
-    """Return the ids before a row's text: what the tokenizer itself puts there, or nothing where a template does it."""
+    """Return the ids before a row's text: what the tokenizer itself puts there, or nothing where a template does it.
+
+    Raises `DataError` for a format without an answer, and for a tokenizer without an end or a template it needs.
+    """
+    if form.name == "classification":
+        raise DataError(
+            "rows with labels have no answer to learn; use the classification task, or choose format 'text'"
+        )
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            "the tokenizer has no end-of-sequence token, so a model could never learn to stop; set eos_token"
+        )
     if form.name in ("messages", "sharegpt"):
+        if not tokenizer.chat_template:
+            raise DataError(
+                "the tokenizer has no chat template, so messages cannot be rendered; set tokenizer.chat_template (a "
+                "Jinja string), use a chat model's tokenizer, or turn the rows into prompt and completion"
+            )
         return []
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
@@ -82,9 +97,8 @@ def encode(
         for segment in row:
             is_text = isinstance(segment.text, str)
             new = list(next(ids_of) if is_text else segment.text)
-            if ids[-1:] == new[:1] != [] and (ids == start or not is_text):  # the text holds its BOS or EOS already
-                trained[-1] |= segment.trained
-                del new[0]
+            if ids[-1:] == new[:1] != [] and (ids == start if is_text else trained[-1]):
+                del new[0]  # the text brought its own BOS or EOS
             ids += new
             trained += [segment.trained or loss == "all"] * len(new)
         labels = [token if learn else IGNORE for token, learn in zip(ids, trained, strict=True)]
@@ -100,6 +114,7 @@ def render_prompt(
     `row` is a dataset row (its answer, if any, is left out), the prompt alone, or the messages so far.
     `separator` is `DataReport.separator_used` of the training data.
     """
+    start = opening(tokenizer, form)
     match form.name:
         case "text":
             text = row if isinstance(row, str) else _as_row(row, "text")["text"]
@@ -108,16 +123,14 @@ def render_prompt(
             key = "prompt" if form.name == "prompt+completion" else "instruction"
             prompt, _ = _pair({key: row} if isinstance(row, str) else _as_row(row, key), form, separator)
             parts = [Segment(prompt, False)]
-        case "messages" | "sharegpt":
+        case _:
             if isinstance(row, str):
                 messages: Messages = [{"role": "user", "content": row}]
             else:
                 messages = _messages(row, form) if isinstance(row, Mapping) else row
             answered = messages[-1]["role"] == "assistant"
             parts = _chat(messages[:-1] if answered else messages, tokenizer, answer_next=True)
-        case _:
-            raise DataError(f"format '{form.name}' has no prompt to answer")
-    return encode([parts], tokenizer, opening(tokenizer, form), "completions")[0].ids
+    return encode([parts], tokenizer, start, "completions")[0].ids
 
 
 def seam(rows: Dataset, form: Format, separator: str | None = None) -> str:
@@ -133,14 +146,6 @@ def seam(rows: Dataset, form: Format, separator: str | None = None) -> str:
         return separator
     pairs = zip(rows["prompt"], rows["completion"], strict=True)
     return "\n" if any(not p or not (p[-1:].isspace() or c[:1].isspace()) for p, c in pairs) else ""
-
-
-def _end(tokenizer: PreTrainedTokenizerBase) -> Segment:
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            "the tokenizer has no end-of-sequence token, so a model could never learn to stop; set eos_token"
-        )
-    return Segment((tokenizer.eos_token_id,), True)
 
 
 def _as_row(row: Row | Messages, key: str) -> Row:
@@ -166,13 +171,7 @@ def _messages(row: Row, form: Format) -> Messages:
 
 def _chat(messages: Messages, tokenizer: PreTrainedTokenizerBase, answer_next: bool = False) -> list[Segment]:
     """Render a conversation with the tokenizer's template and cut it at its assistant turns."""
-    if not tokenizer.chat_template:
-        raise DataError(
-            "the tokenizer has no chat template, so messages cannot be rendered; set tokenizer.chat_template (a Jinja "
-            "string), use a chat model's tokenizer, or turn the rows into prompt and completion"
-        )
-    template = tokenizer.get_chat_template()
-    marked = re.search(r"\{%-?\s*generation\s*-?%\}", template)
+    marked = re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template())
     try:
         text, spans = (_marked if marked else _by_prefixes)(messages, tokenizer, answer_next)
     except need("jinja2", "train").TemplateError as error:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lorakit.core.lazy import need
 from lorakit.data.formats import Format, at_rows, check, named
@@ -19,7 +20,7 @@ from lorakit.data.packing import pack
 from lorakit.data.preview import plain
 from lorakit.data.readers import Where, load
 from lorakit.data.report import DataReport, Prepared, check_vocabulary
-from lorakit.errors import DataError, listing
+from lorakit.errors import DataError, did_you_mean, listing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,7 +30,7 @@ Overlong = Literal["drop", "cut", "split", "error"]
 
 
 def prepare(
-    source_or_rows: str | Dataset | Iterable[Mapping[str, Any]],
+    source_or_rows: str | Path | Dataset | Iterable[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
@@ -51,6 +52,9 @@ def prepare(
 
     Raises `DataError` for rows that are malformed, have no trained token, or hold ids the model does not know.
     """
+    for value, known in ((overlong, get_args(Overlong)), (loss, get_args(Loss))):
+        if value not in known:
+            raise DataError(f"unknown choice '{value}', expected one of {', '.join(known)}{did_you_mean(value, known)}")
     if max_length < 2:
         raise DataError(f"max_length is {max_length}; expected at least 2: a token, and the one it predicts")
     source, rows, where = load(source_or_rows, split)
@@ -123,9 +127,10 @@ class _Encoder:
         length = len(tokens.ids)
         self.longest = max(self.longest, length)
         pieces = [tokens] if length <= self.max_length else self._shorten(number, tokens)
-        self.kept += bool(pieces)
-        self.duplicates += bool(pieces) and hash(tuple(tokens.ids)) in self.seen
-        self.seen.add(hash(tuple(tokens.ids)))
+        if pieces:
+            self.kept += 1
+            self.duplicates += (known := hash(tuple(tokens.ids))) in self.seen
+            self.seen.add(known)
         for piece in pieces:
             trained = sum(label != IGNORE for label in piece.labels)
             self.tokens += len(piece.ids)
@@ -148,10 +153,8 @@ class _Encoder:
                 return [Tokens(tokens.ids[:size], tokens.labels[:size])]
             case "split":  # pieces share one token, so that every token is still predicted exactly once
                 self.split += 1
-                pieces = [
-                    (tokens.ids[at : at + size], tokens.labels[at : at + size]) for at in range(0, length - 1, size - 1)
-                ]
-                return [Tokens(ids, [IGNORE, *labels[1:]]) for ids, labels in pieces]
+                spans = [slice(at, at + size) for at in range(0, length - 1, size - 1)]
+                return [Tokens(tokens.ids[span], [IGNORE, *tokens.labels[span][1:]]) for span in spans]
             case "error":
                 self.faults[number] = f"has {length} tokens, max_length is {size}"
                 return []

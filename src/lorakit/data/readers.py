@@ -22,18 +22,20 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Table = Any  # pyarrow.Table, which ships no types
-Record = tuple[int, dict[str, Any]]  # the line (or row) of the file, counted from 1, and what stands there
-
+Record = tuple[str, dict[str, Any]]  # where in the file, as "line 3", and what stands there
 Where = Callable[[Sequence[int]], list[str]]  # rows counted from 0 -> their places in the user's words
 
 SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation",
           "dev": "validation", "test": "test"}  # fmt: skip
 
 
-def load(source_or_rows: str | Dataset | Iterable[Mapping[str, Any]], split: str | None) -> tuple[str, Dataset, Where]:
+def load(
+    source_or_rows: str | Path | Dataset | Iterable[Mapping[str, Any]], split: str | None
+) -> tuple[str, Dataset, Where]:
     """Return a name, the rows and a way to name their places, for a source or for rows held in memory."""
-    if isinstance(source_or_rows, str):
-        return source_or_rows, read_rows(source_or_rows, split), partial(locate, source_or_rows, split)
+    if isinstance(source_or_rows, (str, Path)):
+        source = str(source_or_rows)
+        return source, read_rows(source, split), partial(locate, source, split)
     is_dataset = isinstance(source_or_rows, need("datasets", "train").Dataset)
     rows = source_or_rows if is_dataset else from_records(source_or_rows)
     return "rows in memory", rows, lambda numbers: [f"row {number + 1}" for number in numbers]
@@ -44,7 +46,7 @@ def read_rows(source: str, split: str | None = None) -> Dataset:
 
     Raises `DataError` when nothing is there, nothing is in it, a line is malformed or a column mixes types.
     """
-    if Path(source).exists() or _looks_local(source):
+    if _path(source).exists() or _looks_local(source):
         files = data_files(source, split)
         rows = _dataset([_table(file) for file in files], files)
     else:
@@ -56,7 +58,7 @@ def read_rows(source: str, split: str | None = None) -> Dataset:
 
 def from_records(records: Iterable[Mapping[str, Any]]) -> Dataset:
     """Turn rows held in memory into a `Dataset` whose columns are the union of their keys."""
-    table = _columns_to_table([(number, dict(row)) for number, row in enumerate(records, 1)], "row")
+    table = _columns_to_table([(f"row {number}", dict(row)) for number, row in enumerate(records, 1)])
     if table.num_rows == 0:
         raise DataError("the dataset is empty; at least one row is needed")
     return _dataset([table], [])
@@ -64,20 +66,20 @@ def from_records(records: Iterable[Mapping[str, Any]]) -> Dataset:
 
 def locate(source: str, split: str | None, rows: Sequence[int]) -> list[str]:
     """Name file and line of the given rows (counted from 0) of `read_rows(source, split)`."""
-    if not Path(source).exists():
+    if not _path(source).exists():
         return [f"{source} row {row + 1}" for row in rows]
     wanted, found, count = set(rows), dict[int, str](), 0
     for file in data_files(source, split):
-        for line, _ in _records(file):
+        for place, _ in _records(file):
             if count in wanted:
-                found[count] = f"{file} {_unit(file)} {line}"
+                found[count] = f"{file} {place}"
             count += 1
     return [found[row] for row in rows]
 
 
 def data_files(source: str, split: str | None) -> list[Path]:
     """List the data files behind a local source, in a fixed order, refusing to mix train with test."""
-    path = Path(source)
+    path = _path(source)
     known = ", ".join(_READERS)
     if not path.exists():
         near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -88,7 +90,7 @@ def data_files(source: str, split: str | None) -> list[Path]:
                 f"{source}: cannot read '{path.suffix or 'a file without suffix'}'; expected one of {known}"
             )
         return [path]
-    files = sorted(p for p in path.rglob("*") if p.suffix in _READERS and not p.name.startswith("."))
+    files = sorted(file for file in path.rglob("*") if file.suffix in _READERS and not _hidden(file.relative_to(path)))
     named = defaultdict(list)
     for file in files:
         named[SPLITS.get(re.split(r"[-_.]", file.stem)[0], file.stem)].append(file)
@@ -101,6 +103,14 @@ def data_files(source: str, split: str | None) -> list[Path]:
     elif len(named.keys() & set(SPLITS.values())) > 1:
         raise DataError(f"{source}: the folder holds {sorted(named)}; name one file or choose a split")
     return files
+
+
+def _path(source: str) -> Path:
+    return Path(source).expanduser()
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _looks_local(source: str) -> bool:
@@ -138,43 +148,42 @@ def _dataset(tables: list[Table], files: list[Path]) -> Dataset:
 def _table(file: Path) -> Table:
     if file.suffix == ".parquet":  # keeps class names, which live in the file's schema
         return _read_parquet(file)
-    return _columns_to_table(list(_records(file)), f"{file} {_unit(file)}")
+    return _columns_to_table([(f"{file} {place}", row) for place, row in _records(file)])
 
 
-def _columns_to_table(records: list[Record], unit: str) -> Table:
+def _columns_to_table(records: list[Record]) -> Table:
     pa = need("pyarrow", "train")
     names = dict.fromkeys(name for _, row in records for name in row)
     try:
         return pa.table({name: pa.array([row.get(name) for _, row in records]) for name in names})
     except pa.ArrowException as error:
-        mixed = [f"{unit} {line}: {what}" for line, what in _mixed(records)]
-        raise DataError(f"a column must hold one type of value:\n{listing(mixed or [f'{unit}s: {error}'])}") from error
+        mixed = [f"{records[i][0]}: {what}" for i, what in _mixed([row for _, row in records])]
+        raise DataError(f"a column must hold one type of value:\n{listing(mixed or [str(error)])}") from error
 
 
-def _mixed(records: list[Record]) -> list[tuple[int, str]]:
-    """Find the values whose type is not the usual one of their place, e.g. `messages[].content`."""
+def _mixed(rows: list[dict[str, Any]]) -> list[tuple[int, str]]:
+    """Find the values whose type is not the usual one of their field, e.g. of `messages[].content`."""
     seen: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for line, row in records:
-        for place, kind in _kinds(row, ""):
-            seen[place][kind].append(line)
+    for i, row in enumerate(rows):
+        for field, kind in _kinds(row, ""):
+            seen[field][kind].append(i)
     found = []
-    for place, kinds in seen.items():
+    for field, kinds in seen.items():
         usual = max(kinds, key=lambda kind: len(kinds[kind]))
-        for kind, lines in kinds.items():
-            if kind != usual:
-                found += [(line, f"'{place}' is {kind}, but {usual} in {len(kinds[usual])} rows") for line in lines]
+        for kind in kinds.keys() - {usual}:
+            found += [(i, f"'{field}' is {kind}, but {usual} in {len(kinds[usual])} rows") for i in kinds[kind]]
     return sorted(found)
 
 
-def _kinds(value: Any, place: str) -> Iterator[tuple[str, str]]:
+def _kinds(value: Any, field: str) -> Iterator[tuple[str, str]]:
+    if field and value is not None:
+        yield field, kind_of(value)
     if isinstance(value, dict):
-        inner = [(f"{place}.{key}".lstrip("."), item) for key, item in value.items()]
-    else:
-        inner = [(f"{place}[]", item) for item in value] if isinstance(value, list) else []
-    if place and value is not None:
-        yield place, kind_of(value)
-    for where, item in inner:
-        yield from _kinds(item, where)
+        for key, item in value.items():
+            yield from _kinds(item, f"{field}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _kinds(item, f"{field}[]")
 
 
 def kind_of(value: object) -> str:
@@ -187,13 +196,9 @@ def kind_of(value: object) -> str:
 
 def _records(file: Path) -> Iterator[Record]:
     try:
-        yield from _READERS[file.suffix][1](file)
+        yield from _READERS[file.suffix](file)
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from error
-
-
-def _unit(file: Path) -> str:
-    return _READERS[file.suffix][0]
 
 
 def _read_jsonl(file: Path) -> Iterator[Record]:
@@ -208,7 +213,7 @@ def _read_jsonl(file: Path) -> Iterator[Record]:
                 bad.append(f"{file} line {number}: {error.msg} at column {error.colno}")
                 continue
             if isinstance(row, dict):
-                yield number, row
+                yield f"line {number}", row
             else:
                 bad.append(f"{file} line {number}: is {kind_of(row)}")
     if bad:
@@ -224,10 +229,15 @@ def _read_json(file: Path) -> Iterator[Record]:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{file} line {error.lineno}: {error.msg} at column {error.colno}") from error
-    bad = [f"{file} entry {n}: is {kind_of(row)}" for n, row in enumerate(rows, 1) if not isinstance(row, dict)]
+    places = [f"entry {number}" for number in range(1, len(rows) + 1)]
+    bad = [
+        f"{file} {place}: is {kind_of(row)}"
+        for place, row in zip(places, rows, strict=True)
+        if not isinstance(row, dict)
+    ]
     if bad:
         raise DataError(f"each entry must be one JSON object, as {{...}}:\n{listing(bad)}")
-    yield from enumerate(rows, 1)
+    yield from zip(places, rows, strict=True)
 
 
 def _read_csv(file: Path) -> Iterator[Record]:
@@ -236,7 +246,7 @@ def _read_csv(file: Path) -> Iterator[Record]:
         for row in reader:
             if None in row:
                 raise DataError(f"{file} line {reader.line_num}: more cells than columns; quote cells that hold commas")
-            yield reader.line_num, row
+            yield f"line {reader.line_num}", row
 
 
 def _read_parquet(file: Path) -> Table:
@@ -247,9 +257,14 @@ def _read_parquet(file: Path) -> Table:
         raise DataError(f"{file}: not a readable Parquet file ({error})") from error
 
 
-_READERS: dict[str, tuple[str, Callable[[Path], Iterable[Record]]]] = {
-    ".jsonl": ("line", _read_jsonl),
-    ".json": ("entry", _read_json),
-    ".csv": ("line", _read_csv),
-    ".parquet": ("row", lambda file: enumerate(_read_parquet(file).to_pylist(), 1)),
+def _parquet_records(file: Path) -> Iterator[Record]:
+    for number, row in enumerate(_read_parquet(file).to_pylist(), 1):
+        yield f"row {number}", row
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _parquet_records,
 }
