@@ -208,7 +208,7 @@ def test_one_separator_is_decided_for_the_whole_dataset(pairs: list[tuple[str, s
 def test_a_prompt_is_rendered_alike_from_a_row_and_by_itself() -> None:
     tok, row = tokenizer(adds="<bos>"), {"prompt": "a", "completion": "b"}
     assert render_prompt(row, tok, PAIR, "\n") == render_prompt("a", tok, PAIR, "\n") == [BOS, A, NEWLINE]
-    assert render_prompt("a", tok, FORMATS["text"], "") == [BOS, A]
+    assert render_prompt("a", tok, "text", "") == render_prompt({"text": "a"}, tok, "text", "") == [BOS, A]
     alpaca = FORMATS["alpaca"]
     assert render_prompt("a", tok, alpaca, "") == render_prompt({"instruction": "a", "output": "b"}, tok, alpaca, "")
 
@@ -221,8 +221,10 @@ def test_a_chat_prompt_leaves_the_last_answer_out_and_asks_for_it(template: str)
 
 
 def test_a_prompt_of_the_wrong_shape_is_named() -> None:
-    with pytest.raises(DataError, match="a row with the string field 'prompt', got {'prmpt': 'a'}"):
+    with pytest.raises(DataError, match="a row with the field 'prompt', got {'prmpt': 'a'}"):
         render_prompt({"prmpt": "a"}, tokenizer(), PAIR, "")
+    with pytest.raises(DataError, match="a row with the field 'messages'"):
+        render_prompt({"prompt": "a"}, tokenizer(PLAIN), CHAT, "")
 
 
 BARE = tokenizer()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset, load_from_disk
 
 from lorakit.data import DataReport, prepare
 from lorakit.data.masking import IGNORE
@@ -141,6 +142,14 @@ def test_nothing_is_written_where_the_data_lies(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     prepared = prepare("a.jsonl", tokenizer(), max_length=9, packing=True)
     assert os.listdir(tmp_path) == ["a.jsonl"]
+    assert prepared.dataset.cache_files == []
+
+
+def test_rows_that_live_on_disk_get_no_cache_beside_them(tmp_path: Path) -> None:
+    Dataset.from_list([{"text": "abc"}]).save_to_disk(tmp_path)
+    before = sorted(os.listdir(tmp_path))
+    prepared = prepare(load_from_disk(tmp_path), tokenizer(), max_length=9)
+    assert sorted(os.listdir(tmp_path)) == before
     assert prepared.dataset.cache_files == []
 
 

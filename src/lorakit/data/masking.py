@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lorakit.core.lazy import need
-from lorakit.data.formats import SPEAKERS, Format
+from lorakit.data.formats import FORMATS, SPEAKERS, Format
 from lorakit.errors import DataError
 
 if TYPE_CHECKING:
@@ -107,28 +107,27 @@ def encode(
 
 
 def render_prompt(
-    row: Row | str | Messages, tokenizer: PreTrainedTokenizerBase, form: Format, separator: str
+    row: Row | str | Messages, tokenizer: PreTrainedTokenizerBase, format: Format | str, separator: str
 ) -> list[int]:
     """Return the ids a model is given before it answers: the untrained beginning of the same row in training.
 
-    `row` is a dataset row (its answer, if any, is left out), the prompt alone, or the messages so far.
-    `separator` is `DataReport.separator_used` of the training data.
+    `row` is a dataset row (its answer, if any, is left out), the prompt alone, or the messages so far. `format` and
+    `separator` are `DataReport.format` and `DataReport.separator_used` of the training data.
     """
+    form = FORMATS[format] if isinstance(format, str) else format
     start = opening(tokenizer, form)
+    key = next(iter(form.needs))  # the column a prompt stands in
     match form.name:
         case "text":
-            text = row if isinstance(row, str) else _as_row(row, "text")["text"]
-            parts = [Segment(text, False)]
+            parts = [Segment(row if isinstance(row, str) else _checked(row, key)[key], False)]
         case "prompt+completion" | "alpaca":
-            key = "prompt" if form.name == "prompt+completion" else "instruction"
-            prompt, _ = _pair({key: row} if isinstance(row, str) else _as_row(row, key), form, separator)
+            prompt, _ = _pair({key: row} if isinstance(row, str) else _checked(row, key), form, separator)
             parts = [Segment(prompt, False)]
         case _:
             if isinstance(row, str):
-                messages: Messages = [{"role": "user", "content": row}]
-            else:
-                messages = _messages(row, form) if isinstance(row, Mapping) else row
-            answered = messages[-1]["role"] == "assistant"
+                row = [{"role": "user", "content": row}]
+            messages = _messages(_checked(row, key), form) if isinstance(row, Mapping) else row
+            answered = bool(messages) and messages[-1]["role"] == "assistant"
             parts = _chat(messages[:-1] if answered else messages, tokenizer, answer_next=True)
     return encode([parts], tokenizer, start, "completions")[0].ids
 
@@ -148,9 +147,9 @@ def seam(rows: Dataset, form: Format, separator: str | None = None) -> str:
     return "\n" if any(not p or not (p[-1:].isspace() or c[:1].isspace()) for p, c in pairs) else ""
 
 
-def _as_row(row: Row | Messages, key: str) -> Row:
-    if not isinstance(row, Mapping) or not isinstance(row.get(key), str):
-        raise DataError(f"expected a prompt or a row with the string field '{key}', got {str(row)[:80]}")
+def _checked(row: Row | Messages, key: str) -> Row:
+    if not isinstance(row, Mapping) or row.get(key) is None:
+        raise DataError(f"expected a prompt or a row with the field '{key}', got {str(row)[:80]}")
     return row
 
 

@@ -122,8 +122,6 @@ class _Encoder:
             return []
 
     def _fit(self, number: int, tokens: Tokens) -> list[Tokens]:
-        if number in self.faults:
-            return []
         length = len(tokens.ids)
         self.longest = max(self.longest, length)
         pieces = [tokens] if length <= self.max_length else self._shorten(number, tokens)
