@@ -42,6 +42,7 @@ def test_the_default_drops_overlong_rows_and_counts_them() -> None:
     report = prepare(TEN, tokenizer(), max_length=10).report
     assert (report.kept, report.dropped_overlong, report.tokens_lost) == (7, 3, 11 + 12 + 13)
     assert (report.longest, report.tokens, report.trained_tokens) == (13, sum(range(4, 11)), 14)
+    assert report.lines()[1] == "49 tokens, 14 of them trained (29%); longest row 13"
     assert "dropped 3 rows (30.0%) longer than max_length 10: 36 tokens" in report.lines()
 
 

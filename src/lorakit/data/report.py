@@ -40,10 +40,12 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """Say it in lines for a terminal, the losses only where there are any."""
+        trained = f"{self.trained_tokens:,} of them trained ({self.trained_tokens / self.tokens:.0%})"
+        if self.format == "classification":
+            trained = "one label a row"
         lines = [
             f"{self.source}: {self.rows:,} rows, format {self.format}",
-            f"{self.tokens:,} tokens, {self.trained_tokens:,} of them trained "
-            f"({self.trained_tokens / max(self.tokens, 1):.0%}); longest row {self.longest:,}",
+            f"{self.tokens:,} tokens, {trained}; longest row {self.longest:,}",
         ]
         overlong = f"longer than max_length {self.max_length:,}"
         if self.dropped_overlong:
