@@ -55,7 +55,7 @@ def load_loralib(
             problems.append(f"{module}: {wrong}")
             continue
         try:
-            method = lora(rank=pair["B"].shape[1], alpha=alpha)
+            method = lora(rank=pair["B"].shape[1], alpha=float(alpha))
         except SpecError as bad:
             raise AdapterFileError(f"{path}: {bad}") from bad
         updates += _updates(module, pair, method, enabled)

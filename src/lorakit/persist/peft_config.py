@@ -70,8 +70,12 @@ class Settings:
 
     def _lora(self, rank: Any, alpha: Any) -> Any:
         lora: Any = method_named("lora")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+            raise AdapterFileError(f"the configuration is wrong: lora_alpha must be a number, not {alpha!r}")
+        if isinstance(rank, bool) or not isinstance(rank, int):
+            raise AdapterFileError(f"the configuration is wrong: r must be a whole number, not {rank!r}")
         try:
-            return lora(rank=rank, alpha=alpha, stabilised=self.stabilised)
+            return lora(rank=rank, alpha=float(alpha), stabilised=self.stabilised)
         except SpecError as bad:
             raise AdapterFileError(f"the configuration is wrong: {bad}") from bad
 

@@ -36,7 +36,7 @@ def gather(updates: Sequence[Update]) -> Update:
     if first.site.rows is None:
         return first
     path, height = first.site.path, first.site.height
-    if any(u.site.rows is None or u.site.rows[1] > height for u in updates):
+    if any(u.site.rows is None or u.site.fused_out is None for u in updates):
         raise AdapterFileError(
             f"{path}: the sites of its rows do not tell the height of the layer; make them with slice()"
         )
