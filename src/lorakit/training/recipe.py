@@ -31,13 +31,15 @@ class DataSection(Section):
     """What to train on, and which of its tokens carry the loss."""
 
     train: str | None = None
+    train_split: str | None = None
     validation: str | None = None
-    format: Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt", "classification"] = "auto"
+    validation_split: str | None = None
+    format: Literal["auto", "text", "prompt+completion", "messages", "alpaca", "sharegpt", "classification"] = "auto"
     loss: Literal["completions", "all"] = "completions"
     max_length: int = Field(default=1024, ge=2)
-    overlong: Literal["drop", "cut", "split", "error"] = "drop"
+    overlong: Literal["auto", "drop", "cut", "split", "error"] = "auto"
     packing: Literal["auto", "always", "never"] = "auto"
-    separator: str = "\n"
+    separator: str | None = None
     labels: tuple[str, ...] = ()
 
 
@@ -82,14 +84,14 @@ class AdapterSection(BaseModel):
         """Return the adapter spec; `heads` are trained whole as well, `depth` scales the layer-wise preset."""
         method = self.build_method()
         overrides = [
-            Override(Targets(_words(o.targets), (), o.layers), tuple(sorted(o.fields.items())))  # type: ignore[arg-type]
+            Override(Targets(_words(o.targets), (), _layers(o.layers)), tuple(sorted(o.fields.items())))
             for o in self.overrides
         ]
         if self.layerwise is not None:
             assert depth is not None
             overrides = [*PROFILES[self.layerwise].overrides(method, depth), *overrides]
         train = tuple(dict.fromkeys((*_words(self.train), *heads)))
-        targets = Targets(_words(self.targets), _words(self.exclude), self.layers)  # type: ignore[arg-type]
+        targets = Targets(_words(self.targets), _words(self.exclude), _layers(self.layers))
         return AdapterSpec(method, targets, train, self.dropout, tuple(overrides), seed)
 
 
@@ -141,12 +143,16 @@ class Recipe(Section):
         keys = sorted(mine.keys() | theirs.keys())
         return [f"{k}: {mine.get(k)!r} -> {theirs.get(k)!r}" for k in keys if mine.get(k) != theirs.get(k)]
 
+    def to_yaml(self) -> str:
+        """Return the recipe with every key written out; `load_recipe` reads it back equal."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
 
 class _Loader(yaml.SafeLoader):
     """YAML as people write it: `1e-4` is a number."""
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
 
@@ -217,6 +223,11 @@ def _explain(error: dict[str, Any], values: dict[str, Any]) -> str:
 
 def _words(value: str | tuple[str, ...]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else value
+
+
+def _layers(value: str | int | tuple[int | str, ...] | None) -> str | None:
+    """Return layers as the target language writes them: `[0, 3, "8-11"]` -> `0,3,8-11`."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else None if value is None else str(value)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,90 @@
+"""From a recipe to numbers of steps, and from those to the Trainer's arguments, every one of which has a reason."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from lorakit.training.rates import auto_rate
+from lorakit.training.recipe import Recipe
+from lorakit.training.stage import Stage
+
+SITTINGS = 5
+"""Evaluations and checkpoints of a run, where the recipe does not say how often."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run will go: all counts in optimizer steps, batches in rows."""
+
+    steps: int
+    steps_per_epoch: int
+    batch_rows: int
+    accumulation: int
+    lr: float
+    evaluate_every_steps: int
+    save_every_steps: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as plain values."""
+        return asdict(self)
+
+
+def make_plan(recipe: Recipe, stage: Stage) -> Plan:
+    """Return the run's numbers: steps from epochs, intervals from steps, the learning rate from the base."""
+    train = recipe.train
+    batches = math.ceil(len(stage.train.dataset) / stage.batch_rows)
+    per_epoch = math.ceil(batches / train.accumulation)
+    steps = train.steps or math.ceil(train.epochs * per_epoch)
+    every = max(1, math.ceil(steps / SITTINGS))
+    return Plan(
+        steps=steps,
+        steps_per_epoch=per_epoch,
+        batch_rows=stage.batch_rows,
+        accumulation=train.accumulation,
+        lr=auto_rate(stage.model.config) if train.lr == "auto" else train.lr,
+        evaluate_every_steps=train.evaluate_every or every,
+        save_every_steps=train.save_every or every,
+    )
+
+
+def arguments(recipe: Recipe, stage: Stage, plan: Plan, output: Path) -> TrainingArguments:
+    """Return the Trainer's arguments; it writes nowhere but in `output`."""
+    train, device = recipe.train, stage.model.device
+    made = TrainingArguments(
+        output_dir=str(output),
+        max_steps=plan.steps,
+        per_device_train_batch_size=plan.batch_rows,
+        per_device_eval_batch_size=plan.batch_rows,
+        gradient_accumulation_steps=plan.accumulation,
+        learning_rate=plan.lr,
+        lr_scheduler_type=train.schedule,
+        warmup_steps=math.ceil(train.warmup * plan.steps),
+        max_grad_norm=train.clip,
+        eval_strategy="no" if stage.validation is None else "steps",
+        eval_steps=plan.evaluate_every_steps,
+        save_strategy="steps",
+        save_steps=plan.save_every_steps,
+        metric_for_best_model="loss",
+        greater_is_better=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would hide a NaN behind the mean of earlier losses
+        log_level="error",
+        disable_tqdm=True,
+        report_to=list(train.report_to),
+        seed=train.seed,
+        use_cpu=device.type == "cpu",
+        fp16=stage.model.dtype == torch.float16,  # the gradients of 16-bit floats need a scaler, those of bf16 do not
+        activation_checkpointing=train.checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if train.checkpointing else None,
+        remove_unused_columns=False,  # the data room made exactly the columns the model takes
+        dataloader_pin_memory=device.type == "cuda",
+    )
+    if device.type == "cuda":
+        made._n_gpu = 1  # else several visible devices mean nn.DataParallel, which copies the model every step
+    return made

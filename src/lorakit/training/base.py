@@ -1,0 +1,201 @@
+"""The model and tokenizer a run starts from: a bundled one by name, a local directory, or a Hugging Face id.
+
+What would fail an hour later is refused here: a device that is not there, a tokenizer with more tokens than the model
+has rows. Padding never touches the end-of-sequence token's training, because labels are masked by position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from lorakit.core.lazy import need
+from lorakit.errors import DataError, DeviceError, LorakitError, RecipeError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Task = Literal["causal-lm", "classification"]
+
+ASSETS = Path(__file__).parents[1] / "assets"
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_base(
+    name: str, *, task: Task = "causal-lm", labels: Sequence[str] = (), dtype: str = "auto", device: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the model and the tokenizer of `name`, on the device, in evaluation mode.
+
+    Args:
+        name: `lorakit/tales` (the bundled base), a local directory, or a Hugging Face id.
+        task: `classification` puts a fresh head for `labels` on top, unless the checkpoint has one.
+        dtype: `fp32`, `bf16`, `fp16`; `auto` is bf16 on a CUDA device that has it, else fp32.
+        device: `cpu`, `cuda`, `mps`; `auto` is the best one there is.
+
+    Raises:
+        LorakitError: no such model; both readings of the name and the near ones are in the message.
+        DeviceError: a device that is not there.
+        DataError: the tokenizer has ids the model has no rows for.
+    """
+    tokenizer = load_tokenizer(name)
+    loaded = load_model(name, tokenizer, task=task, labels=labels, dtype=dtype, device=device)
+    return loaded.model, tokenizer
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, and the modules its checkpoint had no weights for (a classification head): those start random."""
+
+    model: PreTrainedModel
+    fresh: tuple[str, ...]
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of `name`; one without a padding token pads with its end-of-sequence token.
+
+    Nothing is lost by that: labels are masked by position, never by looking for the padding id.
+    """
+    transformers = need("transformers", "train")
+    with quiet(), _explained(name):
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(resolve(name))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def load_model(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    task: Task = "causal-lm",
+    labels: Sequence[str] = (),
+    dtype: str = "auto",
+    device: str = "auto",
+) -> Loaded:
+    """Return the model of `name` for a task, checked against its tokenizer."""
+    transformers = need("transformers", "train")
+    place = choose_device(device)
+    options: dict[str, Any] = {"dtype": choose_dtype(dtype, place)}
+    auto = transformers.AutoModelForCausalLM
+    if task == "classification":
+        if len(labels) < 2:
+            raise DataError(f"a classifier needs two labels or more, got {list(labels)}; set data.labels")
+        auto = transformers.AutoModelForSequenceClassification
+        options |= {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: i for i, label in enumerate(labels)},
+        }
+    with quiet(), _explained(name):
+        model, info = auto.from_pretrained(resolve(name), output_loading_info=True, **options)
+    _check_complete(name, task, info)
+    _check_vocabulary(model, tokenizer)
+    if task == "classification":  # decoders look for the last token that is not padding
+        model.config.pad_token_id = tokenizer.pad_token_id
+    fresh = dict.fromkeys(key.rpartition(".")[0] for key in sorted(info["missing_keys"]))
+    return Loaded(model.to(place).eval(), tuple(fresh))
+
+
+def resolve(name: str) -> str:
+    """Return the directory of a bundled base, or the name as it is."""
+    return str(ASSETS / name.removeprefix("lorakit/")) if name in bundled() else name
+
+
+def bundled() -> list[str]:
+    """Return the names of the bases that came with the package."""
+    return sorted(f"lorakit/{file.parent.name}" for file in ASSETS.glob("*/config.json"))
+
+
+def choose_device(device: str) -> torch.device:
+    """Return the device asked for, or the best there is for `auto`; raises `DeviceError` for one that is not."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return torch.device(next(name for name, found in there.items() if found))
+    if not there.get(device.partition(":")[0], False):
+        found = ", ".join(name for name, is_there in there.items() if is_there)
+        built = (
+            "" if torch.version.cuda or device != "cuda" else f"; this torch ({torch.__version__}) has no CUDA in it"
+        )
+        raise DeviceError(
+            f"device {device!r} was asked for and is not there; there is: {found}{built}; use device: auto"
+        )
+    return torch.device(device)
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Return the dtype asked for; `auto` is bf16 on a CUDA device that has it, else fp32."""
+    if dtype == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float32
+    if dtype not in _DTYPES:
+        raise RecipeError(f"unknown dtype {dtype!r}{did_you_mean(dtype, _DTYPES)}; one of auto, {', '.join(_DTYPES)}")
+    if dtype == "fp16" and device.type != "cuda":
+        raise DeviceError(f"fp16 training needs a CUDA device, this is {device.type}; use dtype: bf16 or fp32")
+    return _DTYPES[dtype]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what transformers and datasets say and draw by the way, and put their settings back."""
+    logging, datasets = need("transformers", "train").utils.logging, need("datasets", "train")
+    level, bars, maps = (
+        logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+        datasets.are_progress_bars_disabled(),
+    )
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+        if not maps:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn what the hub's client raises into one sentence that names both readings of the name."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        near = did_you_mean(name, [*bundled(), *(str(p) for p in Path(name).parent.glob("*/") if p.is_dir())])
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if Path(resolve(name)).is_dir():
+            raise LorakitError(f"the directory {resolve(name)} holds no model that can be loaded: {reason}") from error
+        raise LorakitError(
+            f"{name!r} is neither a local directory (looked in {Path.cwd()}) nor a model the Hugging Face hub or its "
+            f"cache could give{near}; bundled: {', '.join(bundled()) or 'none'}\n  {reason}"
+        ) from error
+
+
+def _check_complete(name: str, task: Task, info: dict[str, Any]) -> None:
+    """A base for text must have every weight: a missing one would be random, silently."""
+    missing = sorted(info["missing_keys"]) if task == "causal-lm" else []
+    mismatched = [str(entry[0]) if isinstance(entry, tuple) else str(entry) for entry in info["mismatched_keys"]]
+    if missing or mismatched:
+        shown = ", ".join([*missing, *mismatched][:6])
+        raise LorakitError(
+            f"{name!r} has no fitting values for {len(missing) + len(mismatched)} of its weights ({shown}); "
+            "it is not a complete model of this kind"
+        )
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    embedding: Any = model.get_input_embeddings()
+    rows = embedding.num_embeddings if isinstance(embedding, nn.Embedding) else embedding.weight.shape[0]
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= rows:
+        raise DataError(
+            f"the tokenizer's ids go up to {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}), the model has "
+            f"only {rows} rows; use the tokenizer the model came with, or resize its embedding"
+        )

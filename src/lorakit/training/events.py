@@ -1,0 +1,139 @@
+"""The log of a run: `events.jsonl`, one JSON object a line, which the terminal, the studio and the tests all read.
+
+Every line has `event`, `step` and `time` (seconds since 1970); numbers carry their unit in their name. Nothing about
+a run is told in any other place, so a view that is closed and opened again has lost nothing.
+
+    start       model, task, device, dtype, resumed_from_step
+    data        part (train, validation), and the counts of its report
+    targets     patterns {pattern: modules}, trainable_parameters, base_parameters
+    plan        steps, batch_rows, accumulation, lr, packed and why, evaluate_every_steps, save_every_steps
+    step        loss, lr, gradient_norm, epoch, steps, tokens, tokens_per_second, eta_seconds, peak_memory_bytes
+    evaluate    loss, perplexity, best_loss, best_step
+    checkpoint  path         early_stop  best_step, best_loss         interrupted  path
+    end         what run.json holds                 error  kind, message
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lorakit.training.progress import Progress
+
+Event = dict[str, Any]
+Listen = Callable[[Event], None]
+
+
+class EventLog:
+    """Appends events to a file, line by line, and hands each one to a listener."""
+
+    def __init__(self, file: Path, listen: Listen | None = None) -> None:
+        self.file, self._listen = file, listen
+        file.parent.mkdir(parents=True, exist_ok=True)
+
+    def append(self, event: str, step: int = 0, /, **values: Any) -> None:
+        """Write one event; a reader never sees half a line that is not the last."""
+        made: Event = {"event": event, "step": step, "time": round(time.time(), 3), **values}
+        with self.file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(made, ensure_ascii=False, allow_nan=False) + "\n")
+        if self._listen is not None:
+            self._listen(made)
+
+
+def read_events(file: str | Path) -> list[Event]:
+    """Return the events of a run; a last line cut by a crash is left out."""
+    lines = Path(file).read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+class Narrator(TrainerCallback):
+    """Tells the event log what the Trainer does."""
+
+    def __init__(self, log: EventLog, progress: Progress) -> None:
+        self._log, self._progress = log, progress
+        self._began = self._busy = 0.0  # of this sitting, so that the estimate is of this machine
+        self._steps = self._tokens = 0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock of one step; evaluation and saving are not part of it."""
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop the clock."""
+        seconds = time.perf_counter() - self._began
+        self._busy += seconds
+        self._progress.step_seconds += seconds
+        self._steps += 1
+        self._tokens += self._progress.tokens_of_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Tell one optimizer step."""
+        if not logs or "grad_norm" not in logs:
+            return
+        busy = max(self._busy, 1e-9)
+        self._log.append(
+            "step",
+            state.global_step,
+            loss=float(logs["loss"]),
+            lr=float(logs["learning_rate"]),
+            gradient_norm=float(logs["grad_norm"]),
+            epoch=float(state.epoch or 0.0),
+            steps=state.max_steps,
+            tokens=self._progress.tokens,
+            tokens_per_second=self._tokens / busy,
+            eta_seconds=(state.max_steps - state.global_step) * busy / self._steps,
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Tell one evaluation."""
+        loss = (metrics or {})["eval_loss"]
+        is_best = state.best_metric is None or loss < state.best_metric
+        self._log.append(
+            "evaluate",
+            state.global_step,
+            loss=loss,
+            perplexity=math.exp(min(loss, 700.0)),
+            best_loss=loss if is_best else state.best_metric,
+            best_step=state.global_step if is_best else state.best_global_step,
+        )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Tell one checkpoint, once it is whole."""
+        self._log.append("checkpoint", state.global_step, path=f"{args.output_dir}/checkpoint-{state.global_step}")
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory so far: of the CUDA device where there is one in use, else of this process."""
+    if torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
+        return peak
+    try:
+        import resource
+    except ImportError:  # Windows keeps no such record
+        return 0
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024

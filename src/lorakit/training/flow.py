@@ -1,0 +1,72 @@
+"""What turns a run from its straight course: a better validation loss, too many worse ones, and the user's Ctrl-C.
+
+All of it is decided from what a checkpoint keeps, so a resumed run turns where an uninterrupted one would.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lorakit.training.events import EventLog
+
+
+class KeepBest(TrainerCallback):
+    """Saves a checkpoint at every new best validation loss, and stops after `patience` evaluations without one."""
+
+    def __init__(self, patience: int | None, log: EventLog) -> None:
+        self.patience, self._log = patience, log
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Decide after one evaluation, which stands last in the history."""
+        since = evaluations_since_best(state.log_history)
+        if since == 0:
+            control.should_save = True
+        if self.patience is not None and since >= self.patience:
+            control.should_training_stop = True
+            self._log.append("early_stop", state.global_step, best_step=state.best_global_step,
+                             best_loss=state.best_metric, evaluations_since_best=since)  # fmt: skip
+
+
+def evaluations_since_best(history: list[dict[str, float]]) -> int:
+    """Return how many evaluations came after the one with the lowest loss; the first counts where two are equal."""
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
+
+class Interrupt(TrainerCallback):
+    """Makes the first Ctrl-C (or SIGTERM) a wish: finish this step, save a checkpoint, stop. The second is an order."""
+
+    def __init__(self) -> None:
+        self.wished = False
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Listen for signals inside the block; outside the main thread nobody can, so there nothing changes."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def wish(number: int, frame: Any) -> None:
+            self.wished = True
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+        for number in before:
+            signal.signal(number, wish)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Fulfil the wish at the step's boundary, where a checkpoint is possible."""
+        if self.wished:
+            control.should_save = control.should_training_stop = True

@@ -1,0 +1,69 @@
+"""The one loss of training and evaluation: a sum over trained tokens (or rows), and how many they are.
+
+A mean per micro-batch, averaged over micro-batches, weighs a token by the company it keeps; two numbers that are
+added up do not. Whoever needs a mean divides at the end, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorakit.data import IGNORE, Collator
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+
+def summed_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy summed over trained labels, in nats and fp32, and their number.
+
+    Args:
+        logits: `(batch, length, vocabulary)`, or `(batch, classes)` for a classifier.
+        labels: `(batch, length)`, where position t is predicted by the logits of t - 1; or `(batch,)`.
+    """
+    if labels.dim() == 2:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    trained = labels != IGNORE
+    loss = F.cross_entropy(logits[trained].float(), labels[trained], reduction="sum")
+    return loss, trained.sum()
+
+
+def trained_labels(labels: Tensor) -> Tensor:
+    """Return how many labels `summed_loss` will sum over."""
+    return ((labels[:, 1:] if labels.dim() == 2 else labels) != IGNORE).sum()
+
+
+def batches(
+    rows: Dataset, size: int, pad_id: int, device: torch.device | str, *, by_length: bool = False
+) -> Iterator[dict[str, Tensor]]:
+    """Yield collated batches in order (or the longest first, which pads least), drawing no random number."""
+    order = list(range(len(rows)))
+    if by_length:
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        order.sort(key=lambda i: -lengths[i])
+    collate = Collator(pad_id)
+    for start in range(0, len(order), size):
+        columns: dict[str, Any] = rows[order[start : start + size]]
+        lines = [dict(zip(columns, line, strict=True)) for line in zip(*columns.values(), strict=True)]
+        yield {name: tensor.to(device) for name, tensor in collate(lines).items()}
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, rows: Dataset, size: int, pad_id: int) -> tuple[float, int]:
+    """Return the loss per trained token (or row) over all rows, and how many there are; logits are never kept."""
+    was_training = model.training
+    model.train(False)
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for batch in batches(rows, size, pad_id, model.device, by_length=True):
+        labels = batch.pop("labels")
+        loss, trained = summed_loss(model(**batch).logits, labels)
+        total += loss.double().cpu()
+        count += int(trained)
+    model.train(was_training)
+    return float(total) / count, count

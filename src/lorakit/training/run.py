@@ -1,0 +1,232 @@
+"""`train(recipe) -> Run`: from a recipe to a folder that holds an adapter, its events and its summary.
+
+<output>/recipe.yaml      the whole recipe, every default written out
+<output>/events.jsonl     what happened, line by line (events.py)
+<output>/checkpoint-N/    whole or absent, resumable (checkpoints.py)
+<output>/adapter/         the best adapter, in the PEFT format where the method has one
+<output>/run.json         the summary, written last: a run that has it is finished
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorakit.core.lazy import need
+from lorakit.errors import LorakitError, RecipeError
+
+if TYPE_CHECKING:
+    from lorakit.training.events import EventLog, Listen
+    from lorakit.training.recipe import Recipe
+    from lorakit.training.stage import Stage
+    from lorakit.training.trainer import AdapterTrainer
+
+SUMMARY = "run.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run was: losses are in nats per trained token (per row for a classifier)."""
+
+    output: str
+    adapter_dir: str
+    task: str
+    steps: int
+    seconds: float
+    train_loss: float
+    validation_loss: float | None
+    best_step: int | None
+    tokens: int
+    trained_tokens: int
+    tokens_per_second: float
+    peak_memory_bytes: int
+    trainable_parameters: int
+    lr: float
+    labels: tuple[str, ...]
+    data: dict[str, dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, output: str | Path) -> Run:
+        """Read the summary of a finished run."""
+        values = json.loads((Path(output) / SUMMARY).read_text(encoding="utf-8"))
+        return cls(**{**values, "labels": tuple(values["labels"])})
+
+
+def train(recipe: Recipe, *, resume: bool = False, listen: Listen | None = None) -> Run:
+    """Train the adapter a recipe describes and return what came of it.
+
+    Args:
+        recipe: from `load_recipe` or `Recipe(...)`.
+        resume: go on from the last whole checkpoint in the output folder; a finished run is returned as it was.
+        listen: called with every event (a dict, see events.py) as it happens.
+
+    Raises:
+        RecipeError: the output holds a run already, or nothing to resume, or another recipe's checkpoint.
+        LorakitError: whatever is wrong with base, data or adapter; or a run stopped by Ctrl-C, saved, resumable.
+    """
+    need("transformers", "train")
+    from lorakit.training.base import quiet
+    from lorakit.training.events import EventLog
+
+    output = Path(recipe.output)
+    _claim(output, resume)
+    if (output / SUMMARY).exists():
+        return Run.read(output)
+    log = EventLog(output / "events.jsonl", listen)
+    try:
+        with quiet():
+            return _train(recipe, output, log)
+    except Exception as error:
+        log.append("error", kind=type(error).__name__, message=str(error))
+        raise
+
+
+def _claim(output: Path, resume: bool) -> None:
+    """Refuse to write over a run, or to go on with none; what an attempt without a checkpoint left is cleared."""
+    from lorakit.training.checkpoints import checkpoints
+
+    if output.exists() and not output.is_dir():
+        raise RecipeError(f"the output {output} is a file; name a folder")
+    saved = checkpoints(output)
+    finished = (output / SUMMARY).exists() or (output / "adapter").exists()
+    if resume:
+        if not (saved or finished or (output / "events.jsonl").exists()):
+            raise RecipeError(f"there is no run in {output} to resume; check `output`, or start without resume")
+        return
+    if saved or finished:
+        what = f"a run stopped at step {saved[-1].name.partition('-')[2]}" if saved else "a finished run"
+        what = "a finished run" if (output / SUMMARY).exists() else what
+        raise RecipeError(f"{output} holds {what}; resume it, name another output, or delete the folder")
+    (output / "events.jsonl").unlink(missing_ok=True)
+
+
+def _train(recipe: Recipe, output: Path, log: EventLog) -> Run:
+    from transformers import set_seed
+
+    from lorakit.inject.attach import attach
+    from lorakit.training.checkpoints import checkpoints, fingerprint, refuse_changes
+    from lorakit.training.flow import Interrupt
+    from lorakit.training.progress import Progress
+    from lorakit.training.stage import build_stage, target_counts
+
+    saved = next(reversed(checkpoints(output)), None)
+    progress, interrupt = Progress(), Interrupt()
+    log.append("start", model=recipe.model, resumed_from_step=_step(saved))
+    set_seed(recipe.train.seed)
+    stage = build_stage(recipe)
+    data = fingerprint(stage.train.dataset)
+    if saved is not None:
+        progress.go_on(refuse_changes(saved, recipe, data).progress)
+    for part, prepared in {"train": stage.train, "validation": stage.validation}.items():
+        if prepared is not None:
+            log.append("data", part=part, **prepared.report.to_json())
+    patterns = target_counts(stage)
+    handle = attach(stage.model, stage.spec)
+    trainable = sum(p.numel() for p in handle.parameters())
+    base = sum(p.numel() for p in stage.model.parameters()) - trainable
+    log.append("targets", patterns=patterns, trainable_parameters=trainable, base_parameters=base,
+               trained_whole=list(stage.spec.train))  # fmt: skip
+    (output / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    trainer = _trainer(recipe, stage, output, log, progress, interrupt, data)
+    with interrupt.heard():
+        _go(trainer, saved, recipe)
+    step = trainer.state.global_step
+    if interrupt.wished and step < trainer.state.max_steps:
+        log.append("interrupted", step, path=f"{output}/checkpoint-{step}")
+        raise LorakitError(
+            f"stopped at step {step} of {trainer.state.max_steps}, and saved; to go on, run the same recipe with resume"
+        )
+    run = _finish(recipe, stage, trainer, output, trainable)
+    log.append("end", run.steps, **run.to_json())
+    return run
+
+
+def _trainer(
+    recipe: Recipe, stage: Stage, output: Path, log: EventLog, progress: Any, interrupt: Any, data: str
+) -> AdapterTrainer:
+    from lorakit.training.arguments import arguments, make_plan
+    from lorakit.training.events import Narrator
+    from lorakit.training.flow import KeepBest
+    from lorakit.training.trainer import AdapterTrainer
+
+    plan = make_plan(recipe, stage)
+    log.append("plan", **plan.to_json(), packed=stage.packed, why=stage.why, task=stage.task,
+               device=str(stage.model.device), dtype=str(stage.model.dtype).removeprefix("torch."))  # fmt: skip
+    callbacks = [Narrator(log, progress), interrupt]
+    if stage.validation is not None:
+        callbacks.append(KeepBest(recipe.train.patience, log))
+    return AdapterTrainer(
+        stage.model,
+        arguments(recipe, stage, plan, output),
+        recipe,
+        stage.train.dataset,
+        None if stage.validation is None else stage.validation.dataset,
+        pad_id=stage.tokenizer.pad_token_id,
+        data=data,
+        progress=progress,
+        callbacks=callbacks,
+    )
+
+
+def _go(trainer: AdapterTrainer, saved: Path | None, recipe: Recipe) -> None:
+    """Train from the beginning or from a checkpoint, unless the checkpoint is where patience ended."""
+    from transformers import TrainerState
+
+    from lorakit.training.checkpoints import STATE
+    from lorakit.training.flow import evaluations_since_best
+
+    if saved is not None and recipe.train.patience is not None:
+        state = TrainerState.load_from_json(str(saved / STATE))
+        if evaluations_since_best(state.log_history) >= recipe.train.patience:
+            trainer._load_from_checkpoint(str(saved))
+            trainer.state = state
+            return
+    trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
+
+
+def _finish(recipe: Recipe, stage: Stage, trainer: AdapterTrainer, output: Path, trainable: int) -> Run:
+    """Restore the best adapter, save it, and write the summary last."""
+    from lorakit.inject.attach import state
+    from lorakit.persist import save
+    from lorakit.training.events import peak_memory_bytes
+
+    trainer._load_best_model()
+    stage.model.config.use_cache = True
+    adapter = state(stage.model)
+    save(adapter, output / "adapter", "peft" if stage.spec.method.peft else "native")
+    progress, history = trainer.progress, trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    run = Run(
+        output=str(output),
+        adapter_dir=str(output / "adapter"),
+        task=stage.task,
+        steps=trainer.state.global_step,
+        seconds=progress.seconds,
+        train_loss=sum(losses) / len(losses),
+        validation_loss=trainer.state.best_metric,
+        best_step=trainer.state.best_global_step,
+        tokens=progress.tokens,
+        trained_tokens=progress.trained_tokens,
+        tokens_per_second=progress.tokens / progress.step_seconds,
+        peak_memory_bytes=peak_memory_bytes(),
+        trainable_parameters=trainable,
+        lr=trainer.args.learning_rate,
+        labels=stage.labels,
+        data={"train": stage.train.report.to_json()}
+        | ({"validation": stage.validation.report.to_json()} if stage.validation else {}),
+    )
+    draft = output / f".{SUMMARY}"
+    draft.write_text(json.dumps(run.to_json(), indent=2), encoding="utf-8")
+    os.replace(draft, output / SUMMARY)
+    return run
+
+
+def _step(checkpoint: Path | None) -> int | None:
+    return None if checkpoint is None else int(checkpoint.name.partition("-")[2])

@@ -1,0 +1,207 @@
+"""What a run works on, made from its recipe before the first step: model, adapter, data, and the size of a batch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lorakit.core.spec import AdapterSpec
+from lorakit.core.targets import resolve
+from lorakit.data import (
+    Prepared,
+    detect,
+    packing_is_isolated,
+    prepare,
+    prepare_classification,
+    read_rows,
+    refuse_leaky_packing,
+)
+from lorakit.errors import RecipeError
+from lorakit.inject.sites import sites
+from lorakit.training.base import Task, load_model, load_tokenizer
+from lorakit.training.recipe import DataSection, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BATCH_TOKENS = 4096
+"""Tokens a step, where a recipe says nothing: the "batch of about 16 rows" of the field, in the unit that costs."""
+BATCH_ROWS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """Everything a run needs; `packed` says whether rows hold several examples, `why` for what reason."""
+
+    task: Task
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    spec: AdapterSpec
+    train: Prepared
+    validation: Prepared | None
+    batch_rows: int
+    packed: bool
+    why: str
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Return the class names of a classifier, else nothing."""
+        return self.train.labels or ()
+
+
+def build_stage(recipe: Recipe) -> Stage:
+    """Load the base, read the data, decide how rows become batches; the adapter is not attached yet.
+
+    Raises:
+        RecipeError: no training data named.
+        LorakitError, DeviceError, DataError: from the base and the data.
+    """
+    if recipe.data.train is None:
+        raise RecipeError("the recipe names no training data; set data.train to a file, a folder or a dataset's name")
+    task = task_of(recipe.data, recipe.task)
+    return _classifier(recipe) if task == "classification" else _language_model(recipe)
+
+
+def task_of(data: DataSection, task: str = "auto") -> Task:
+    """Return the task a recipe means: rows with a label are classified, all others are continued."""
+    if task == "auto":
+        format = data.format
+        if format == "auto":
+            source, split = (data.train, data.train_split) if data.train else (data.validation, data.validation_split)
+            assert source is not None
+            format = detect(read_rows(source, split)).name  # type: ignore[assignment]
+        return "classification" if format == "classification" else "causal-lm"
+    return "classification" if task == "classification" else "causal-lm"
+
+
+def target_counts(stage: Stage) -> dict[str, int]:
+    """Return how many modules each pattern of the targets caught, in the order of the patterns."""
+    caught = Counter(match.pattern for match in resolve(stage.spec, sites(stage.model)))
+    return {pattern: caught[pattern] for pattern in stage.spec.targets.include}
+
+
+def longest_row(data: DataSection, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the longest row in tokens: what the recipe allows, and the model has positions for."""
+    positions = getattr(model.config, "max_position_embeddings", None) or data.max_length
+    return int(min(data.max_length, positions, tokenizer.model_max_length))
+
+
+def prepare_text(
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    source: str,
+    split: str | None,
+    *,
+    max_length: int,
+    separator: str | None,
+    packing: bool = False,
+    seed: int = 0,
+) -> Prepared:
+    """Prepare rows for a language model as the recipe says."""
+    return prepare(
+        source,
+        tokenizer,
+        max_length=max_length,
+        format=data.format,
+        loss=data.loss,
+        overlong="drop" if data.overlong == "auto" else data.overlong,
+        packing=packing,
+        separator=separator,
+        seed=seed,
+        split=split,
+        vocab_size=rows_of(model),
+    )
+
+
+def prepare_labelled(
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    split: str | None,
+    *,
+    max_length: int,
+    labels: tuple[str, ...] | None,
+    vocab_size: int | None = None,
+) -> Prepared:
+    """Prepare rows for a classifier as the recipe says; a long text is cut unless it says otherwise."""
+    if data.overlong == "split":
+        raise RecipeError("data.overlong: split is for plain text; a labelled row can be cut or dropped")
+    overlong = "cut" if data.overlong == "auto" else data.overlong
+    return prepare_classification(
+        source, tokenizer, max_length=max_length, labels=labels, overlong=overlong, split=split, vocab_size=vocab_size
+    )
+
+
+def rows_of(model: PreTrainedModel) -> int:
+    """Return how many token ids a model has rows for."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
+
+
+def _language_model(recipe: Recipe) -> Stage:
+    data, train = recipe.data, recipe.train
+    tokenizer = load_tokenizer(recipe.model)
+    loaded = load_model(recipe.model, tokenizer, dtype=train.dtype, device=train.device)
+    loaded.model.config.use_cache = False
+    packed, why = _packing(recipe, loaded.model)
+    most = longest_row(data, loaded.model, tokenizer)
+    tokens = train.batch_tokens or BATCH_TOKENS
+    most = min(most, tokens) if packed and train.batch_size is None else most
+    assert data.train is not None
+    shared = {"max_length": most, "packing": packed}
+    rows = prepare_text(data, tokenizer, loaded.model, data.train, data.train_split, separator=data.separator,
+                        seed=train.seed, **shared)  # type: ignore[arg-type]  # fmt: skip
+    validation = None
+    if data.validation is not None:
+        validation = prepare_text(data, tokenizer, loaded.model, data.validation, data.validation_split,
+                                  separator=rows.report.separator_used, **shared)  # type: ignore[arg-type]  # fmt: skip
+    longest = most if packed else min(most, rows.report.longest)
+    size = train.batch_size or max(1, tokens // longest)
+    return Stage("causal-lm", loaded.model, tokenizer, _spec(recipe, loaded.model), rows, validation, size, packed, why)
+
+
+def _classifier(recipe: Recipe) -> Stage:
+    data, train = recipe.data, recipe.train
+    tokenizer = load_tokenizer(recipe.model)
+    assert data.train is not None
+    most = min(data.max_length, tokenizer.model_max_length)
+    rows = prepare_labelled(data, tokenizer, data.train, data.train_split, max_length=most, labels=data.labels or None)
+    labels = rows.labels or ()
+    loaded = load_model(recipe.model, tokenizer, task="classification", labels=labels, dtype=train.dtype,
+                        device=train.device)  # fmt: skip
+    most = longest_row(data, loaded.model, tokenizer)
+    if rows.report.longest > most or rows_of(loaded.model) < len(tokenizer):
+        rows = prepare_labelled(data, tokenizer, data.train, data.train_split, max_length=most, labels=labels,
+                                vocab_size=rows_of(loaded.model))  # fmt: skip
+    validation = None
+    if data.validation is not None:
+        validation = prepare_labelled(data, tokenizer, data.validation, data.validation_split, max_length=most,
+                                      labels=labels, vocab_size=rows_of(loaded.model))  # fmt: skip
+    by_tokens = max(1, train.batch_tokens // min(most, rows.report.longest)) if train.batch_tokens else BATCH_ROWS
+    heads = tuple(dict.fromkeys((*sorted(sites(loaded.model).heads), *loaded.fresh)))
+    spec = _spec(recipe, loaded.model, heads)
+    why = "a classifier reads one text a row"
+    return Stage("classification", loaded.model, tokenizer, spec, rows, validation, train.batch_size or by_tokens,
+                 False, why)  # fmt: skip
+
+
+def _spec(recipe: Recipe, model: PreTrainedModel, heads: tuple[str, ...] = ()) -> AdapterSpec:
+    depths = sites(model).depths
+    return recipe.adapter.spec(seed=recipe.train.seed, heads=heads, depth=max(depths.values(), default=0))
+
+
+def _packing(recipe: Recipe, model: PreTrainedModel) -> tuple[bool, str]:
+    """Return whether to pack, and why; `always` is refused where examples would see each other."""
+    if recipe.data.packing == "never":
+        return False, "data.packing is never"
+    if recipe.data.packing == "always":
+        refuse_leaky_packing(model)
+        return True, "data.packing is always"
+    if recipe.train.batch_size is not None:
+        return False, "train.batch_size counts examples, so each has its own row"
+    if not packing_is_isolated(model):
+        attention = getattr(model.config, "_attn_implementation", "unknown")
+        return False, f"packed examples would see each other in this model with attention '{attention}'"
+    return True, "packed examples do not see each other in this model (measured)"

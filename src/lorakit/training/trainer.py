@@ -1,0 +1,188 @@
+"""transformers' Trainer, taught five things it does not do for an adapter that lives inside the model.
+
+1. A checkpoint holds the adapter alone, is whole or absent, and remembers its recipe.
+2. The loss is a sum over trained tokens, divided once by their number in the whole accumulated batch.
+3. Parameter groups go by the roles the method declared.
+4. The first step is watched: every adapter must be called and reached by a gradient.
+5. The order of the rows is a plain function of seed and epoch, and evaluation draws no random number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from lorakit.data import Collator
+from lorakit.errors import AdapterFileError, AliveError, LorakitError
+from lorakit.inject.alive import alive
+from lorakit.inject.attach import state
+from lorakit.persist.atomic import atomic_directory
+from lorakit.persist.native import NATIVE, load_native, to_native
+from lorakit.training.checkpoints import STATE, Memory, prune, restore
+from lorakit.training.groups import param_groups
+from lorakit.training.loss import mean_loss, summed_loss, trained_labels
+from lorakit.training.progress import Progress
+from lorakit.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class Shuffled(Sampler[int]):
+    """Visits every row once an epoch, in an order that seed and epoch alone decide."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self._rows, self._seed, self._epoch = rows, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next pass."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return self._rows
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield row numbers."""
+        rng = torch.Generator().manual_seed(self._seed + self._epoch)
+        yield from torch.randperm(self._rows, generator=rng).tolist()
+
+
+class AdapterTrainer(Trainer):
+    """Trains the adapter named "default" of a model, and the modules trained whole beside it."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        recipe: Recipe,
+        train: Dataset,
+        validation: Dataset | None,
+        *,
+        pad_id: int,
+        data: str,
+        progress: Progress,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        super().__init__(
+            model,
+            args,
+            data_collator=Collator(pad_id),
+            train_dataset=train,
+            eval_dataset=validation,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+        self.loss_is_scaled_for_ga = True
+        self.adapted, self.folder, self.rows, self.progress = model, Path(str(args.output_dir)), train, progress
+        self._recipe, self._data, self._pad_id = recipe, data, pad_id
+        self._proven = False
+
+    # ---- steps ----
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Shuffled:
+        return Shuffled(len(self.rows), self._recipe.train.seed)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make AdamW over groups by role."""
+        if self.optimizer is None:
+            train = self._recipe.train
+            groups = param_groups(self.adapted, self.args.learning_rate, train.up_ratio, train.weight_decay)
+            self.optimizer = torch.optim.AdamW(groups)
+        return self.optimizer
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """Return the micro-batches of one optimizer step and the number of labels trained in all of them."""
+        samples = list(islice(epoch_iterator, num_batches))
+        trained = sum((trained_labels(batch["labels"]) for batch in samples), torch.tensor(0, device=device))
+        self.progress.count(sum(_tokens(batch) for batch in samples), int(trained))
+        return samples, trained
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Run one micro-batch forward and backward; the first one proves the adapter alive."""
+        if self._proven:
+            return super().training_step(model, inputs, num_items_in_batch)
+        with alive(self.adapted):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._proven = True
+        return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Return this micro-batch's share of the mean loss over the whole accumulated batch."""
+        labels = inputs.pop("labels")
+        loss, _ = summed_loss(model(**inputs).logits, labels)
+        share: Tensor = loss / num_items_in_batch
+        return share
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Return the validation loss per trained token (or row)."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        loss, _ = mean_loss(self.adapted, rows, self.args.per_device_eval_batch_size, self._pad_id)
+        metrics = {f"{metric_key_prefix}_loss": loss}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Pass the numbers on, unless they say that nothing is being learned."""
+        step = self.state.global_step
+        for name in ("loss", "grad_norm", "eval_loss"):
+            if not math.isfinite(value := logs.get(name, 0.0)):
+                raise LorakitError(
+                    f"step {step}: {name} is {value}; the last whole checkpoint is from before. Lower train.lr "
+                    f"(it was {self.args.learning_rate:g}), lengthen train.warmup, or use dtype: fp32"
+                )
+        if logs.get("grad_norm") == 0.0:
+            raise AliveError(f"step {step}: the gradient of every trained parameter is zero, so nothing is learned")
+        super().log(logs, start_time)
+
+    # ---- checkpoints ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write the adapter alone, bit for bit."""
+        folder = Path(output_dir) if output_dir else self.folder
+        (folder / NATIVE).write_bytes(to_native(state(self.adapted)))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint that is whole or absent, then delete what is too old."""
+        self.store_flos()
+        folder = self.folder / f"checkpoint-{self.state.global_step}"
+        try:
+            with atomic_directory(folder, clean=True) as draft:
+                self._save(str(draft))
+                self._save_optimizer_and_scheduler(str(draft))
+                self._save_scaler(str(draft))
+                self._save_rng_state(str(draft))
+                self.state.save_to_json(str(draft / STATE))
+                Memory.of(self._recipe, self._data, self.progress).write(draft)
+        except RuntimeError as failed:  # what torch.save makes of a full disk
+            raise AdapterFileError(f"{folder}: could not save: {failed}; earlier checkpoints are intact") from failed
+        prune(self.folder, self._recipe.train.keep, self.state.best_global_step)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        restore(self.adapted, load_native(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """Put the adapter with the lowest validation loss back, if it is not the last one."""
+        best = self.state.best_global_step
+        if best and best != self.state.global_step:
+            self._load_from_checkpoint(str(self.folder / f"checkpoint-{best}"))
+
+
+def _tokens(batch: dict[str, Tensor]) -> int:
+    """Count tokens, padding left out; the padding of packed rows, which nothing marks, is counted."""
+    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
