@@ -300,7 +300,7 @@ def test_a_resized_vocabulary_travels_with_the_adapter(tmp_path: Path) -> None:
     save(state(model), tmp_path)
     assert_close(logits(peft_loads(tmp_path, resized()), x), logits(model, x))
     base = resized()
-    attach(base, replace(load(tmp_path), base=Base()))  # the rows a resize adds are random: no base equals another
+    attach(base, replace(load(tmp_path), base=Base()))  # its probes are of the trained table, not the base
     assert_close(logits(base, x), logits(model, x))
 
 

@@ -69,7 +69,8 @@ def to_native(state: AdapterState) -> bytes:
     }
     tensors = {f"{u.site.key}.{name}": t for u in state.updates for name, t in u.tensors.items()}
     tensors.update({f"{_TRAINED}{name}": t for name, t in state.trained.items()})
-    return files.tensors_to_bytes(tensors, {"format": "pt", "lorakit": json.dumps(head, separators=(",", ":"))})
+    # One metadata key: safetensors writes several in random order, and equal adapters shall give equal bytes.
+    return files.tensors_to_bytes(tensors, {"lorakit": json.dumps(head, separators=(",", ":"))})
 
 
 def _state(head: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState:

@@ -1,0 +1,132 @@
+"""Broken files say by name what is wrong with them."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorakit.errors import AdapterFileError
+from lorakit.persist import files, load, save
+from tests.persist.samples import adapter
+
+
+def weights(format: str) -> str:
+    return "adapter_model.safetensors" if format == "peft" else "adapter.lorakit.safetensors"
+
+
+@pytest.mark.parametrize("format", ["peft", "native"])
+@pytest.mark.parametrize("keep", [0, 1, 7, 8, 9, 60, 0.5, -1])
+def test_a_truncated_file_is_named(format: Any, keep: float, tmp_path: Path) -> None:
+    save(adapter(), tmp_path, format)
+    (tmp_path / "lorakit.json").unlink(missing_ok=True)  # its checksum would notice first
+    file = tmp_path / weights(format)
+    data = file.read_bytes()
+    file.write_bytes(data[: int(len(data) * keep) if isinstance(keep, float) else keep])
+    with pytest.raises(AdapterFileError) as caught:
+        load(tmp_path)
+    assert str(file) in str(caught.value)
+    assert ("is empty (0 bytes)" if keep == 0 else "is truncated") in str(caught.value)
+
+
+def test_how_much_is_missing_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    data = files.tensors_to_bytes({"w": torch.zeros(100)}, {})
+    file.write_bytes(data[:-100])
+    with pytest.raises(AdapterFileError, match=f"is truncated: {len(data) - 100} of {len(data)} bytes"):
+        files.read_safetensors(file)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"garbage that is long enough to have a header", "is not a safetensors file, or its header is corrupt"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer.*git lfs pull"),
+        ((20).to_bytes(8, "little") + b'{"w": {"dtype": "F32', "has a corrupt header"),
+        ((2).to_bytes(8, "little") + b"{}" + b"more", "is corrupt"),
+        (b"PK\x03\x04" + bytes(60), "is not a safetensors file"),
+    ],
+)
+def test_a_corrupt_file_is_named(data: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(data)
+    with pytest.raises(AdapterFileError, match=rf"x\.safetensors {said}"):
+        files.read_safetensors(tmp_path / "x.safetensors")
+
+
+def test_a_flipped_bit_in_a_saved_adapter_is_noticed(tmp_path: Path) -> None:
+    save(adapter(), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(AdapterFileError) as caught:
+        load(tmp_path)
+    assert f"{file} was changed after it was saved" in str(caught.value)
+    assert "remove lorakit.json to accept the change" in str(caught.value)
+    (tmp_path / "lorakit.json").unlink()
+    load(tmp_path)
+
+
+def test_a_missing_file_and_a_folder_in_its_place_are_named(tmp_path: Path) -> None:
+    with pytest.raises(AdapterFileError, match=r"x\.safetensors is missing"):
+        files.read_safetensors(tmp_path / "x.safetensors")
+    with pytest.raises(AdapterFileError, match="could not be read: Is a directory"):
+        files.read_json(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("", r"is empty \(0 bytes\)"), ('{"r": 8,', "is truncated or not JSON.*line 1"), ("[1]", "holds a JSON list")],
+)
+def test_broken_json_is_named(text: str, said: str, tmp_path: Path) -> None:
+    save(adapter(), tmp_path)
+    (tmp_path / "lorakit.json").unlink()
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(AdapterFileError, match=rf"adapter_config\.json {said}"):
+        load(tmp_path)
+
+
+class Bomb:
+    """A pickle that would run code."""
+
+    fired = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return setattr, (Bomb, "fired", True)
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
+    torch.save({"w": Bomb()}, tmp_path / "x.bin")
+    with pytest.raises(AdapterFileError, match=r"x\.bin was refused: pickles are not executed here"):
+        files.read_pickle(tmp_path / "x.bin")
+    (tmp_path / "y.bin").write_bytes(pickle.dumps(Bomb(), protocol=2))
+    with pytest.raises(AdapterFileError, match=r"y\.bin was refused"):
+        files.read_pickle(tmp_path / "y.bin")
+    assert not Bomb.fired
+
+
+@pytest.mark.parametrize("keep", [0, 2, 0.3, 0.9])
+def test_a_truncated_pickle_is_named(keep: float, tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(400)}, tmp_path / "x.bin")
+    data = (tmp_path / "x.bin").read_bytes()
+    (tmp_path / "x.bin").write_bytes(data[: int(len(data) * keep) if isinstance(keep, float) else keep])
+    with pytest.raises(AdapterFileError, match=r"x\.bin (is empty|is truncated or corrupt|was refused)"):
+        files.read_pickle(tmp_path / "x.bin")
+
+
+def test_a_pickle_of_something_else_says_what_it_holds(tmp_path: Path) -> None:
+    torch.save({"model": {"w": torch.zeros(2)}, "step": 3}, tmp_path / "x.bin")
+    with pytest.raises(AdapterFileError, match="does not hold tensors by name, but model, step"):
+        files.read_pickle(tmp_path / "x.bin")
+
+
+def test_tensors_that_share_memory_are_each_written_out(tmp_path: Path) -> None:
+    whole = torch.randn(4, 6)
+    given = {"whole": whole, "view": whole[1:3], "turned": whole.T, "again": whole}
+    (tmp_path / "x").write_bytes(files.tensors_to_bytes(given, {"format": "pt"}))
+    found, metadata = files.read_safetensors(tmp_path / "x")
+    assert all(torch.equal(found[name], tensor) for name, tensor in given.items())
+    assert metadata == {"format": "pt"}
