@@ -1,0 +1,35 @@
+"""Write what a bench found to docs/results/<name>.json, with the machine, the versions and the commit it ran at."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+
+
+def record(name: str, question: str, packages: tuple[str, ...], **found: Any) -> Path:
+    """Write one result file and return its path."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    result = {
+        "question": question,
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()},
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+        "commit": commit.stdout.strip(),
+        **found,
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    file = RESULTS / f"{name}.json"
+    file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return file
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
