@@ -116,7 +116,7 @@ states = {value: adapter(value) for value in (1.0, 2.0)}
 save(states[1.0], place, format)
 (place / "notes.txt").write_text("mine")
 start, seen, cut = time.monotonic(), set(), 0
-while cut < 60 and time.monotonic() - start < 5:
+while cut < 40 and time.monotonic() - start < 4:
     child = os.fork()
     if child == 0:
         while True:
