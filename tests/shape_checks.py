@@ -15,6 +15,9 @@ from typing import Any
 
 import jaxtyping
 import torch
+from beartype import BeartypeConf, beartype
+
+whole_numbers_are_floats = beartype(conf=BeartypeConf(is_pep484_tower=True))  # as mypy has it: `alpha: 32`
 
 
 def check_shapes(*modules: str) -> None:
@@ -22,7 +25,7 @@ def check_shapes(*modules: str) -> None:
     early = [name for name in sys.modules if name in modules or name.startswith(tuple(f"{m}." for m in modules))]
     assert not early, f"imported before the shape checks were installed: {early}"
     jaxtyping.jaxtyped = jaxtyping._decorator.jaxtyped = _gated(jaxtyping.jaxtyped)
-    jaxtyping.install_import_hook(modules, "beartype.beartype")
+    jaxtyping.install_import_hook(modules, "tests.shape_checks.whole_numbers_are_floats")
 
 
 def _gated(jaxtyped: Callable[..., Any]) -> Callable[..., Any]:

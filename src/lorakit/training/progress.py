@@ -31,8 +31,12 @@ class Progress:
 
     def to_json(self) -> dict[str, Any]:
         """Return what a later sitting must know."""
-        return {"tokens": self.tokens, "trained_tokens": self.trained_tokens, "step_seconds": round(self.step_seconds, 3),
-                "seconds": round(self.seconds, 3)}  # fmt: skip
+        return {
+            "tokens": self.tokens,
+            "trained_tokens": self.trained_tokens,
+            "step_seconds": round(self.step_seconds, 3),
+            "seconds": round(self.seconds, 3),
+        }
 
     def go_on(self, earlier: dict[str, Any]) -> None:
         """Continue from what an earlier sitting wrote."""

@@ -114,13 +114,14 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run:
     from lorakit.training.checkpoints import checkpoints, fingerprint, refuse_changes
     from lorakit.training.flow import Interrupt
     from lorakit.training.progress import Progress
-    from lorakit.training.stage import build_stage, target_counts
+    from lorakit.training.stage import build_stage, decided, target_counts
 
     saved = next(reversed(checkpoints(output)), None)
     progress, interrupt = Progress(), Interrupt()
     log.append("start", model=recipe.model, resumed_from_step=_step(saved))
     set_seed(recipe.train.seed)
     stage = build_stage(recipe)
+    recipe = decided(recipe, stage)
     data = fingerprint(stage.train.dataset)
     if saved is not None:
         progress.go_on(refuse_changes(saved, recipe, data).progress)

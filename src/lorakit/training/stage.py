@@ -23,6 +23,7 @@ from lorakit.training.base import Task, load_model, load_tokenizer
 from lorakit.training.recipe import DataSection, Recipe
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BATCH_TOKENS = 4096
@@ -70,9 +71,22 @@ def task_of(data: DataSection, task: str = "auto") -> Task:
         if format == "auto":
             source, split = (data.train, data.train_split) if data.train else (data.validation, data.validation_split)
             assert source is not None
-            format = detect(read_rows(source, split)).name  # type: ignore[assignment]
-        return "classification" if format == "classification" else "causal-lm"
-    return "classification" if task == "classification" else "causal-lm"
+            return task_named(detect(read_rows(source, split)).name)
+        return task_named(format)
+    return task_named(task)
+
+
+def task_named(format: str) -> Task:
+    """Return the task of a format (or of a task's own name)."""
+    return "classification" if format == "classification" else "causal-lm"
+
+
+def decided(recipe: Recipe, stage: Stage) -> Recipe:
+    """Return the recipe with what the data decided written out, so that evaluation and generation need not guess."""
+    found: dict[str, Any] = {"labels": stage.labels}
+    if stage.task == "causal-lm":
+        found["separator"] = stage.train.report.separator_used
+    return recipe.model_copy(update={"task": stage.task, "data": recipe.data.model_copy(update=found)})
 
 
 def target_counts(stage: Stage) -> dict[str, int]:
@@ -91,7 +105,7 @@ def prepare_text(
     data: DataSection,
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
-    source: str,
+    source: str | Dataset,
     split: str | None,
     *,
     max_length: int,
@@ -118,7 +132,7 @@ def prepare_text(
 def prepare_labelled(
     data: DataSection,
     tokenizer: PreTrainedTokenizerBase,
-    source: str,
+    source: str | Dataset,
     split: str | None,
     *,
     max_length: int,

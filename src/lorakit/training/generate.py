@@ -1,0 +1,98 @@
+"""Text from a model: batches padded on the left, so that every prompt ends where its answer begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorakit.core.lazy import need
+from lorakit.errors import DataError
+from lorakit.training.base import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> list[str]:
+    """Return one answer a prompt, without prompt and special tokens, in the order of the prompts.
+
+    Args:
+        model: with the adapters that are active on it; comes back as it was.
+        tokenizer: of the model; it is only read.
+        prompts: token ids, from `render_prompt`.
+        max_new_tokens: an answer ends here, or earlier at an end-of-sequence token.
+        temperature: 0 takes the likeliest token; above, tokens are drawn from `softmax(logits / temperature)`.
+        seed: of the draws; the global random state is left alone.
+        batch_size: prompts at once; the likeliest tokens do not depend on it.
+
+    Raises:
+        DataError: an empty prompt, or one that leaves no position for an answer.
+    """
+    _check(model, prompts, max_new_tokens)
+    settings = _settings(model, tokenizer, max_new_tokens, temperature)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # neighbours of one length need no padding
+    answers = [""] * len(prompts)
+    was_training, devices = model.training, [model.device] if model.device.type == "cuda" else []
+    model.train(False)
+    try:
+        with quiet(), torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                made = _answer(model, [prompts[i] for i in chosen], settings)
+                texts = tokenizer.batch_decode(made, skip_special_tokens=True)
+                for i, text in zip(chosen, texts, strict=True):
+                    answers[i] = text
+    finally:
+        model.train(was_training)
+    return answers
+
+
+def _answer(model: Any, prompts: list[Sequence[int]], settings: Any) -> list[list[int]]:
+    width = max(map(len, prompts))
+    pad = settings.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    made = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+    answers: list[list[int]] = made[:, width:].tolist()
+    return answers
+
+
+def _settings(model: Any, tokenizer: Any, max_new_tokens: int, temperature: float) -> Any:
+    """Return settings that name everything, so that no default of the checkpoint (sampling, penalties) slips in."""
+    own = model.generation_config.eos_token_id
+    stops = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    pad = tokenizer.pad_token_id
+    return need("transformers", "train").GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(stops) or None,
+        pad_token_id=pad if pad is not None else next(iter(stops), 0),
+        use_cache=True,
+        **({"do_sample": False} | sampling),
+    )
+
+
+def _check(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    empty = [str(i) for i, prompt in enumerate(prompts) if not prompt]
+    if empty:
+        raise DataError(f"prompts without a single token cannot be answered: numbers {', '.join(empty[:12])}")
+    room = getattr(model.config, "max_position_embeddings", None)
+    longest = max(map(len, prompts), default=0)
+    if room is not None and longest + max_new_tokens > room:
+        raise DataError(
+            f"a prompt of {longest} tokens and an answer of {max_new_tokens} exceed the model's {room} positions; "
+            "shorten the prompt or lower max_new_tokens"
+        )
