@@ -19,9 +19,10 @@ test-slow: ## run the slow tests
 check: ## lint, format and types
 	@scripts/check
 
-bench: ## answer every question in bench/
+bench: ## answer every question in bench/; takes long
 	@scripts/setup dev train report
-	@set -e; for file in bench/*.py; do [ -e "$$file" ] || continue; echo "bench: $$file"; .venv/bin/python "$$file"; done
+	@set -e; for file in bench/*.py; do \
+	    head -n 1 "$$file" | grep -q '?$$' || continue; echo "bench: $$file"; .venv/bin/python "$$file"; done
 
 clean: ## remove caches and build outputs; keeps .venv and runs/
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,25 +1,22 @@
 """How should an adapter be put into a live model, and what does each way cost per call?
 
-One LoRA (rank 8) on a 64 x 64 linear layer, put there five ways: lorakit's class swap, a wrapper module, a forward
-hook, a torch parametrization, and PEFT. Small on purpose: the arithmetic is nothing, so the time is the mechanism's.
-Writes bench/results/injection.json. Run: python bench/injection.py
+One LoRA (rank 8) on a 64 x 64 linear layer, put there six ways: lorakit's class swap, the least class swap, a wrapper
+module, a forward hook, a torch parametrization, and PEFT. Small on purpose: the arithmetic is nothing, so the time is
+the mechanism's.
+Writes docs/results/injection.json. Run: python bench/injection.py
 """
 
 from __future__ import annotations
 
 import copy
 import io
-import json
-import os
 import pickle
-import platform
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 
 import torch
+from record import record
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -42,6 +39,13 @@ class Wrapper(nn.Module):
         return self.base(x) + ALPHA / RANK * (x @ self.down.T @ self.up.T)
 
 
+class Swapped(nn.Linear):
+    """The least class swap: one adapter, no weights, no choice by row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + ALPHA / RANK * (x @ self.down.T @ self.up.T)
+
+
 class Sum(nn.Module):
     """The parametrization `W -> W + s B A`, recomputed at each access of `.weight`."""
 
@@ -56,6 +60,14 @@ class Sum(nn.Module):
 
 def class_swap(model: nn.Sequential) -> nn.Module:
     attach(model, AdapterSpec(LoRA(rank=RANK, alpha=ALPHA), Targets("*")))
+    return model
+
+
+def bare_swap(model: nn.Sequential) -> nn.Module:
+    layer = model[0]
+    layer.down = nn.Parameter(torch.randn(RANK, WIDTH))
+    layer.up = nn.Parameter(torch.zeros(WIDTH, RANK))
+    layer.__class__ = Swapped
     return model
 
 
@@ -88,7 +100,7 @@ def peft(model: nn.Sequential) -> nn.Module:
 
 
 WAYS: dict[str, Callable[[nn.Sequential], nn.Module]] = {
-    f.__name__: f for f in (class_swap, wrapper, hook, parametrization, peft)
+    f.__name__: f for f in (class_swap, bare_swap, wrapper, hook, parametrization, peft)
 }
 
 
@@ -151,29 +163,19 @@ def microseconds(models: dict[str, nn.Module]) -> dict[str, list[float]]:
 def main() -> None:
     torch.set_num_threads(1)
     times = microseconds({"no adapter": base(), **{name: put(base()) for name, put in WAYS.items()}})
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    result = {
-        "question": __doc__.splitlines()[0] if __doc__ else "",
-        "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "system": platform.system()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "peft": _version("peft")},
-        "commit": commit,
-        "setting": {"width": WIDTH, "rank": RANK, "batch": 1, "threads": 1, "rounds": ROUNDS, "calls": CALLS},
-        "microseconds": {
-            name: {"min": round(min(t), 2), "median": round(median(t), 2), "max": round(max(t), 2)}
-            for name, t in times.items()
-        },
-        "properties": {name: properties(put) for name, put in WAYS.items()},
+    microseconds_a_call = {
+        name: {"min": round(min(t), 2), "median": round(median(t), 2), "max": round(max(t), 2)}
+        for name, t in times.items()
     }
-    out = Path(__file__).parent / "results" / "injection.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps({key: result[key] for key in ("microseconds", "properties")}, indent=2))
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
+    file = record(
+        "injection",
+        (__doc__ or "").splitlines()[0],
+        ("torch", "peft"),
+        setting={"width": WIDTH, "rank": RANK, "batch": 1, "threads": 1, "rounds": ROUNDS, "calls": CALLS},
+        microseconds=microseconds_a_call,
+        properties={name: properties(put) for name, put in WAYS.items()},
+    )
+    print(file.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

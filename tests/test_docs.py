@@ -97,7 +97,9 @@ def test_both_readmes_give_the_same_commands() -> None:
 @pytest.mark.parametrize("name", READMES)
 def test_the_drawn_tree_is_the_tree(name: str) -> None:
     drawn = tree((ROOT / name).read_text(encoding="utf-8"))
-    rooms = {f"{file.parent.name}/" for file in (ROOT / "src" / "lorakit").glob("*/*") if file.suffix in (".py", ".md")}
+    package = ROOT / "src" / "lorakit"
+    files = [file for file in package.glob("*/**/*") if file.is_file() and "__pycache__" not in file.parts]
+    rooms = {f"{file.relative_to(package).parts[0]}/" for file in files}
     assert drawn == rooms, f"{name} lacks {sorted(rooms - drawn)} and invents {sorted(drawn - rooms)}"
 
 
