@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -290,3 +291,41 @@ def test_attaching_after_compiling_is_not_ignored() -> None:
 def test_a_target_that_matches_nothing_says_so_on_a_whole_model() -> None:
     with pytest.raises(TargetError, match="'c_attn' matched nothing"):
         attach(llama(), AdapterSpec(LoRA(4), Targets("c_attn")))
+
+
+def test_an_adapter_that_trained_its_embedding_knows_its_base_again() -> None:
+    model = moved(llama(), AdapterSpec(LoRA(4), Targets("q_proj"), train=("embed_tokens",)))
+    base = copy.deepcopy(model)
+    detach(base)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(3)
+    adapted = model(IDS).logits
+    attach(base, state(model))
+    assert torch.equal(base(IDS).logits, adapted)
+
+
+def test_values_a_state_only_keeps_are_installed_frozen_and_go_again() -> None:
+    model = llama()
+    original = model.model.embed_tokens.weight.detach().clone()
+    given = state(moved(copy.deepcopy(model), AdapterSpec(LoRA(4), Targets(("q_proj", "embed_tokens")))))
+    kept = replace(given, trained={"model.embed_tokens.weight": 2 * original})
+    handle = attach(model, kept)
+    assert torch.equal(model.model.embed_tokens.weight, 2 * original)
+    assert not model.model.embed_tokens.weight.requires_grad
+    assert torch.equal(state(model).trained["model.embed_tokens.weight"], 2 * original)
+    assert all(p is not model.model.embed_tokens.weight for p in handle.parameters())
+    detach(model)
+    assert torch.equal(model.model.embed_tokens.weight, original)
+
+
+def test_both_names_of_a_tied_weight_are_one_value() -> None:
+    model = llama(tie_word_embeddings=True)
+    original = model.lm_head.weight.detach().clone()
+    given = state(moved(copy.deepcopy(model), AdapterSpec(LoRA(4), Targets("q_proj"), train=("lm_head",))))
+    both = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), 2 * original)
+    attach(model, replace(given, trained=both))
+    assert torch.equal(model.lm_head.weight, 2 * original)
+    assert model.lm_head.weight.requires_grad
+    detach(model)
+    assert torch.equal(model.lm_head.weight, original)
+    assert model.lm_head.weight is model.model.embed_tokens.weight

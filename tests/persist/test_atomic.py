@@ -116,13 +116,16 @@ states = {value: adapter(value) for value in (1.0, 2.0)}
 save(states[1.0], place, format)
 (place / "notes.txt").write_text("mine")
 start, seen, cut = time.monotonic(), set(), 0
-while cut < 40 and time.monotonic() - start < 4:
+def enough():
+    spent = time.monotonic() - start
+    return spent > 25 or len(seen) == 2 and cut >= 10 and (cut >= 40 or spent > 4)
+while not enough():
     child = os.fork()
     if child == 0:
         while True:
             for state in states.values():
                 save(state, place, format)
-    time.sleep(random.uniform(0.0, 0.03))
+    time.sleep(random.uniform(0.0, 0.03 + 0.003 * cut))  # a busy machine gets longer and longer lives
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     found = load(place)

@@ -38,7 +38,8 @@ class Handle:
         """Return the trainable parameters of this adapter, modules trained whole included."""
         own = [p for a in adapters_named(self.model, self.name) for p in a.parameters()]
         base = parameters_of(self.model)
-        return own + [base[key] for key in ledger_of(self.model).trained[self.name]]
+        whole = [base[key] for key in ledger_of(self.model).trained[self.name]]
+        return own + [p for p in whole if p.requires_grad]
 
     def __repr__(self) -> str:
         """Return one line: name, layers, parameters."""
@@ -73,9 +74,10 @@ def attach(model: nn.Module, what: AdapterSpec | AdapterState, name: str = "defa
         _check_base(what.base, model)
         placed = [(u.site, u.method) for u in updates]
         tensors = {u.site.key: u.tensors for u in updates}
-    trained = _trained_parameters(model, spec, values)
+    trained = _trained_whole(model, spec)
+    brought = _distinct(model, values) if values else trained
     _refuse_adapted_and_whole([site.path for site, _ in placed], trained)
-    ledger.refuse_shared(name, trained)
+    ledger.refuse_shared(name, brought)
     modules = dict(model.named_modules())
     _refuse_patched({site.path: modules[site.path] for site, _ in placed})
     ledger.freeze(model)
@@ -85,7 +87,7 @@ def attach(model: nn.Module, what: AdapterSpec | AdapterState, name: str = "defa
             _copy(adapter, dict(tensors[site.key]))
         else:
             adapter.init(_weight(modules[site.path], site), _generator(spec.seed, site.key))
-    ledger.add(model, name, spec, trained, values)
+    ledger.add(model, name, spec, brought, values, trainable=trained)
     return Handle(model, name, tuple(site.key for site, _ in placed))
 
 
@@ -130,12 +132,18 @@ def adapters_named(model: nn.Module, name: str) -> list[Adapter]:
 
 
 def base_of(model: nn.Module, most: int = 8, values: int = 4) -> Base:
-    """Return the base's name and probes: a few evenly spaced weights of the first adaptable layers."""
+    """Return the base's name and probes: a few evenly spaced weights of the first adaptable layers.
+
+    Layers that an adapter trains whole are no longer the base's, so they are left out.
+    """
     config = getattr(model, "config", None)
+    named, trained = parameters_of(model), [key for keys in ledger_of(model).trained.values() for key in keys]
+    moved = {id(named[key]) for key in trained}
     probes: dict[str, tuple[float, ...]] = {}
     for site in sites(model).sites:
-        weight = getattr(model.get_submodule(site.path), "weight", None)
-        if isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta and len(probes) < most:
+        weight = named.get(f"{site.path}.weight")
+        readable = weight is not None and weight.is_floating_point() and not weight.is_meta and id(weight) not in moved
+        if weight is not None and readable and len(probes) < most:
             flat = weight.detach().reshape(-1)
             picked = flat[:: max(1, flat.numel() // values)][:values]
             probes[site.path] = tuple(round(float(v), 6) for v in picked.float())
@@ -182,14 +190,18 @@ def _check_base(base: Base, model: nn.Module, tolerance: float = 0.02) -> None:
         )
 
 
-def _trained_parameters(model: nn.Module, spec: AdapterSpec, values: dict[str, Tensor]) -> list[str]:
-    """Return the names of the base's parameters trained whole, checked against the values that come with a state."""
+def _trained_whole(model: nn.Module, spec: AdapterSpec) -> list[str]:
+    """Return the names of the base's parameters that `spec.train` means, each tied one once."""
     named = parameters_of(model)
-    if not values:
-        hits = modules_named(spec.train, [path for path, _ in model.named_modules()]) if spec.train else {}
-        prefixes = tuple(f"{path}." for paths in hits.values() for path in paths)
-        inside = {id(named[key]): key for key in reversed(named) if key.startswith(prefixes)} if prefixes else {}
-        return [key for key in named if inside.get(id(named[key])) == key]
+    hits = modules_named(spec.train, [path for path, _ in model.named_modules()]) if spec.train else {}
+    prefixes = tuple(f"{path}." for paths in hits.values() for path in paths)
+    inside = {id(named[key]): key for key in reversed(named) if key.startswith(prefixes)} if prefixes else {}
+    return [key for key in named if inside.get(id(named[key])) == key]
+
+
+def _distinct(model: nn.Module, values: dict[str, Tensor]) -> list[str]:
+    """Return the names of the base's parameters a state brings values for, each tied one once, or list the misfits."""
+    named = parameters_of(model)
     problems = [f"{key}: not in this model{did_you_mean(key, named)}" for key in values if key not in named]
     problems += [
         f"{key}: shape {tuple(v.shape)}, this model has {tuple(named[key].shape)}"
@@ -198,7 +210,7 @@ def _trained_parameters(model: nn.Module, spec: AdapterSpec, values: dict[str, T
     ]
     if problems:
         raise AdapterFileError(f"modules saved whole do not fit this model:\n{listing(problems)}")
-    return list(values)
+    return list({id(named[key]): key for key in reversed(values)}.values())[::-1]
 
 
 def _refuse_adapted_and_whole(paths: list[str], trained: list[str]) -> None:

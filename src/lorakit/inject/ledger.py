@@ -46,13 +46,23 @@ class Ledger:
 
     @torch.no_grad()
     def add(
-        self, model: nn.Module, name: str, spec: AdapterSpec, trained: list[str], values: Mapping[str, Tensor]
+        self,
+        model: nn.Module,
+        name: str,
+        spec: AdapterSpec,
+        trained: list[str],
+        values: Mapping[str, Tensor],
+        trainable: list[str],
     ) -> None:
-        """Enter an adapter; its wholly trained parameters start from the base, or from the values it brings."""
+        """Enter an adapter; the parameters it holds whole start from the base, or from the values it brings.
+
+        Those in `trainable` learn; the others are only kept, as PEFT keeps the embedding of a resized vocabulary.
+        """
         named = parameters_of(model)
+        learning = {id(named[key]) for key in trainable}
         for key in trained:
             self.resting[key] = named[key].detach().clone()
-            named[key].requires_grad_(True)
+            named[key].requires_grad_(id(named[key]) in learning)
             if key in values:
                 named[key].copy_(values[key])
         self.specs[name], self.trained[name] = spec, list(trained)
