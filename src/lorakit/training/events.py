@@ -41,11 +41,12 @@ class EventLog:
 
     def append(self, event: str, step: int = 0, /, **values: Any) -> None:
         """Write one event; a reader never sees half a line that is not the last."""
-        made: Event = {"event": event, "step": step, "time": round(time.time(), 3), **values}
+        made = {"event": event, "step": step, "time": round(time.time(), 3), **values}
+        line = json.dumps(made, ensure_ascii=False, allow_nan=False)
         with self.file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(made, ensure_ascii=False, allow_nan=False) + "\n")
+            lines.write(line + "\n")
         if self._listen is not None:
-            self._listen(made)
+            self._listen(json.loads(line))  # what a reader of the file would get, to the letter
 
 
 def read_events(file: str | Path) -> list[Event]:
