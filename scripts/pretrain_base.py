@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pretrain.corpus import Corpus, make_exercises
+from pretrain.corpus import Corpus, Mix, make_exercises
 from pretrain.probe import copying, held_out, sample
 from pretrain.tales import HELD_OUT, read_books
 from pretrain.vocabulary import train_tokenizer
@@ -42,6 +42,8 @@ class Settings:
     warmup: int = 100
     decay: float = 0.33
     share: float = 0.1  # of rows that are exercises
+    copy_weight: float = 4.0  # of a copied token in the loss,
+    intensify: int = 621  # from this step, when echoes join the exercises
     seed: int = 1
 
 
@@ -137,7 +139,8 @@ def main() -> None:
     unseen = [text for name in HELD_OUT for text in books[name]]
     tokenizer = train_tokenizer(train, settings.vocabulary, settings.context)
     exercises = make_exercises(train)
-    corpus = Corpus(tokenizer, train, exercises, settings.share, settings.seed)
+    mix = Mix(settings.share, settings.copy_weight, settings.intensify)
+    corpus = Corpus(tokenizer, train, exercises, mix, settings.seed)
     model = build(settings, tokenizer).to(torch.bfloat16)
     optimizer = Optimizer(model, settings)
     say = Log(arguments.runs / "log.jsonl")
@@ -148,9 +151,10 @@ def main() -> None:
     for layer in model.model.layers:  # compiled layer by layer: as fast as the whole, and ready in seconds
         layer.compile(dynamic=False)
 
-    def loss_of(ids: Tensor, labels: Tensor) -> Tensor:
+    def loss_of(ids: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         logits = model(input_ids=ids, use_cache=False).logits
-        return cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        losses = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+        return (losses * weights.flatten()).sum() / weights.sum()
 
     step, before = 0, 0.0
     if arguments.resume:
@@ -169,8 +173,8 @@ def main() -> None:
             break
         decaying = progress > 1 - settings.decay
         length = settings.context if decaying else settings.length
-        ids, labels = corpus.batch(step, settings.batch_tokens // length, length)
-        loss = loss_of(ids, labels)
+        ids, labels, weights = corpus.batch(step, settings.batch_tokens // length, length)
+        loss = loss_of(ids, labels, weights)
         loss.backward()
         scale = min((step + 1) / settings.warmup, (1 - progress) / settings.decay, 1.0)
         norm = optimizer.step(scale)

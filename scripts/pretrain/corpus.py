@@ -15,8 +15,6 @@ from transformers import PreTrainedTokenizerBase
 
 from .exercises import Exercise, Exercises
 
-IGNORED = -100
-
 
 @dataclass(frozen=True)
 class Encoded:
@@ -59,13 +57,22 @@ def make_exercises(documents: list[str]) -> Exercises:
     return Exercises(words, sentences, passages)
 
 
+@dataclass(frozen=True)
+class Mix:
+    """The share of exercise rows; from step `intensify`, echoes join them and copied tokens weigh `copy_weight`."""
+
+    share: float
+    copy_weight: float
+    intensify: int
+
+
 class Corpus:
-    """Batches of `(rows, length)` ids and labels; a fixed share of the rows are exercises."""
+    """Batches of `(rows, length)` ids, labels and loss weights; a fixed share of the rows are exercises."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, documents: list[str], exercises: Exercises, share: float, seed: int
+        self, tokenizer: PreTrainedTokenizerBase, documents: list[str], exercises: Exercises, mix: Mix, seed: int
     ) -> None:
-        self.tokenizer, self.exercises, self.share, self.seed = tokenizer, exercises, share, seed
+        self.tokenizer, self.exercises, self.mix, self.seed = tokenizer, exercises, mix, seed
         eos = tokenizer.eos_token_id
         encoded = tokenizer(documents, add_special_tokens=False)["input_ids"]
         self.documents = [torch.tensor([*ids, eos]) for ids in encoded]
@@ -83,9 +90,9 @@ class Corpus:
         blocks = stream[offset : offset + count * length + 1].unfold(0, length + 1, length)
         self.blocks, self.cursor = blocks[torch.randperm(count, generator=rng)], 0
 
-    def batch(self, step: int, rows: int, length: int) -> tuple[Tensor, Tensor]:
-        """Return inputs and next-token labels; exercise prompts are ignored in the labels."""
-        drilled = int(rows * self.share * (step + 1)) - int(rows * self.share * step)
+    def batch(self, step: int, rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return inputs, next-token labels and their weights; exercise prompts weigh nothing."""
+        drilled = int(rows * self.mix.share * (step + 1)) - int(rows * self.mix.share * step)
         taken = []
         while len(taken) < rows - drilled:
             if self.cursor >= len(self.blocks) or self.blocks.shape[1] != length + 1:
@@ -95,16 +102,19 @@ class Corpus:
         tales = torch.stack(taken)
         self.tale_tokens += (rows - drilled) * length
         self.exercise_tokens += drilled * length
-        drills = [self._drill_row(Random(f"{self.seed}/{step}/{row}"), length) for row in range(drilled)]
+        drills = [self._drill_row(Random(f"{self.seed}/{step}/{row}"), length, step) for row in range(drilled)]
         ids = torch.cat([tales, *(row[0][None] for row in drills)])
-        labels = torch.cat([tales, *(row[1][None] for row in drills)])
-        return ids[:, :-1].contiguous(), labels[:, 1:].contiguous()
+        weights = torch.cat([torch.ones(tales.shape), *(row[1][None] for row in drills)])
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), weights[:, 1:].contiguous()
 
-    def _drill_row(self, rng: Random, length: int) -> tuple[Tensor, Tensor]:
+    def _drill_row(self, rng: Random, length: int, step: int) -> tuple[Tensor, Tensor]:
         ids: list[int] = []
-        labels: list[int] = []
+        weights: list[float] = []
+        intense = step >= self.mix.intensify
+        heavy = self.mix.copy_weight if intense else 1.0
         while len(ids) < length + 1:
-            made = encode(self.tokenizer, self.exercises.draw(rng))
+            made = encode(self.tokenizer, self.exercises.draw(rng, echoes=intense))
             ids += made.ids
-            labels += [i if trained else IGNORED for i, trained in zip(made.ids, made.trained, strict=True)]
-        return torch.tensor(ids[: length + 1]), torch.tensor(labels[: length + 1])
+            marks = zip(made.trained, made.copied, strict=True)
+            weights += [(heavy if copied else 1.0) if trained else 0.0 for trained, copied in marks]
+        return torch.tensor(ids[: length + 1]), torch.tensor(weights[: length + 1])

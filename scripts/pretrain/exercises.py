@@ -106,11 +106,12 @@ class Exercises:
             "recall": (3, self.recall),
             "copy": (2, self.copy),
             "rename": (3, self.rename),
+            "echo": (14, self.echo),
         }
 
-    def draw(self, rng: Random, kind: str | None = None) -> Exercise:
+    def draw(self, rng: Random, kind: str | None = None, echoes: bool = True) -> Exercise:
         """Draw one exercise, of a given kind or by the weights."""
-        names = list(self.kinds)
+        names = [name for name in self.kinds if echoes or name != "echo"]
         kind = kind or rng.choices(names, [self.kinds[name][0] for name in names])[0]
         return self.kinds[kind][1](rng)
 
@@ -242,6 +243,12 @@ class Exercises:
         if rng.random() < 0.4:
             return self.asked(rng, "recall", f"{tale}\nWhat of {who}?", [(f"{who} {deed}", True), (".", False)])
         return self.asked(rng, "recall", f"{tale}\nWho {deed}?", [(who, True)])
+
+    def echo(self, rng: Random) -> Exercise:
+        """Say a meaningless sequence over and over: the plainest lesson in copying."""
+        sources = (lambda: rng.choice(self.words), lambda: self.coin(rng), lambda: self.name(rng))
+        said = "".join(" " + rng.choice(sources)() for _ in range(rng.choice((2, 4, 8, 12, 20))))
+        return Exercise("echo", said, ((said * rng.randrange(1, 4), True),))
 
     def copy(self, rng: Random) -> Exercise:
         """Copy a sentence of the books."""

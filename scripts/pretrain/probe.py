@@ -1,6 +1,7 @@
 """Measure a model: held-out perplexity and bits per byte, exact-copy rate on unseen exercises, and samples."""
 
 import math
+from collections.abc import Iterator
 from random import Random
 
 import torch
@@ -36,11 +37,16 @@ def held_out(
         size += len(document.encode())
         if limit and tokens >= limit:
             break
-    bits = total / math.log(2) / size
-    return {"perplexity": math.exp(total / tokens), "bits_per_byte": bits, "tokens": tokens, "bytes": size}
+    return summary(total, tokens, size)
 
 
-@torch.no_grad()
+def summary(nats: float, tokens: float, size: float) -> dict[str, float]:
+    """Perplexity per token and bits per byte from a sum of losses."""
+    bits = nats / math.log(2)
+    rates = {"perplexity": math.exp(nats / tokens), "bits_per_byte": bits / size}
+    return {**rates, "tokens": tokens, "bytes": size, "nats": nats}
+
+
 def copying(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, exercises: Exercises, count: int, seed: int = 10**6
 ) -> dict[str, float]:
@@ -48,17 +54,26 @@ def copying(
 
     The completion's own words are given (teacher forcing), so the rate is about the copied values alone.
     """
-    rates = {}
-    for kind in exercises.kinds:
-        right = 0
-        for number in range(count):
-            made = encode(tokenizer, exercises.draw(Random(f"{seed}/{kind}/{number}"), kind))
-            ids, copied = torch.tensor(made.ids[:500]), torch.tensor(made.copied[:500])
+    kinds = exercises.kinds
+    rates = {kind: exact(list(hits(model, tokenizer, exercises, kind, count, seed))) for kind in kinds}
+    return {**rates, "mean": sum(rates.values()) / len(rates)}
+
+
+def exact(tried: list[Tensor]) -> float:
+    """Share of exercises whose copied tokens are all right."""
+    return sum(bool(hit.all()) for hit in tried) / len(tried)
+
+
+def hits(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, exercises: Exercises, kind: str, count: int, seed: int = 10**6
+) -> Iterator[Tensor]:
+    """For each exercise, say of each copied token whether it is the model's first choice; (copied,) bools."""
+    for number in range(count):
+        made = encode(tokenizer, exercises.draw(Random(f"{seed}/{kind}/{number}"), kind))
+        ids, copied = torch.tensor(made.ids[:500]), torch.tensor(made.copied[1:500])
+        with torch.no_grad():
             best = model(input_ids=ids[None, :-1], use_cache=False).logits[0].argmax(-1)
-            right += bool(((best == ids[1:]) | ~copied[1:]).all())
-        rates[kind] = right / count
-    rates["mean"] = sum(rates.values()) / len(exercises.kinds)
-    return rates
+        yield (best == ids[1:])[copied]
 
 
 @torch.no_grad()
