@@ -18,7 +18,7 @@ from lorakit.training.base import load_base
 from lorakit.training.evaluate import evaluate
 from lorakit.training.events import Event, read_events
 from lorakit.training.run import Run, train
-from tests.tolerances import assert_close
+from tests.tolerances import assert_close, tolerance
 from tests.training.samples import labelled, pairs, recipe_of, write_rows
 
 STRANGE = [{"prompt": f"a {word} =", "completion": " QXZQXZQXZ"} for word in ("cab", "bed", "face")]
@@ -123,10 +123,24 @@ def test_two_runs_of_one_recipe_are_equal_and_another_seed_is_not(base: Path, tm
     )
 
 
+def test_a_head_that_starts_random_starts_from_the_seed(base: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", labelled(16))
+    _, losses = run_in(base, tmp_path / "a", data__train=data)
+    torch.rand(7)
+    _, again = run_in(base, tmp_path / "b", data__train=data)
+    assert losses == again
+
+
 def test_the_best_adapter_is_the_one_that_is_saved(base: Path, tmp_path: Path) -> None:
     validation = write_rows(tmp_path / "v.jsonl", STRANGE)
     run, _ = run_in(
-        base, tmp_path, data__validation=validation, train__lr=0.05, train__epochs=3, train__evaluate_every=1
+        base,
+        tmp_path,
+        data__validation=validation,
+        train__lr=0.05,
+        train__epochs=3,
+        train__save_every=100,
+        train__evaluate_every=1,
     )
     losses = {event["step"]: event["loss"] for event in told(tmp_path, "evaluate")}
     assert run.best_step == min(losses, key=lambda step: losses[step]) < run.steps
@@ -225,6 +239,25 @@ def test_modules_the_checkpoint_had_no_weights_for_are_trained_whole(encoder: Pa
         run_in(tmp_path / "bare", tmp_path, data__train=data, adapter__targets="all-linear")
     run, _ = run_in(tmp_path / "bare", tmp_path, data__train=data, adapter__targets="attention")
     assert "bert.pooler.dense.weight" in load(run.adapter_dir).trained
+
+
+def test_a_bf16_base_trains_its_adapter_in_fp32(base: Path, tmp_path: Path) -> None:
+    _, wide = run_in(base, tmp_path / "a", train__epochs=2)
+    run, losses = run_in(base, tmp_path / "b", train__epochs=2, train__dtype="bf16")
+    assert losses == pytest.approx(wide, rel=tolerance(torch.bfloat16))
+    assert losses[-1] < losses[0]
+    assert {tensor.dtype for tensor in adapter_tensors(run).values()} == {torch.float32}
+
+
+def test_a_head_on_a_bf16_base_is_trained_and_kept_in_fp32(encoder: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", labelled(64))
+    changes = {"data__train": data, "train__dtype": "bf16", "train__epochs": 6, "data__validation": data}
+    run, _ = run_in(encoder, tmp_path, **changes)
+    head = load(run.adapter_dir).trained["classifier.weight"]
+    assert head.dtype == torch.float32
+    assert not torch.equal(head, head.bfloat16().float()), "steps finer than bf16 were kept"
+    losses = [event["loss"] for event in told(tmp_path, "evaluate")]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_gradient_checkpointing_changes_no_loss(base: Path, tmp_path: Path) -> None:
