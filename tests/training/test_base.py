@@ -92,3 +92,11 @@ def test_a_classifier_gets_its_labels_and_tells_what_is_fresh(encoder: Path) -> 
     assert loaded.fresh == ("classifier",)
     with pytest.raises(DataError, match="two labels or more"):
         load_model(str(encoder), tokenizer, task="classification", labels=("low",))
+
+
+def test_a_classifier_of_other_labels_is_refused(encoder: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_base(str(encoder), task="classification", labels=("a", "b", "c"))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(LorakitError, match="holds no model that can be loaded"):
+        load_base(str(tmp_path), task="classification", labels=("a", "b"))

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from lorakit import attach, load, load_recipe, state
-from lorakit.errors import AliveError, DataError, DeviceError, LorakitError, RecipeError, TargetError
+from lorakit.errors import AliveError, DataError, DeviceError, LorakitError, MissingExtraError, RecipeError, TargetError
 from lorakit.persist.native import load_native
 from lorakit.training.base import load_base
 from lorakit.training.evaluate import evaluate
@@ -351,6 +351,33 @@ def test_packing_that_leaks_is_refused_or_left(tmp_path: Path, base: Path, monke
     plan = told(tmp_path, "plan")[0]
     assert plan["packed"] is False
     assert "see each other in this model with attention 'sdpa'" in plan["why"]
+
+
+def test_a_tracker_writes_into_the_output(base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    run_in(base, tmp_path, train__report_to=["tensorboard"])
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+def test_a_tracker_that_is_absent_is_named(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match="names wandb, not installed here; run: pip install wandb"):
+        run_in(base, tmp_path, train__report_to=["wandb"])
+
+
+def test_a_full_device_is_told_with_what_to_change(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("lorakit.training.trainer.summed_loss", full)
+    with pytest.raises(LorakitError, match=r"step 1: out of memory on cpu\. Halve train\.batch_tokens"):
+        run_in(base, tmp_path)
+
+
+def test_several_processes_are_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LorakitError, match="in one process on one device"):
+        train(recipe_of(base, tmp_path))
 
 
 def test_the_state_of_the_model_is_what_was_saved(base: Path, tmp_path: Path) -> None:

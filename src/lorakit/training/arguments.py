@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
+from lorakit.errors import MissingExtraError
 from lorakit.training.rates import auto_rate
 from lorakit.training.recipe import Recipe
 from lorakit.training.stage import Stage
@@ -68,6 +71,7 @@ def widen(model: nn.Module) -> bool:
 def arguments(recipe: Recipe, stage: Stage, plan: Plan, output: Path) -> TrainingArguments:
     """Return the Trainer's arguments for a model with its adapter; it writes nowhere but in `output`."""
     train, device = recipe.train, stage.model.device
+    _refuse_absent(train.report_to)
     dtype, widened = stage.model.dtype, widen(stage.model)
     made = TrainingArguments(
         output_dir=str(output),
@@ -102,3 +106,11 @@ def arguments(recipe: Recipe, stage: Stage, plan: Plan, output: Path) -> Trainin
     if device.type == "cuda":
         made._n_gpu = 1  # else several visible devices mean nn.DataParallel, which copies the model every step
     return made
+
+
+def _refuse_absent(trackers: Iterable[str]) -> None:
+    """Raise `MissingExtraError` for trackers that are not installed; no extra of ours brings them."""
+    if absent := [name for name in trackers if importlib.util.find_spec(name) is None]:
+        raise MissingExtraError(
+            f"train.report_to names {' and '.join(absent)}, not installed here; run: pip install {' '.join(absent)}"
+        )

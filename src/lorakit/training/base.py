@@ -167,7 +167,7 @@ def _explained(name: str) -> Iterator[None]:
     """Turn what the hub's client raises into one sentence that names both readings of the name."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: weights of other shapes
         near = did_you_mean(name, [*bundled(), *(str(p) for p in Path(name).parent.glob("*/") if p.is_dir())])
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if Path(resolve(name)).is_dir():

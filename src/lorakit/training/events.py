@@ -1,16 +1,21 @@
 """The log of a run: `events.jsonl`, one JSON object a line, which the terminal, the studio and the tests all read.
 
 Every line has `event`, `step` and `time` (seconds since 1970); numbers carry their unit in their name. Nothing about
-a run is told in any other place, so a view that is closed and opened again has lost nothing.
+a run is told in any other place, so a view that is closed and opened again has lost nothing. After a resume, steps
+behind the last checkpoint are told again; the later line counts.
 
-    start       model, task, device, dtype, resumed_from_step
+    start       model, resumed_from_step
     data        part (train, validation), and the counts of its report
-    targets     patterns {pattern: modules}, trainable_parameters, base_parameters
-    plan        steps, batch_rows, accumulation, lr, packed and why, evaluate_every_steps, save_every_steps
+    targets     patterns {pattern: modules}, trainable_parameters, base_parameters, trained_whole
+    plan        task, device, dtype, steps, steps_per_epoch, batch_rows, accumulation, lr, evaluate_every_steps,
+                save_every_steps, packed and why
     step        loss, lr, gradient_norm, epoch, steps, tokens, tokens_per_second, eta_seconds, peak_memory_bytes
     evaluate    loss, perplexity, best_loss, best_step
-    checkpoint  path         early_stop  best_step, best_loss         interrupted  path
-    end         what run.json holds                 error  kind, message
+    checkpoint  path
+    early_stop  best_step, best_loss, evaluations_since_best
+    interrupted path
+    end         what run.json holds
+    error       kind, message
 """
 
 from __future__ import annotations

@@ -72,6 +72,8 @@ def train(recipe: Recipe, *, resume: bool = False, listen: Listen | None = None)
         LorakitError: whatever is wrong with base, data or adapter; or a run stopped by Ctrl-C, saved, resumable.
     """
     need("transformers", "train")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LorakitError("train runs in one process on one device; start it without torchrun or accelerate launch")
     from lorakit.training.base import quiet
     from lorakit.training.events import EventLog
 
@@ -178,6 +180,7 @@ def _trainer(
 
 def _go(trainer: AdapterTrainer, saved: Path | None, recipe: Recipe) -> None:
     """Train from the beginning or from a checkpoint, unless the checkpoint is where patience ended."""
+    import torch
     from transformers import TrainerState
 
     from lorakit.training.checkpoints import STATE
@@ -189,7 +192,13 @@ def _go(trainer: AdapterTrainer, saved: Path | None, recipe: Recipe) -> None:
             trainer._load_from_checkpoint(str(saved))
             trainer.state = state
             return
-    trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
+    try:
+        trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
+    except torch.OutOfMemoryError as full:
+        raise LorakitError(
+            f"step {trainer.state.global_step + 1}: out of memory on {trainer.args.device}. Halve train.batch_tokens "
+            "(or batch_size) and double train.accumulation, which changes no result; or set train.checkpointing: true"
+        ) from full
 
 
 def _finish(recipe: Recipe, stage: Stage, trainer: AdapterTrainer, output: Path, trainable: int) -> Run:
