@@ -1,0 +1,88 @@
+"""The verbs in one place, and what happens when one fails.
+
+Exit codes: 0 it worked; 2 the user can repair it (`error: ...`, no traceback); 130 interrupted; an unexpected exception
+is our bug and keeps its traceback. Nothing heavy is imported here: a verb imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from lorakit.cli.convert import convert
+from lorakit.cli.evaluate import evaluate
+from lorakit.cli.generate import generate
+from lorakit.cli.merge import merge
+from lorakit.cli.quickstart import quickstart
+from lorakit.cli.screen import print_error
+from lorakit.cli.train import train
+from lorakit.errors import LorakitError
+
+_UsageError: type[Exception] = typer.BadParameter.__mro__[2]  # click's root, of whichever click this typer brings
+
+
+class Verbs(TyperGroup):
+    """The group of verbs, which turns every failure into its exit code."""
+
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> Any:  # type: ignore[override]
+        """Run one verb and exit."""
+        arguments = list(sys.argv[1:] if args is None else args)
+        try:
+            code = super().main(arguments, prog_name, **{**extra, "standalone_mode": False})
+        except LorakitError as error:
+            print_error(type(error).__name__, str(error), "--json" in arguments)
+            code = 2
+        except _UsageError as error:
+            print_error("UsageError", _usage(error), "--json" in arguments)
+            code = 2
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb; Ctrl-C gives one line, with the way to go on where the verb knows one."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            hint = f"; {stop}" if str(stop) else ""
+            print(f"\ninterrupted{hint}", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=Verbs,
+    help="Make a pretrained model yours with a low-rank update.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in (quickstart, train, evaluate, generate, merge, convert):
+    app.command()(verb)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from lorakit import __version__
+
+        print(f"lorakit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Make a pretrained model yours with a low-rank update: train, evaluate, generate, merge, convert."""
+
+
+def _usage(error: Any) -> str:
+    """Return what was wrong with the arguments, and where the right ones are listed."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "lorakit"
+    return f"{error.format_message()}\n{command} --help lists what it takes"

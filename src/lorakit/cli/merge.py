@@ -1,0 +1,161 @@
+"""`lorakit merge`: fold an adapter into its base, prove that the answers stay, and write a Hugging Face directory.
+
+The logits of the adapted and of the merged model are compared before a byte is written. Two sums in another order
+differ by rounding, which depends on the dtype; a larger difference is a fault, and nothing is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from lorakit.cli.screen import screen, size
+from lorakit.cli.sources import BASE_HELP, Source, find, need_adapter
+from lorakit.errors import MergeError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TOLERANCES = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
+"""Allowed difference of a logit, as a share of the largest: some eighty roundings of fp32, ten of fp16, six of bf16."""
+PROMPTS = (
+    "Once upon a time there was a king who had three sons.",
+    "In 1492, on the 3rd of August, ships left the harbour; nobody knew (or said) where they would land!",
+    "def add(a, b):\n    return a + b\n",
+)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How far the merged logits are from the adapted ones: the largest difference, and the largest logit."""
+
+    max_abs_diff: float
+    largest_logit: float
+    changed_from_base: float
+    layers: int
+
+
+def merge(
+    source: Annotated[str, typer.Argument(help="The folder of a run, or an adapter (directory or file).")],
+    output: Annotated[str, typer.Option(help="The directory to write the merged model to.")],
+    base: Annotated[str | None, typer.Option(help=BASE_HELP)] = None,
+    dtype: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Of the written weights; auto is the base's own.")
+    ] = "auto",
+    untie: Annotated[bool, typer.Option("--untie", help="Give an adapted tied weight a copy of its own.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Fold an adapter into its base and write the merged model."""
+    with screen(json) as out:
+        from lorakit.inject.attach import attach
+        from lorakit.persist.atomic import atomic_directory
+
+        found = find(source, base)
+        state = need_adapter(found, source)
+        _refuse_to_overwrite(Path(output))
+        model, tokenizer = _load(found, dtype)
+        kind = str(model.dtype).removeprefix("torch.")
+        ids = [tokenizer(text)["input_ids"] for text in PROMPTS]
+        out.note(f"merging {source} into {found.base} in {kind} ...")
+        bare = logits_of(model, ids)
+        attach(model, state)
+        proof = merge_proved(model, ids, bare, untie=untie)
+        with atomic_directory(output) as draft:
+            write_model(model, tokenizer, draft)
+        written = sum(file.stat().st_size for file in Path(output).iterdir())
+        out.say(
+            f"merged {proof.layers} layers into {found.base}, in {kind}",
+            f"logits: the adapter moved them by up to {proof.changed_from_base:.3g}; "
+            f"merged and adapted differ by at most {proof.max_abs_diff:.2g}",
+            f"wrote {output} ({size(written)}); it loads with AutoModelForCausalLM.from_pretrained"
+            if not found.labels
+            else f"wrote {output} ({size(written)}); it loads with AutoModelForSequenceClassification.from_pretrained",
+        )
+        out.result({"source": source, "base": found.base, "output": output, "dtype": kind, "layers": proof.layers,
+                    "max_abs_diff": proof.max_abs_diff, "largest_logit": proof.largest_logit,
+                    "changed_from_base": proof.changed_from_base, "bytes": written})  # fmt: skip
+
+
+def merge_proved(
+    model: PreTrainedModel, ids: Sequence[Sequence[int]], bare: list[torch.Tensor], *, untie: bool = False
+) -> Proof:
+    """Merge the active adapters in place and compare the logits on `ids` before and after.
+
+    `bare` are the base's own logits, to know a merge that changed nothing from one that worked.
+
+    Raises:
+        MergeError: the logits differ by more than rounding, or the merge is refused.
+    """
+    from lorakit.inject.merge import merge as fold
+
+    adapted = logits_of(model, ids)
+    report = fold(model, untie=untie)
+    merged = logits_of(model, ids)
+    proof = Proof(gap(adapted, merged), max(float(t.abs().max()) for t in adapted), gap(adapted, bare), report.layers)
+    kind = str(model.dtype).removeprefix("torch.")
+    allowed = TOLERANCES.get(kind, 0.0) * proof.largest_logit
+    if not proof.max_abs_diff <= allowed:
+        raise MergeError(
+            f"nothing was written: the merged model's logits differ from the adapted model's by up to "
+            f"{proof.max_abs_diff:.3g}, where rounding in {kind} explains {allowed:.3g}; try --dtype fp32, "
+            "and if it differs there too, please report it"
+        )
+    return proof
+
+
+def logits_of(model: PreTrainedModel, ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Return the logits of each prompt, `(tokens, vocabulary)` or `(classes,)`, in fp32 on the CPU."""
+    import torch
+
+    with torch.no_grad():
+        return [model(input_ids=torch.tensor([list(one)], device=model.device)).logits[0].float().cpu() for one in ids]
+
+
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write model, tokenizer and generation settings as Hugging Face keeps them."""
+    from lorakit.training.base import quiet
+
+    with quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _load(found: Source, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the base in the dtype to write; fp16 is loaded wide first, because few CPUs compute in it."""
+    if dtype == "auto":
+        dtype = _own_dtype(found.base)
+    model, tokenizer = found.load_base("fp32" if dtype == "fp16" else dtype)
+    if dtype == "fp16":
+        model.half()  # type: ignore[no-untyped-call]
+    return model, tokenizer
+
+
+def _own_dtype(base: str) -> str:
+    """Return the dtype a base's files are kept in; fp32 where its configuration says nothing."""
+    from lorakit.core.lazy import need
+    from lorakit.training.base import resolve
+
+    try:
+        config = need("transformers", "train").AutoConfig.from_pretrained(resolve(base))
+    except (OSError, ValueError):
+        return "fp32"  # loading the model is about to fail too, and says why
+    kept = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    return {"bfloat16": "bf16", "float16": "fp16"}.get(kept, "fp32")
+
+
+def gap(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
+
+
+def _refuse_to_overwrite(output: Path) -> None:
+    """A merged model may replace a merged model; a run, an adapter or anything else stays."""
+    others = ("adapter_config.json", "adapter.lorakit.safetensors", "recipe.yaml", "run.json", "pyproject.toml")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if not (output / "config.json").is_file() or any((output / name).exists() for name in others):
+        raise MergeError(f"{output} holds something else than a model; name another --output")

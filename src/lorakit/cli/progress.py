@@ -1,0 +1,109 @@
+"""What a run says while it trains, drawn from its events alone: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+from lorakit.cli.screen import Screen, console, duration, size
+
+LINES = 20  # step lines of a whole run, where there is no terminal
+
+
+class Progress:
+    """A listener for `train(recipe, listen=...)`; use it as a context manager, so that the live line is cleared."""
+
+    def __init__(self, out: Screen) -> None:
+        self._out = out
+        self._live: Any = None
+        self._task: Any = None
+        self._steps = 0
+        self.interrupted = False
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Say one event."""
+        say = getattr(self, f"_on_{event['event']}", None)
+        if say is not None:
+            say(event)
+
+    def close(self) -> None:
+        """Take the live line away."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _on_start(self, event: dict[str, Any]) -> None:
+        resumed = event["resumed_from_step"]
+        self._print(f"base        {event['model']}" + (f", going on from step {resumed}" if resumed else ""))
+
+    def _on_data(self, event: dict[str, Any]) -> None:
+        from lorakit.data import DataReport
+
+        fields = DataReport.__dataclass_fields__
+        report = DataReport(**{key: value for key, value in event.items() if key in fields})
+        for place, line in enumerate(report.lines()):
+            self._print(f"{event['part'] if place == 0 else '':<11} {line}")
+
+    def _on_targets(self, event: dict[str, Any]) -> None:
+        for place, (pattern, count) in enumerate(event["patterns"].items()):
+            self._print(f"{'targets' if place == 0 else '':<11} {pattern}: {count} layers")
+        trained, base = event["trainable_parameters"], event["base_parameters"]
+        self._print(f"{'trainable':<11} {trained:,} parameters, {trained / max(base, 1):.2%} of the base's {base:,}")
+        if event.get("trained_whole"):
+            self._print(f"{'whole':<11} {', '.join(event['trained_whole'])}")
+
+    def _on_plan(self, event: dict[str, Any]) -> None:
+        packed = "packed" if event["packed"] else "one example a row"
+        self._steps = event["steps"]
+        self._print(
+            f"{'plan':<11} {event['steps']:,} steps of {event['batch_rows'] * event['accumulation']} rows ({packed}), "
+            f"lr {event['lr']:.2g}, on {event['device']} in {event['dtype']}"
+        )
+        if sys.stderr.isatty():
+            self._start()
+
+    def _on_step(self, event: dict[str, Any]) -> None:
+        words = (
+            f"loss {event['loss']:.4f}  lr {event['lr']:.1e}  {event['tokens_per_second']:,.0f} tokens/s  "
+            f"{duration(event['eta_seconds'])} left  {size(event['peak_memory_bytes'])}"
+        )
+        step, steps = event["step"], event["steps"]
+        if self._live is not None:
+            self._live.update(self._task, completed=step, words=words)
+        elif step in (1, steps) or step % math.ceil(steps / LINES) == 0:
+            self._print(f"step {step}/{steps}  {words}")
+
+    def _on_evaluate(self, event: dict[str, Any]) -> None:
+        best = "  (best so far)" if event["best_step"] == event["step"] else ""
+        self._print(f"step {event['step']}: validation loss {event['loss']:.4f}{best}")
+
+    def _on_early_stop(self, event: dict[str, Any]) -> None:
+        self._print(f"stopped early: no better validation loss since step {event['best_step']}")
+
+    def _on_interrupted(self, event: dict[str, Any]) -> None:
+        self.interrupted = True
+
+    def _start(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        self._live = Bar(
+            BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[words]}"),
+            console=console(sys.stderr), transient=True,
+        )  # fmt: skip
+        self._live.start()
+        self._task = self._live.add_task("", total=self._steps, words="first step ...")
+
+    def _print(self, line: str) -> None:
+        """Print above the live line, or plainly."""
+        if self._live is not None:
+            self._live.console.print(line, soft_wrap=True)
+        else:
+            self._out.note(line)

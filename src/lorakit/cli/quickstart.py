@@ -1,0 +1,251 @@
+"""`lorakit quickstart`: in about a minute, a base learns a task it cannot do, and the merged model is proved equal.
+
+Everything is the ordinary way: rows in a file, a recipe, `train`, a PEFT adapter, a merge. The task is data/fables.py;
+the score is the share of unseen records whose facts are all in the sentence.
+"""
+
+from __future__ import annotations
+
+import json as jsonlib
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorakit.cli.screen import Screen, duration, screen, size, table
+from lorakit.errors import MergeError, RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lorakit.data.fables import Fable
+    from lorakit.training.recipe import Recipe
+
+MARK = "quickstart.json"
+ROWS, HELD_OUT, STRANGERS = 2400, 200, 100
+TRAIN = {"epochs": 1, "lr": 5e-3, "batch_size": 16}
+ADAPTER = {"method": "lora", "rank": 16, "alpha": 32, "targets": "all-linear"}
+ANSWER = 64  # tokens; the longest reference has about 40
+LOGITS = 16  # held-out records whose logits are compared
+EQUAL = 1e-4  # of a logit, in fp32
+
+
+@dataclass(frozen=True)
+class Task:
+    """The records: to learn from, new combinations of known values, and heroes never heard of."""
+
+    train: list[Fable]
+    held_out: list[Fable]
+    strangers: list[Fable]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well one model does: shares of 1, and the perplexity of a completion's token on the held-out records."""
+
+    perplexity: float
+    told: float
+    told_of_strangers: float
+    answers: tuple[str, ...]
+
+
+def quickstart(
+    output: Annotated[str, typer.Option(help="Where to write; an earlier quickstart there is replaced.")] = (
+        "runs/quickstart"
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="Of the records, the adapter and the order of the rows.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Teach the bundled model a new task, and see it before and after."""
+    with screen(json) as out:
+        from lorakit.data.fables import fables
+
+        task = Task(
+            fables("train", ROWS, seed), fables("held-out", HELD_OUT, seed), fables("strangers", STRANGERS, seed)
+        )
+        out.result(run_quickstart(write_recipe(claim(Path(output)), task, seed), task, out))
+
+
+def claim(output: Path) -> Path:
+    """Make the folder new: an earlier quickstart is removed, anything else is refused.
+
+    Raises:
+        RecipeError: the folder holds something that no quickstart wrote.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if not (output / MARK).is_file():
+            raise RecipeError(f"{output} was not made by a quickstart, so it is left alone; name another --output")
+        shutil.rmtree(output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / MARK).write_text("{}\n", encoding="utf-8")  # the mark comes first: a run cut short can be replaced
+    return output
+
+
+def write_recipe(output: Path, task: Task, seed: int, **changes: Any) -> Recipe:
+    """Write the rows, and return the recipe that trains on them; `changes` replace its sections."""
+    from lorakit.training.recipe import make_recipe
+
+    (output / "data").mkdir()
+    for name, told in {"train": task.train, "held-out": task.held_out, "strangers": task.strangers}.items():
+        lines = "".join(jsonlib.dumps(fable.row) + "\n" for fable in told)
+        (output / "data" / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    values = {
+        "model": "lorakit/tales",
+        "data": {"train": str(output / "data" / "train.jsonl"), "format": "prompt+completion", "separator": ""},
+        "adapter": ADAPTER,
+        "train": {**TRAIN, "seed": seed, "dtype": "fp32"},
+        "output": str(output),
+    }
+    return make_recipe({**values, **changes})
+
+
+def run_quickstart(recipe: Recipe, task: Task, out: Screen) -> dict[str, Any]:
+    """Score the base, train, score the adapted model, merge, prove; return what --json prints."""
+    from lorakit.cli.train import train_shown
+    from lorakit.inject.attach import attach
+    from lorakit.persist import load
+    from lorakit.training.base import load_base, resolve
+
+    output = Path(recipe.output)
+    _introduce(task, out)
+    out.note("scoring the base ...")
+    model, tokenizer = load_base(recipe.model, dtype=recipe.train.dtype, device=recipe.train.device)
+    before = measure(model, tokenizer, recipe, task)
+    run = train_shown(recipe, out, resume=False, hint="start again with: lorakit quickstart")
+    out.note("scoring the adapted model ...")
+    bare = _logits(model, tokenizer, task)
+    attach(model, load(run.adapter_dir))
+    after = measure(model, tokenizer, recipe, task)
+    out.note("merging, and comparing ...")
+    gap = merge_and_prove(model, tokenizer, task, bare, after, output / "merged")
+    result = {
+        "train_seconds": run.seconds,
+        "perplexity_before": before.perplexity,
+        "perplexity_after": after.perplexity,
+        "score_before": before.told,
+        "score_after": after.told,
+        "score_strangers_before": before.told_of_strangers,
+        "score_strangers_after": after.told_of_strangers,
+        "adapter_bytes": _bytes(Path(run.adapter_dir)),
+        "base_bytes": _bytes(Path(resolve(recipe.model))),
+        "merge_max_abs_diff": gap,
+        "adapter_dir": run.adapter_dir,
+        "merged_dir": str(output / "merged"),
+        "trainable_parameters": run.trainable_parameters,
+        "steps": run.steps,
+        "seed": recipe.train.seed,
+    }
+    _write(output / MARK, result)
+    _conclude(result, task, before, after, out)
+    return result
+
+
+def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, task: Task) -> Score:
+    """Return a model's scores on the held-out records."""
+    from lorakit.data.fables import score
+    from lorakit.training.evaluate import evaluate
+
+    rows = Path(recipe.output) / "data" / "held-out.jsonl"
+    perplexity = evaluate(model, tokenizer, str(rows), recipe.data).perplexity
+    assert perplexity is not None
+    known, strange = (_answers(model, tokenizer, told) for told in (task.held_out, task.strangers))
+    return Score(perplexity, score(known, task.held_out), score(strange, task.strangers), tuple(known))
+
+
+def merge_and_prove(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, bare: list[Any], adapted: Score, place: Path
+) -> float:
+    """Merge in place, write, load what was written, and return its largest logit difference from the adapted model.
+
+    Raises:
+        MergeError: the written model's logits or answers are not the adapted model's.
+    """
+    from lorakit.cli.merge import gap, merge_proved, write_model
+    from lorakit.persist.atomic import atomic_directory
+    from lorakit.training.base import load_base
+
+    before = _logits(model, tokenizer, task)
+    merge_proved(model, _ids(tokenizer, task.held_out[:LOGITS]), bare)
+    with atomic_directory(place) as draft:
+        write_model(model, tokenizer, draft)
+    merged, _ = load_base(str(place), dtype="fp32", device=model.device.type)
+    difference = gap(before, _logits(merged, tokenizer, task))
+    if not difference < EQUAL:
+        raise MergeError(f"the merged model's logits differ from the adapted model's by {difference:.3g}; report this")
+    answers = _answers(merged, tokenizer, task.held_out)
+    unequal = sum(a != b for a, b in zip(answers, adapted.answers, strict=True))
+    if unequal:
+        raise MergeError(f"{unequal} of {len(answers)} answers of the merged model are others; report this")
+    return difference
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, told: Sequence[Fable]) -> list[list[int]]:
+    from lorakit.data import FORMATS, render_prompt
+
+    return [render_prompt(fable.prompt, tokenizer, FORMATS["prompt+completion"], "") for fable in told]
+
+
+def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, told: Sequence[Fable]) -> list[str]:
+    from lorakit.training.generate import generate
+
+    made = generate(model, tokenizer, _ids(tokenizer, told), max_new_tokens=ANSWER, batch_size=64)
+    return [answer.strip() for answer in made]
+
+
+def _logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[Any]:
+    from lorakit.cli.merge import logits_of
+
+    return logits_of(model, _ids(tokenizer, task.held_out[:LOGITS]))
+
+
+def _bytes(folder: Path) -> int:
+    """Return the size of the weights in a folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _write(file: Path, values: dict[str, Any]) -> None:
+    draft = file.with_name(f".{file.name}")
+    draft.write_text(jsonlib.dumps(values, indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, file)
+
+
+def _introduce(task: Task, out: Screen) -> None:
+    first = task.train[0]
+    out.note(
+        "the task: a record of facts becomes a sentence that tells them all",
+        f"  {first.prompt}",
+        f"  ->{first.row['completion']}",
+        f"{len(task.train):,} records to learn from; {len(task.held_out)} held out, which combine known values as the",
+        f"learned ones never do; {len(task.strangers)} more of heroes whose names were never seen",
+        "",
+    )
+
+
+def _conclude(result: dict[str, Any], task: Task, before: Score, after: Score, out: Screen) -> None:
+    """Show three records before and after, the measures, and where to go from here."""
+    shown = [(f.prompt, b, a) for f, b, a in zip(task.held_out[:3], before.answers, after.answers, strict=False)]
+    out.say("")
+    out.show(table("three held-out records", "prompt", "before", "after", rows=shown))
+    measures = [
+        ("perplexity of a token", f"{before.perplexity:.1f}", f"{after.perplexity:.3f}"),
+        ("all facts told", f"{before.told:.1%}", f"{after.told:.1%}"),
+        ("... of heroes never seen", f"{before.told_of_strangers:.1%}", f"{after.told_of_strangers:.1%}"),
+    ]
+    out.show(table("", f"{len(task.held_out)} held-out records", "before", "after", rows=measures, numbers=(1, 2)))
+    adapter, base = result["adapter_bytes"], result["base_bytes"]
+    folder = Path(result["merged_dir"]).parent
+    out.say(
+        f"trained {result['trainable_parameters']:,} parameters in {duration(result['train_seconds'])}",
+        f"adapter {size(adapter)} in {result['adapter_dir']}, base {size(base)}: {adapter / base:.0%}",
+        f"merged into {result['merged_dir']}: its {len(task.held_out)} answers are the adapted model's, its logits "
+        f"differ by at most {result['merge_max_abs_diff']:.1e}",
+        "",
+        "next:",
+        f"  lorakit generate {folder} --prompt 'hero: Zora | kind: owl | loves: old books | tale:'",
+        f"  lorakit evaluate {folder} --data {folder}/data/strangers.jsonl",
+        f"  lorakit train {folder}/recipe.yaml --set adapter.rank=4 --output runs/rank-4",
+    )

@@ -1,0 +1,142 @@
+"""Where words go: results to standard output, progress to standard error, and with --json exactly one object.
+
+Under --json everything a verb or a library prints is led to standard error, so standard output holds the object and
+nothing else, whatever happens: `{"error": {"kind", "message"}}` when the user's input cannot work. A pipe gets plain
+lines without control characters.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+WIDTH = 100  # of tables where there is no terminal to ask
+
+
+class Screen:
+    """What a verb says its results with; `note` is for what passes by."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self._values: Mapping[str, Any] = {}
+
+    def say(self, *lines: str) -> None:
+        """Print lines of the result (to standard error under --json)."""
+        for line in lines:
+            print(line, flush=True)
+
+    def note(self, *lines: str) -> None:
+        """Print lines of progress to standard error."""
+        for line in lines:
+            print(line, file=sys.stderr, flush=True)
+
+    def show(self, drawing: RenderableType) -> None:
+        """Draw a table or coloured text as part of the result."""
+        console(sys.stdout).print(drawing)
+
+    def result(self, values: Mapping[str, Any]) -> None:
+        """Set what --json answers."""
+        self._values = values
+
+
+@contextmanager
+def screen(as_json: bool) -> Iterator[Screen]:
+    """Yield the screen of one verb; on success --json prints the object that `result` was given."""
+    made = Screen(as_json)
+    if not as_json:
+        yield made
+        return
+    with redirect_stdout(sys.stderr):
+        yield made
+    print_json(made._values)
+
+
+def print_json(values: Mapping[str, Any]) -> None:
+    """Print one JSON object; what is not finite is null, because JSON has no word for it."""
+    print(json.dumps(_plain(values), ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def print_error(kind: str, message: str, as_json: bool) -> None:
+    """Print `error: ...` to standard error, and under --json the object to standard output."""
+    out = console(sys.stderr)
+    out.print("error:", style="bold red", end=" ")
+    out.print(message, markup=False, soft_wrap=True)
+    if as_json:
+        print_json({"error": {"kind": kind, "message": message}})
+
+
+def console(file: Any) -> Console:
+    """Return a rich console that keeps our words as they are; on a pipe it writes plain text."""
+    from rich.console import Console
+
+    width = None if file.isatty() else WIDTH
+    return Console(file=file, highlight=False, markup=False, emoji=False, width=width)
+
+
+def table(title: str, *columns: str, rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> RenderableType:
+    """Return a table; `numbers` are the columns that are right-aligned."""
+    from rich import box
+    from rich.table import Table
+
+    drawn = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    for place, name in enumerate(columns):
+        drawn.add_column(name, justify="right" if place in numbers else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*row)
+    return drawn
+
+
+def size(count: int) -> str:
+    """Return bytes in words: `1.4 MB`."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds in words: `42 s`, `3:05`, `1:02:03`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' banners, bars and advice off the screen; what concerns the user we say ourselves."""
+    import logging
+    import warnings
+
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "BITSANDBYTES_NOWELCOME": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+    for name in ("bitsandbytes", "accelerate", "datasets", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,108 @@
+"""What the user named: a run, an adapter, or a base. A run's folder remembers its recipe, so nothing is repeated."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorakit.errors import AdapterFileError, LorakitError, RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lorakit.core.state import AdapterState
+    from lorakit.training.recipe import Recipe
+
+SOURCE_HELP = "The folder of a run, an adapter (directory or file), or a base model."
+BASE_HELP = "The base of the adapter, if its files do not say it or it moved."
+_ADAPTER_FILES = ("adapter_config.json", "adapter.lorakit.safetensors")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base by name; the adapter on it, if any; and the recipe that made the adapter, if there is one."""
+
+    base: str
+    state: AdapterState | None
+    recipe: Recipe | None
+    format: str  # of the rows it was trained on; "text" where nothing says more
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Return the classes of a classifier, else nothing."""
+        return self.recipe.data.labels if self.recipe is not None else ()
+
+    def load_base(self, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Return the bare base, for the task of the recipe, and its tokenizer."""
+        from lorakit.training.base import load_base
+
+        train = self.recipe.train if self.recipe is not None else None
+        wanted = train.dtype if train is not None and dtype == "auto" else dtype
+        return load_base(
+            self.base,
+            task="classification" if self.recipe is not None and self.recipe.task == "classification" else "causal-lm",
+            labels=self.labels,
+            dtype=wanted,
+            device=train.device if train is not None else "auto",
+        )
+
+
+def find(given: str, base: str | None = None) -> Source:
+    """Return what `given` names; `base` overrides the base an adapter remembers.
+
+    Raises:
+        RecipeError: a run that has no adapter yet.
+        AdapterFileError: an adapter that cannot be read.
+        LorakitError: an adapter that does not say its base.
+    """
+    place = Path(given)
+    run = _run_of(place)
+    if run is not None:
+        return _from_run(run, base)
+    if place.is_file() or (place.is_dir() and not (place / "config.json").is_file()) or _is_adapter(place):
+        from lorakit.persist import load
+
+        state = load(place)
+        if not (base or state.base.name):
+            raise LorakitError(f"{given} does not say which base it was trained on; name it with --base")
+        return Source(base or str(state.base.name), state, None, "text")
+    if base is not None:
+        raise AdapterFileError(f"{given} is a base, so it cannot sit on --base {base}; give an adapter or a run")
+    return Source(given, None, None, "text")
+
+
+def need_adapter(source: Source, given: str) -> AdapterState:
+    """Return the adapter of a source, or say that the user named a base."""
+    if source.state is None:
+        raise AdapterFileError(f"{given} is a base without an adapter; give the folder of a run or an adapter")
+    return source.state
+
+
+def _run_of(place: Path) -> Path | None:
+    """Return the run's folder when `place` is one, or the adapter in one."""
+    for folder in (place, place.parent) if place.name == "adapter" else (place,):
+        if (folder / "recipe.yaml").is_file():
+            return folder
+    return None
+
+
+def _from_run(run: Path, base: str | None) -> Source:
+    from lorakit.persist import load
+    from lorakit.training.recipe import load_recipe
+    from lorakit.training.run import SUMMARY
+
+    recipe = load_recipe(run / "recipe.yaml")
+    if not (run / "adapter").is_dir():
+        raise RecipeError(f"{run} is a run without its adapter: it has not ended; go on with\n"
+                          f"  lorakit train {run / 'recipe.yaml'} --resume")  # fmt: skip
+    format = recipe.data.format
+    if format == "auto":
+        summary: dict[str, Any] = json.loads((run / SUMMARY).read_text("utf-8")) if (run / SUMMARY).is_file() else {}
+        format = summary.get("data", {}).get("train", {}).get("format", "text")
+    return Source(base or recipe.model, load(run / "adapter"), recipe, format)
+
+
+def _is_adapter(place: Path) -> bool:
+    return any((place / name).is_file() for name in _ADAPTER_FILES)

@@ -1,0 +1,90 @@
+"""`lorakit train`: run a recipe, show how it goes, and say what to do with the adapter that came out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorakit.cli.screen import Screen, duration, screen, size
+from lorakit.errors import LorakitError, RecipeError
+
+if TYPE_CHECKING:
+    from lorakit.training.recipe import Recipe
+    from lorakit.training.run import Run
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file (docs/recipe.md).")],
+    set: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a value: --set train.lr=1e-3; may be repeated.")
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="Where to write, instead of the recipe's output.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Train an adapter from a recipe."""
+    with screen(json) as out:
+        from lorakit.training.recipe import load_recipe
+
+        changes = _changes(set or [])
+        if output is not None:
+            changes["output"] = output
+        made = load_recipe(recipe, changes)
+        again = " ".join(["lorakit train", recipe, *(f"--set {one}" for one in set or []),
+                          *([f"--output {output}"] if output else []), "--resume"])  # fmt: skip
+        run = train_shown(made, out, resume=resume, hint=f"the run is saved; go on with: {again}")
+        _summary(run, out)
+        out.result(run.to_json())
+
+
+def train_shown(recipe: Recipe, out: Screen, *, resume: bool, hint: str) -> Run:
+    """Train with the progress on the screen; Ctrl-C saves, and says the `hint` how to go on.
+
+    Raises:
+        KeyboardInterrupt: stopped by the user, with the words for it.
+        LorakitError: anything the user can repair.
+    """
+    from lorakit.cli.progress import Progress
+    from lorakit.training.run import train as run_recipe
+
+    with Progress(out) as progress:
+        try:
+            return run_recipe(recipe, resume=resume, listen=progress)
+        except LorakitError as stopped:
+            if progress.interrupted:
+                raise KeyboardInterrupt(hint) from stopped
+            raise
+        except KeyboardInterrupt:
+            from lorakit.training.checkpoints import checkpoints
+
+            if checkpoints(recipe.output):
+                raise KeyboardInterrupt(hint) from None
+            raise
+
+
+def _changes(given: list[str]) -> dict[str, Any]:
+    from lorakit.training.recipe import scalar
+
+    wrong = [text for text in given if "=" not in text]
+    if wrong:
+        raise RecipeError(f"--set takes key=value, such as --set train.lr=1e-3, not {', '.join(map(repr, wrong))}")
+    return {key.strip(): scalar(value) for key, _, value in (text.partition("=") for text in given)}
+
+
+def _summary(run: Run, out: Screen) -> None:
+    """Say what came out, and the next commands."""
+    losses = f"training loss {run.train_loss:.4f}"
+    if run.validation_loss is not None:
+        losses += f", validation loss {run.validation_loss:.4f} (best, at step {run.best_step})"
+    out.say(
+        f"{run.steps:,} steps in {duration(run.seconds)}: {losses}",
+        f"{run.tokens_per_second:,.0f} tokens/s, peak memory {size(run.peak_memory_bytes)}",
+        f"the adapter is in {run.adapter_dir} ({run.trainable_parameters:,} parameters)",
+        "",
+        "next:",
+        f"  lorakit evaluate {run.output}" + ("" if run.validation_loss is not None else " --data FILE"),
+    )
+    if run.task == "causal-lm":
+        out.say(f'  lorakit generate {run.output} --prompt "..."')
+    out.say(f"  lorakit merge {run.output} --output {run.output}/merged")
