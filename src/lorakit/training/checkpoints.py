@@ -11,7 +11,6 @@ import json
 import re
 import shutil
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +47,8 @@ class Memory:
     @classmethod
     def of(cls, recipe: Recipe, data: str, progress: Progress) -> Memory:
         """Return the memory of this moment."""
-        versions = {"lorakit": __version__, **{name: version(name) for name in ("torch", "transformers")}}
+        versions = {"lorakit": __version__, "torch": str(torch.__version__)}
+        versions["transformers"] = str(need("transformers", "train").__version__)
         return cls(recipe, data, progress.to_json(), versions)
 
     def write(self, folder: Path) -> None:

@@ -208,7 +208,6 @@ def _finish(recipe: Recipe, stage: Stage, trainer: AdapterTrainer, output: Path,
     from lorakit.training.events import peak_memory_bytes
 
     trainer._load_best_model()
-    stage.model.config.use_cache = True
     adapter = state(stage.model)
     save(adapter, output / "adapter", "peft" if stage.spec.method.peft else "native")
     progress, history = trainer.progress, trainer.state.log_history
