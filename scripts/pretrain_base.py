@@ -191,7 +191,8 @@ def main() -> None:
             torch.save({**optimizer.state(), "step": step, "progress": progress}, arguments.runs / f"step-{step}.pt")
         if now - probed > arguments.probe * 60:
             probe(model, tokenizer, unseen, exercises, settings, say, step)
-            probed = noted = time.monotonic()
+            probed = time.monotonic()
+            noted += probed - now  # a probe is no training time
     say(event="end", step=step, epoch=corpus.epoch, tale_tokens=corpus.tale_tokens,
         exercise_tokens=corpus.exercise_tokens)  # fmt: skip
     torch.save({**optimizer.state(), "step": step, "progress": 1.0}, arguments.runs / "last.pt")
