@@ -175,6 +175,8 @@ def test_resuming_a_finished_run_returns_it(base: Path, tmp_path: Path) -> None:
     before = (tmp_path / "run" / "events.jsonl").read_bytes()
     assert train(recipe, resume=True) == run
     assert (tmp_path / "run" / "events.jsonl").read_bytes() == before
+    with pytest.raises(RecipeError, match=r"train.lr: 0.005 -> 0.001"):
+        train(recipe_of(base, tmp_path, train__lr=1e-3), resume=True)
 
 
 def test_resuming_nothing_is_refused(base: Path, tmp_path: Path) -> None:

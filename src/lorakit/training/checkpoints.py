@@ -86,20 +86,25 @@ def refuse_changes(checkpoint: Path, recipe: Recipe, data: str) -> Memory:
         RecipeError: every difference, old and new; where the run may go instead.
     """
     memory = Memory.read(checkpoint)
-    changed = [line for line in memory.recipe.differences(recipe) if not line.startswith("output:")]
-    longer = any(line.startswith(("train.epochs:", "train.steps:")) for line in changed)
-    advice = "; a longer run has another schedule from its first step on, so it is a new run" if longer else ""
-    if changed:
-        raise RecipeError(
-            f"{checkpoint} was made with another recipe; a resumed run must equal an uninterrupted one{advice}. "
-            f"Undo the changes, or give the changed recipe another output:\n{listing(changed)}"
-        )
+    refuse_other_recipe(checkpoint, memory.recipe, recipe)
     if memory.data != data:
         raise RecipeError(
             f"{checkpoint} was made with other training data (the rows of {recipe.data.train} gave other tokens then); "
             "restore the file, or give the new run another output"
         )
     return memory
+
+
+def refuse_other_recipe(where: Path, kept: Recipe, recipe: Recipe) -> None:
+    """Raise `RecipeError` listing what `recipe` changes of the one `where` was made with; its place may change."""
+    changed = [line for line in kept.differences(recipe) if not line.startswith("output:")]
+    longer = any(line.startswith(("train.epochs:", "train.steps:")) for line in changed)
+    advice = "; a longer run has another schedule from its first step on, so it is a new run" if longer else ""
+    if changed:
+        raise RecipeError(
+            f"{where} was made with another recipe; a resumed run must equal an uninterrupted one{advice}. "
+            f"Undo the changes, or give the changed recipe another output:\n{listing(changed)}"
+        )
 
 
 @torch.no_grad()

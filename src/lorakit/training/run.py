@@ -80,7 +80,7 @@ def train(recipe: Recipe, *, resume: bool = False, listen: Listen | None = None)
     output = Path(recipe.output)
     _claim(output, resume)
     if (output / SUMMARY).exists():
-        return Run.read(output)
+        return _finished(recipe, output)
     log = EventLog(output / "events.jsonl", listen)
     try:
         with quiet():
@@ -107,6 +107,17 @@ def _claim(output: Path, resume: bool) -> None:
         what = "a finished run" if (output / SUMMARY).exists() else what
         raise RecipeError(f"{output} holds {what}; resume it, name another output, or delete the folder")
     (output / "events.jsonl").unlink(missing_ok=True)
+
+
+def _finished(recipe: Recipe, output: Path) -> Run:
+    """Return the run that is there, unless the recipe now asks for another one."""
+    from lorakit.training.checkpoints import refuse_other_recipe
+    from lorakit.training.recipe import load_recipe
+    from lorakit.training.stage import fill, task_named
+
+    kept = load_recipe(output / "recipe.yaml")
+    refuse_other_recipe(output, kept, fill(recipe, task_named(kept.task), kept.data.separator, kept.data.labels))
+    return Run.read(output)
 
 
 def _train(recipe: Recipe, output: Path, log: EventLog) -> Run:

@@ -83,10 +83,16 @@ def task_named(format: str) -> Task:
 
 def decided(recipe: Recipe, stage: Stage) -> Recipe:
     """Return the recipe with what the data decided written out, so that evaluation and generation need not guess."""
-    found: dict[str, Any] = {"labels": stage.labels}
-    if stage.task == "causal-lm":
-        found["separator"] = stage.train.report.separator_used
-    return recipe.model_copy(update={"task": stage.task, "data": recipe.data.model_copy(update=found)})
+    separator = stage.train.report.separator_used if stage.task == "causal-lm" else recipe.data.separator
+    return fill(recipe, stage.task, separator, stage.labels)
+
+
+def fill(recipe: Recipe, task: Task, separator: str | None, labels: tuple[str, ...]) -> Recipe:
+    """Return the recipe with its open choices filled in; what it says stays."""
+    data = recipe.data
+    open_ = {"separator": separator if data.separator is None else data.separator, "labels": data.labels or labels}
+    task = task if recipe.task == "auto" else recipe.task
+    return recipe.model_copy(update={"task": task, "data": data.model_copy(update=open_)})
 
 
 def target_counts(stage: Stage) -> dict[str, int]:
