@@ -329,3 +329,27 @@ def test_both_names_of_a_tied_weight_are_one_value() -> None:
     detach(model)
     assert torch.equal(model.lm_head.weight, original)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_a_whole_model_compiles_without_a_graph_break(build: Callable[[], nn.Module]) -> None:
+    torch._dynamo.reset()
+    model = moved(build(), AdapterSpec(LoRA(4)))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    wanted = model(IDS, use_cache=False).logits
+    wanted.logsumexp(-1).sum().backward()
+    grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    made = compiled(IDS, use_cache=False).logits
+    made.logsumexp(-1).sum().backward()
+    assert_close(made, wanted)
+    for mine, theirs in zip([p.grad for p in model.parameters() if p.grad is not None], grads, strict=True):
+        assert_close(mine, theirs)
+
+
+def test_an_adapted_model_generates_with_its_cache_as_without() -> None:
+    model = moved(llama(), AdapterSpec(LoRA(4)))
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(
+        model.generate(IDS, use_cache=True, **settings), model.generate(IDS, use_cache=False, **settings)
+    )  # type: ignore[operator]
