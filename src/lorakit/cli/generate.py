@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorakit.cli.screen import screen
+from lorakit.cli.screen import printable, screen
 from lorakit.cli.sources import BASE_HELP, SOURCE_HELP, Source, find
 from lorakit.errors import DataError, RecipeError, did_you_mean
 
@@ -37,6 +37,8 @@ def generate(
         from lorakit.training.generate import generate as answers_of
 
         found = find(source, base)
+        if found.labels:
+            raise RecipeError(f"{source} is a classifier, which writes no answers; score it: lorakit evaluate {source}")
         rows: list[Any] = list(prompt) if prompt else _rows(str(prompts))
         model, tokenizer = found.load_base()
         if found.state is not None:
@@ -45,7 +47,7 @@ def generate(
         answers = answers_of(model, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
                              batch_size=batch_size)  # fmt: skip
         for answer in answers:
-            out.say(answer.strip())
+            out.say(printable(answer.strip()))
         shown = [tokenizer.decode(each) for each in ids]
         out.result(
             {

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorakit.cli.screen import Screen, duration, screen, size, table
+from lorakit.cli.merge import gap, logits_of, merge_proved, write_model
+from lorakit.cli.screen import Screen, duration, printable, screen, size, table
+from lorakit.cli.train import train_shown
 from lorakit.errors import MergeError, RecipeError
 
 if TYPE_CHECKING:
@@ -30,8 +32,8 @@ ROWS, HELD_OUT, STRANGERS = 2400, 200, 100
 TRAIN = {"epochs": 1, "lr": 5e-3, "batch_size": 16}
 ADAPTER = {"method": "lora", "rank": 16, "alpha": 32, "targets": "all-linear"}
 ANSWER = 64  # tokens; the longest reference has about 40
-LOGITS = 16  # held-out records whose logits are compared
-EQUAL = 1e-4  # of a logit, in fp32
+PROVEN = 16  # held-out records that the merge is checked on before it is written, at every token
+EQUAL = 1e-4  # of a logit, in fp32; measured at 1e-5
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,6 @@ def write_recipe(output: Path, task: Task, seed: int, **changes: Any) -> Recipe:
 
 def run_quickstart(recipe: Recipe, task: Task, out: Screen) -> dict[str, Any]:
     """Score the base, train, score the adapted model, merge, prove; return what --json prints."""
-    from lorakit.cli.train import train_shown
     from lorakit.inject.attach import attach
     from lorakit.persist import load
     from lorakit.training.base import load_base, resolve
@@ -117,11 +118,11 @@ def run_quickstart(recipe: Recipe, task: Task, out: Screen) -> dict[str, Any]:
     before = measure(model, tokenizer, recipe, task)
     run = train_shown(recipe, out, resume=False, hint="start again with: lorakit quickstart")
     out.note("scoring the adapted model ...")
-    bare = _logits(model, tokenizer, task)
+    bare = logits_of(model, _ids(tokenizer, task.held_out[:PROVEN]))
     attach(model, load(run.adapter_dir))
     after = measure(model, tokenizer, recipe, task)
     out.note("merging, and comparing ...")
-    gap = merge_and_prove(model, tokenizer, task, bare, after, output / "merged")
+    difference = merge_and_prove(model, tokenizer, task, bare, after, output / "merged")
     result = {
         "train_seconds": run.seconds,
         "perplexity_before": before.perplexity,
@@ -132,7 +133,7 @@ def run_quickstart(recipe: Recipe, task: Task, out: Screen) -> dict[str, Any]:
         "score_strangers_after": after.told_of_strangers,
         "adapter_bytes": _bytes(Path(run.adapter_dir)),
         "base_bytes": _bytes(Path(resolve(recipe.model))),
-        "merge_max_abs_diff": gap,
+        "merge_max_abs_diff": difference,
         "adapter_dir": run.adapter_dir,
         "merged_dir": str(output / "merged"),
         "trainable_parameters": run.trainable_parameters,
@@ -161,19 +162,20 @@ def merge_and_prove(
 ) -> float:
     """Merge in place, write, load what was written, and return its largest logit difference from the adapted model.
 
+    The logits are those an answer begins with, of every held-out record; the answers must be equal to the letter.
+
     Raises:
         MergeError: the written model's logits or answers are not the adapted model's.
     """
-    from lorakit.cli.merge import gap, merge_proved, write_model
     from lorakit.persist.atomic import atomic_directory
     from lorakit.training.base import load_base
 
-    before = _logits(model, tokenizer, task)
-    merge_proved(model, _ids(tokenizer, task.held_out[:LOGITS]), bare)
+    before = _first_logits(model, tokenizer, task)
+    merge_proved(model, _ids(tokenizer, task.held_out[:PROVEN]), bare)
     with atomic_directory(place) as draft:
         write_model(model, tokenizer, draft)
     merged, _ = load_base(str(place), dtype="fp32", device=model.device.type)
-    difference = gap(before, _logits(merged, tokenizer, task))
+    difference = gap(before, _first_logits(merged, tokenizer, task))
     if not difference < EQUAL:
         raise MergeError(f"the merged model's logits differ from the adapted model's by {difference:.3g}; report this")
     answers = _answers(merged, tokenizer, task.held_out)
@@ -196,10 +198,9 @@ def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, told: S
     return [answer.strip() for answer in made]
 
 
-def _logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[Any]:
-    from lorakit.cli.merge import logits_of
-
-    return logits_of(model, _ids(tokenizer, task.held_out[:LOGITS]))
+def _first_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[Any]:
+    """Return the logits `(vocabulary,)` from which each held-out record's first token is chosen."""
+    return [logits_of(model, [ids])[0][-1] for ids in _ids(tokenizer, task.held_out)]
 
 
 def _bytes(folder: Path) -> int:
@@ -227,7 +228,10 @@ def _introduce(task: Task, out: Screen) -> None:
 
 def _conclude(result: dict[str, Any], task: Task, before: Score, after: Score, out: Screen) -> None:
     """Show three records before and after, the measures, and where to go from here."""
-    shown = [(f.prompt, b, a) for f, b, a in zip(task.held_out[:3], before.answers, after.answers, strict=False)]
+    shown = [
+        (f.prompt, _short(b), _short(a))
+        for f, b, a in zip(task.held_out[:3], before.answers, after.answers, strict=False)
+    ]
     out.say("")
     out.show(table("three held-out records", "prompt", "before", "after", rows=shown))
     measures = [
@@ -241,11 +245,17 @@ def _conclude(result: dict[str, Any], task: Task, before: Score, after: Score, o
     out.say(
         f"trained {result['trainable_parameters']:,} parameters in {duration(result['train_seconds'])}",
         f"adapter {size(adapter)} in {result['adapter_dir']}, base {size(base)}: {adapter / base:.0%}",
-        f"merged into {result['merged_dir']}: its {len(task.held_out)} answers are the adapted model's, its logits "
-        f"differ by at most {result['merge_max_abs_diff']:.1e}",
+        f"merged into {result['merged_dir']}: its {len(task.held_out)} answers are the adapted model's, "
+        f"the logits they begin with differ by at most {result['merge_max_abs_diff']:.1e}",
         "",
         "next:",
         f"  lorakit generate {folder} --prompt 'hero: Zora | kind: owl | loves: old books | tale:'",
         f"  lorakit evaluate {folder} --data {folder}/data/strangers.jsonl",
         f"  lorakit train {folder}/recipe.yaml --set adapter.rank=4 --output runs/rank-4",
     )
+
+
+def _short(answer: str, most: int = 120) -> str:
+    """Return an answer for a table; a base that repeats itself would fill the screen."""
+    words = printable(" ".join(answer.split()))
+    return words if len(words) <= most else f"{words[:most]} ..."

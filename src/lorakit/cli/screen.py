@@ -87,7 +87,14 @@ def table(title: str, *columns: str, rows: Sequence[Sequence[str]], numbers: Seq
     from rich import box
     from rich.table import Table
 
-    drawn = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    drawn = Table(
+        title=title or None,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+        show_edge=False,
+    )
     for place, name in enumerate(columns):
         drawn.add_column(name, justify="right" if place in numbers else "left", overflow="fold")
     for row in rows:
@@ -105,9 +112,14 @@ def size(count: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
+def printable(text: str) -> str:
+    """Return a model's words for a terminal: control characters, which could steer it, as U+FFFD."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def duration(seconds: float) -> str:
     """Return seconds in words: `42 s`, `3:05`, `1:02:03`."""
-    if seconds < 60:
+    if seconds < 59.5:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

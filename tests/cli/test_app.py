@@ -1,0 +1,125 @@
+"""The command as a whole: exit codes, one-screen errors, one JSON object, quick help."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorakit import __version__
+from lorakit.cli import app as room
+from lorakit.errors import MissingExtraError
+from tests.cli.conftest import invoke
+
+VERBS = ("quickstart", "train", "evaluate", "generate", "merge", "convert")
+
+
+def test_help_lists_the_verbs_in_the_order_of_use() -> None:
+    result = invoke("--help")
+    assert result.exit_code == 0
+    assert [line.split()[0] for line in result.stdout.split("Commands:\n")[1].splitlines()] == list(VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself_and_answers_json(verb: str) -> None:
+    result = invoke(verb, "--help")
+    assert result.exit_code == 0
+    assert "--json" in result.stdout
+
+
+def test_version_is_the_package_s() -> None:
+    assert invoke("--version").stdout == f"lorakit {__version__}\n"
+
+
+def test_the_command_line_imports_nothing_heavy() -> None:
+    code = "import sys, lorakit.cli.app; print(*{n.split('.')[0] for n in sys.modules})"
+    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split())
+    assert not loaded & {"torch", "transformers", "pydantic", "rich", "datasets", "numpy", "yaml"}
+
+
+def test_a_user_s_error_is_one_screen_without_a_traceback(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("train: {lrr: 1e-3}\nmodle: x\n")
+    result = invoke("train", recipe)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr == (
+        f"error: {recipe} has 2 problem(s):\n"
+        "  - train.lrr: unknown key; did you mean 'lr'?\n"
+        "  - modle: unknown key; did you mean 'model'?\n"
+    )
+
+
+def test_with_json_an_error_is_one_object_too(tmp_path: Path) -> None:
+    result = invoke("train", tmp_path / "none.yaml", "--json")
+    assert result.exit_code == 2
+    message = f"cannot read the recipe {tmp_path / 'none.yaml'}: No such file or directory"
+    assert json.loads(result.stdout) == {"error": {"kind": "RecipeError", "message": message}}
+    assert result.stderr == f"error: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], "No such command 'trian'"),
+        (["train"], "Missing argument"),
+        (["train", "x.yaml", "--outptu", "y"], "No such option: --outptu"),
+        (["convert", "x", "--to", "ggml", "--output", "y"], "'ggml' is not one of 'peft', 'native'"),
+    ],
+)
+def test_a_wrong_argument_exits_with_2_and_points_to_the_help(arguments: list[str], words: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert words in result.stderr
+    assert result.stderr.endswith("--help lists what it takes\n")
+    with_json = invoke(*arguments, "--json")
+    assert json.loads(with_json.stdout)["error"]["kind"] == "UsageError"
+
+
+def test_our_own_fault_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("lorakit.persist.load", broken)
+    result = invoke("convert", "x", "--to", "peft", "--output", "y")
+    assert isinstance(result.exception, ZeroDivisionError)
+    assert result.exit_code == 1
+
+
+def test_a_missing_package_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def absent(*_: object, **__: object) -> None:
+        raise MissingExtraError("this needs the package 'transformers'; run: pip install 'lorakit[train]'")
+
+    monkeypatch.setattr("lorakit.training.base.need", absent)
+    result = invoke("generate", tmp_path / "base", "--prompt", "a")
+    assert result.exit_code == 2
+    assert "pip install 'lorakit[train]'" in result.stderr
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lorakit.persist.load", stopped)
+    result = invoke("convert", "x", "--to", "peft", "--output", "y")
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "\ninterrupted\n")
+
+
+def test_the_installed_command_keeps_json_pure_and_plain(run: Path) -> None:
+    command = [sys.executable, "-m", "lorakit", "evaluate", str(run), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    assert json.loads(done.stdout)["adapted"]["perplexity"] > 1
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "arning" not in done.stderr
+
+
+def test_every_verb_has_its_own_file() -> None:
+    folder = Path(room.__file__).parent
+    assert all((folder / f"{verb}.py").is_file() for verb in VERBS)

@@ -1,0 +1,44 @@
+"""`lorakit convert`: formats change, values do not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lorakit.persist import load
+from tests.cli.conftest import answer, invoke
+
+
+def test_there_and_back_is_the_same_adapter(run: Path, tmp_path: Path) -> None:
+    there = answer("convert", run, "--to", "native", "--output", tmp_path / "native")
+    back = answer("convert", tmp_path / "native", "--to", "peft", "--output", tmp_path / "peft")
+    assert there["layers"] == back["layers"] == 14
+    assert (tmp_path / "native" / "adapter.lorakit.safetensors").is_file()
+    assert (tmp_path / "peft" / "adapter_config.json").is_file()
+    one, two = load(run / "adapter"), load(tmp_path / "peft")
+    for mine, theirs in zip(one.updates, two.updates, strict=True):
+        assert mine.site.path == theirs.site.path
+        assert all(torch.equal(mine.tensors[key], theirs.tensors[key]) for key in mine.tensors)
+
+
+def test_a_loralib_file_becomes_a_peft_adapter(tmp_path: Path) -> None:
+    tensors = {"layer.q.lora_A": torch.randn(2, 8), "layer.q.lora_B": torch.randn(8, 2)}
+    torch.save(tensors, tmp_path / "old.bin")
+    said = answer("convert", tmp_path / "old.bin", "--alpha", 16, "--to", "peft", "--output", tmp_path / "new")
+    assert (said["layers"], said["parameters"]) == (1, 32)
+    update = load(tmp_path / "new").updates[0]
+    assert update.site.path == "layer.q"
+    assert update.method.alpha == 16  # type: ignore[attr-defined]
+
+
+def test_the_lora_paper_s_own_adapter_converts(shared_data: Path, tmp_path: Path) -> None:
+    file = shared_data / "adapters" / "roberta_base_lora_mnli.bin"
+    said = answer("convert", file, "--alpha", 16, "--to", "peft", "--output", tmp_path / "mnli")
+    assert said["layers"] == 24  # query and value of twelve layers
+
+
+def test_nothing_there_says_what_is_near(run: Path, tmp_path: Path) -> None:
+    result = invoke("convert", run / "adaptor", "--to", "peft", "--output", tmp_path / "x")
+    assert result.exit_code == 2
+    assert result.stderr == f"error: {run / 'adaptor'} does not exist; did you mean 'adapter'?\n"

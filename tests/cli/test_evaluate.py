@@ -1,0 +1,77 @@
+"""`lorakit evaluate`: before and after on the run's own held-out rows, without repeating anything."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import yaml
+
+from lorakit.training.run import Run
+from tests.cli.conftest import answer, invoke
+from tests.training import samples
+
+
+def test_a_run_is_scored_before_and_after_on_its_validation_data(run: Path) -> None:
+    said = answer("evaluate", run)
+    assert said["data"].endswith("valid.jsonl")
+    assert said["adapted"]["loss"] < said["base"]["loss"]
+    # the same rows and the same adapter as in training, in another order of sums
+    assert math.isclose(said["adapted"]["loss"], Run.read(run).validation_loss or 0.0, rel_tol=1e-5)
+
+
+def test_the_table_has_a_column_before_and_one_after(run: Path) -> None:
+    result = invoke("evaluate", run)
+    assert re.search(r"^ +before +after *$", result.stdout, re.MULTILINE), result.stdout
+    assert re.search(r"^perplexity +[\d.]+ +[\d.]+ *$", result.stdout, re.MULTILINE), result.stdout
+    assert "\x1b" not in result.stdout
+
+
+def test_other_data_a_limit_and_no_comparison(run: Path, tmp_path: Path) -> None:
+    file = samples.write_rows(tmp_path / "more.jsonl", samples.pairs(9, 200))
+    said = answer("evaluate", run, "--data", file, "--limit", 4, "--no-compare")
+    assert said["adapted"]["rows"] == 4
+    assert "base" not in {key for key, value in said.items() if isinstance(value, dict)}
+
+
+def test_a_base_alone_is_scored_as_it_is(base: Path, run: Path) -> None:
+    said = answer("evaluate", base, "--data", run.parent / "valid.jsonl")
+    assert "adapted" not in said
+    assert math.isclose(said["base"]["loss"], answer("evaluate", run)["base"]["loss"], rel_tol=1e-6)
+
+
+def test_bleu_is_added_when_asked_for(run: Path) -> None:
+    said = answer("evaluate", run, "--bleu", "--limit", 2, "--no-compare", "--max-new-tokens", 4)
+    assert 0 <= said["adapted"]["bleu"] <= 100
+
+
+def test_without_data_it_asks_for_some(base: Path) -> None:
+    result = invoke("evaluate", base)
+    assert result.exit_code == 2
+    assert result.stderr == f"error: {base} names no validation data; give some with --data FILE\n"
+
+
+def test_a_classifier_is_scored_by_class(tmp_path: Path) -> None:
+    encoder = samples.save_encoder(tmp_path / "bert")
+    recipe = tmp_path / "recipe.yaml"
+    values = {
+        "model": str(encoder),
+        "data": {"train": samples.write_rows(tmp_path / "train.jsonl", samples.labelled(32)),
+                 "validation": samples.write_rows(tmp_path / "valid.jsonl", samples.labelled(8, 32))},
+        "adapter": {"rank": 2, "alpha": 4},
+        "train": {"steps": 2, "lr": 1e-3, "device": "cpu"},
+        "output": str(tmp_path / "run"),
+    }  # fmt: skip
+    recipe.write_text(yaml.safe_dump(values))
+    assert invoke("train", recipe).exit_code == 0
+    result = invoke("evaluate", tmp_path / "run")
+    assert result.exit_code == 0, result.stderr
+    assert "the base has no trained head" in result.stderr
+    assert re.search(r"^accuracy +[\d.]+%", result.stdout, re.MULTILINE), result.stdout
+    assert re.search(r"^class +rows +predicted +correct", result.stdout, re.MULTILINE), result.stdout
+    merged = answer("merge", tmp_path / "run", "--output", tmp_path / "merged")
+    assert merged["max_abs_diff"] < 1e-5
+    no = invoke("generate", tmp_path / "run", "--prompt", "a")
+    assert no.exit_code == 2
+    assert no.stderr.endswith(f"which writes no answers; score it: lorakit evaluate {tmp_path / 'run'}\n")

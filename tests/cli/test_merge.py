@@ -1,0 +1,99 @@
+"""`lorakit merge`: what is written answers as the adapted model did, or nothing is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+
+from lorakit.cli.merge import TOLERANCES
+from lorakit.inject.attach import attach
+from lorakit.inject.merge import MergeReport
+from lorakit.inject.merge import merge as fold
+from lorakit.persist import load
+from tests.cli.conftest import answer, invoke, write_recipe
+from tests.tolerances import assert_close
+
+
+def test_the_written_model_answers_as_the_adapted_one(run: Path, base: Path, tmp_path: Path) -> None:
+    said = answer("merge", run, "--output", tmp_path / "merged")
+    assert said["dtype"] == "float32"
+    assert said["layers"] == 14
+    assert said["max_abs_diff"] <= TOLERANCES["float32"] * said["largest_logit"]
+    assert said["changed_from_base"] > 100 * said["max_abs_diff"]
+    adapted = AutoModelForCausalLM.from_pretrained(base).eval()
+    attach(adapted, load(run / "adapter"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    ids = torch.tensor([[107, 42, 109, 108]])
+    with torch.no_grad():
+        assert_close(merged(ids).logits, adapted(ids).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("ab")["input_ids"] == [266]
+    GenerationConfig.from_pretrained(tmp_path / "merged")
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [("bf16", "bfloat16"), ("fp16", "float16")])
+def test_a_narrow_dtype_is_written_with_its_rounding_said(run: Path, tmp_path: Path, dtype: str, kept: str) -> None:
+    said = answer("merge", run, "--output", tmp_path / "merged", "--dtype", dtype)
+    assert said["dtype"] == kept
+    assert 0 < said["max_abs_diff"] <= TOLERANCES[kept] * said["largest_logit"]
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == kept
+
+
+def test_a_merge_that_changes_the_answers_writes_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lying(model: LlamaForCausalLM, **options: bool) -> MergeReport:
+        report = fold(model, **options)
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+        return report
+
+    monkeypatch.setattr("lorakit.inject.merge.merge", lying)
+    result = invoke("merge", run, "--output", tmp_path / "merged")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].startswith("error: nothing was written: the merged model's logits differ")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_merge_replaces_a_merged_model_but_nothing_else(run: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert invoke("merge", run, "--output", tmp_path / "merged").exit_code == 0
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years")
+    for place in (mine, run, run / "adapter"):
+        result = invoke("merge", run, "--output", place)
+        assert result.exit_code == 2
+        assert result.stderr.endswith(f"error: {place} holds something else than a model; name another --output\n")
+    assert (mine / "thesis.txt").read_text() == "years"
+
+
+def test_a_bare_base_cannot_be_merged(base: Path, tmp_path: Path) -> None:
+    result = invoke("merge", base, "--output", tmp_path / "merged")
+    assert result.exit_code == 2
+    assert result.stderr == f"error: {base} is a base without an adapter; give the folder of a run or an adapter\n"
+
+
+def test_a_tied_weight_is_refused_and_untied_when_asked(base: Path, tmp_path: Path) -> None:
+    tied = tmp_path / "tied"
+    shutil.copytree(base, tied)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tied)
+    recipe = write_recipe(tmp_path, tied, steps=1)
+    values = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump({**values, "adapter": {"rank": 2, "targets": ["embed_tokens", "q_proj"]}}))
+    assert invoke("train", recipe).exit_code == 0
+    result = invoke("merge", tmp_path / "run", "--output", tmp_path / "merged")
+    assert result.exit_code == 2
+    assert "tied to" in result.stderr
+    assert "--untie" in result.stderr
+    said = answer("merge", tmp_path / "run", "--output", tmp_path / "merged", "--untie")
+    assert said["max_abs_diff"] <= TOLERANCES["float32"] * said["largest_logit"]
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False

@@ -1,0 +1,88 @@
+"""`lorakit train`: the recipe's run on the screen, its changes, its end, and its interruption."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+from typer.testing import Result
+
+from lorakit.training.events import read_events
+from tests.cli.conftest import answer, invoke, write_recipe
+
+
+def test_a_run_shows_its_data_targets_plan_and_steps(finished: tuple[Path, Result]) -> None:
+    said = finished[1].stderr
+    assert re.search(r"^train +\S+train\.jsonl: 48 rows, format prompt\+completion$", said, re.MULTILINE), said
+    assert re.search(r"^targets +all-linear: 14 layers$", said, re.MULTILINE), said
+    assert re.search(r"^trainable +[\d,]+ parameters, [\d.]+% of the base's [\d,]+$", said, re.MULTILINE), said
+    assert re.search(r"^plan +6 steps of 8 rows \(one example a row\), lr 0\.005, on cpu in float32$", said, re.M), said
+    step = r"^step 1/6  loss [\d.]+  lr [\d.e+-]+  [\d,]+ tokens/s  [\d:]+( s)? left  [\d.]+ [MG]B$"
+    assert re.search(step, said, re.MULTILINE), said
+    assert re.search(r"^step \d: validation loss [\d.]+", said, re.MULTILINE), said
+
+
+def test_a_finished_run_names_the_next_commands(finished: tuple[Path, Result]) -> None:
+    folder, result = finished
+    assert result.stdout.startswith("6 steps in ")
+    for verb in (f"lorakit evaluate {folder}\n", f"lorakit generate {folder} --prompt", f"lorakit merge {folder} "):
+        assert f"  {verb}" in result.stdout
+
+
+def test_what_is_printed_holds_no_control_character(finished: tuple[Path, Result]) -> None:
+    assert not re.findall(r"[\x00-\x09\x0b-\x1f\x7f]", finished[1].stdout + finished[1].stderr)
+
+
+def test_a_long_run_prints_some_twenty_lines(base: Path, tmp_path: Path) -> None:
+    result = invoke("train", write_recipe(tmp_path, base, steps=90, evaluate_every=1000))
+    lines = re.findall(r"^step (\d+)/90 ", result.stderr, re.MULTILINE)
+    assert lines == ["1", *map(str, range(5, 91, 5))]
+
+
+def test_set_and_output_change_the_recipe(base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, base)
+    said = answer("train", recipe, "--set", "train.lr=1e-3", "--set", "train.steps=1", "--output", tmp_path / "other")
+    assert (said["lr"], said["steps"], said["output"]) == (1e-3, 1, str(tmp_path / "other"))
+    kept = yaml.safe_load((tmp_path / "other" / "recipe.yaml").read_text())
+    assert kept["train"]["lr"] == 1e-3
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_set_without_a_value_is_refused(base: Path, tmp_path: Path) -> None:
+    result = invoke("train", write_recipe(tmp_path, base), "--set", "train.lr")
+    assert result.exit_code == 2
+    assert result.stderr == "error: --set takes key=value, such as --set train.lr=1e-3, not 'train.lr'\n"
+
+
+def test_a_second_run_in_the_same_folder_is_refused(run: Path) -> None:
+    result = invoke("train", run.parent / "recipe.yaml")
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {run} holds a finished run; resume it")
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, base, steps=5000, evaluate_every=100000)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lorakit", "train", str(recipe)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    events = tmp_path / "run" / "events.jsonl"
+    waited = time.monotonic() + 100
+    while not (events.exists() and '"event": "step"' in events.read_text()):
+        assert time.monotonic() < waited, "no step in 100 seconds"
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == ""
+    assert err.endswith(f"\ninterrupted; the run is saved; go on with: lorakit train {recipe} --resume\n"), err
+    assert "Traceback" not in err
+    stopped = next(event for event in read_events(events) if event["event"] == "interrupted")
+    assert Path(stopped["path"]).is_dir()
