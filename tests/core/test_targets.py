@@ -225,3 +225,9 @@ def test_a_spec_is_json_both_ways() -> None:
 def test_a_dropout_that_cannot_be_is_refused(dropout: float) -> None:
     with pytest.raises(SpecError, match="dropout must be at least 0 and below 1"):
         AdapterSpec(LoRA(8), dropout=dropout)
+
+
+def test_an_override_everywhere_heeds_its_own_exclude(llama: Skeleton) -> None:
+    spec = AdapterSpec(LoRA(8), Targets("attention"), overrides=(Override(Targets("*", ("k_proj",)), (("rank", 4),)),))
+    ranks = {m.site.path.rpartition(".")[2]: m.method.rank for m in resolve(spec, llama)}  # type: ignore[attr-defined]
+    assert ranks == {"q_proj": 4, "k_proj": 8, "v_proj": 4, "o_proj": 4}

@@ -269,9 +269,9 @@ def test_a_nan_in_a_state_is_named() -> None:
 def test_a_7b_shape_is_adapted_in_under_two_seconds() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(LlamaConfig())
-    began = time.perf_counter()
+    began = time.process_time()  # of this process alone: the machine may be busy with others
     handle = attach(model, AdapterSpec(LoRA(16)))
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
     assert sum(p.numel() for p in handle.parameters()) == 39_976_960
     detach(model)
     handle = attach(model, AdapterSpec(LoRA(8), Targets(("q_proj", "v_proj"))))
@@ -353,3 +353,28 @@ def test_an_adapted_model_generates_with_its_cache_as_without() -> None:
     assert torch.equal(
         model.generate(IDS, use_cache=True, **settings), model.generate(IDS, use_cache=False, **settings)
     )  # type: ignore[operator]
+
+
+def test_modules_of_a_detached_adapter_stop_training() -> None:
+    model = llama()
+    attach(model, AdapterSpec(LoRA(4), Targets("q_proj"), train=("lm_head",)), "one")
+    attach(model, AdapterSpec(LoRA(4), Targets("v_proj")), "two")
+    detach(model, "one")
+    assert not model.lm_head.weight.requires_grad
+    detach(model, "two")
+    assert model.lm_head.weight.requires_grad
+
+
+def test_added_tokens_do_not_make_another_base() -> None:
+    model = moved(llama(), AdapterSpec(LoRA(4)))
+    given = state(model)
+    detach(model)
+    model.resize_token_embeddings(51, mean_resizing=False)
+    attach(model, given)
+
+
+def test_the_input_may_be_given_by_name() -> None:
+    layer = nn.Sequential(nn.Linear(6, 6))
+    moved(layer, AdapterSpec(LoRA(2), Targets("0")))
+    x = torch.randn(2, 6)
+    assert torch.equal(layer[0](input=x), layer[0](x))

@@ -8,7 +8,7 @@ from torch import nn
 
 from lorakit.core.spec import AdapterSpec, Targets
 from lorakit.errors import MergeError
-from lorakit.inject.activate import use
+from lorakit.inject.activate import active, use
 from lorakit.inject.attach import adapters_named
 from lorakit.inject.merge import merge
 from lorakit.methods.lora import LoRA
@@ -26,7 +26,8 @@ def test_merged_logits_equal_adapted_ones(build: object) -> None:
     assert report.layers > 0
     assert report.largest_change > 0.01
     assert not [name for name, _ in model.named_parameters() if "adapters" in name]
-    assert merge(model).layers == 0, "a second merge has nothing to do"
+    with pytest.raises(MergeError, match="no adapter is active on this model, so there is nothing to merge"):
+        merge(model)
 
 
 def test_merging_one_of_two_keeps_the_other_active() -> None:
@@ -97,3 +98,20 @@ def test_merging_keeps_modules_trained_whole() -> None:
     adapted = model(IDS).logits
     merge(model)
     assert_close(model(IDS).logits, adapted)
+
+
+def test_merging_an_adapter_that_is_switched_off_is_refused_and_keeps_it() -> None:
+    model = moved(llama(), AdapterSpec(LoRA(4), Targets("q_proj"), train=("lm_head",)), "one")
+    adapted = model(IDS).logits
+    with use(model, {}), pytest.raises(MergeError, match="'one' is switched off, so there is nothing to merge"):
+        merge(model, ["one"])
+    assert torch.equal(model(IDS).logits, adapted)
+
+
+def test_leaving_a_choice_after_merging_inside_it_is_quiet() -> None:
+    model = moved(llama(), AdapterSpec(LoRA(4), Targets("q_proj")), "a")
+    moved(model, AdapterSpec(LoRA(4), Targets("mlp")), "b")
+    with use(model, {"a": 0.5}):
+        merge(model)
+    assert active(model) == {"b": 1.0}
+    assert not [name for name, _ in model.named_parameters() if ".q_proj.adapters" in name]

@@ -106,9 +106,10 @@ class Adapted:
 
     adapters: Adapters
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the adapted output."""
-        y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the adapted output; the input is the first argument, by place or by name."""
+        y: Tensor = super().forward(*args, **kwargs)  # type: ignore[misc]
+        x = args[0] if args else next(iter(kwargs.values()))
         return self.adapters(self, x, y)  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

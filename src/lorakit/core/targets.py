@@ -224,6 +224,8 @@ def _keys(targets: Targets, skeleton: Skeleton, chosen: list[tuple[Site, str]]) 
         paths = {site.path for site, _ in chosen}
         if targets.layers is not None:
             paths = {path for path in paths if _in_layers(path, targets.layers, skeleton)}
+        for pattern in targets.exclude:
+            paths -= set(_paths(pattern, skeleton, paths))
         hit = {site.key for site, _ in chosen if site.path in paths}
     else:
         meant = [site for site, _ in select(targets, skeleton)]

@@ -25,9 +25,11 @@ class Using:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        attached = ledger_of(self._model).specs
         for module, weights in self._before.items():
-            cast(Adapted, module).adapters.weights = weights
-        ledger_of(self._model).show(self._model, self._shown)
+            if isinstance(module, Adapted):
+                module.adapters.weights = {name: weight for name, weight in weights.items() if name in attached}
+        ledger_of(self._model).show(self._model, self._shown & attached.keys())
 
 
 def use(model: nn.Module, weights: Mapping[str, Weight]) -> Using:

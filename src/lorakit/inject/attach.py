@@ -134,13 +134,15 @@ def adapters_named(model: nn.Module, name: str) -> list[Adapter]:
 def base_of(model: nn.Module, most: int = 8, values: int = 4) -> Base:
     """Return the base's name and probes: a few evenly spaced weights of the first adaptable layers.
 
-    Layers that an adapter trains whole are no longer the base's, so they are left out.
+    Left out are layers that an adapter trains whole, which are no longer the base's, and embeddings and heads, which
+    are resized when tokens are added.
     """
     config = getattr(model, "config", None)
     named, trained = parameters_of(model), [key for keys in ledger_of(model).trained.values() for key in keys]
     moved = {id(named[key]) for key in trained}
     probes: dict[str, tuple[float, ...]] = {}
-    for site in sites(model).sites:
+    skeleton = sites(model)
+    for site in (s for s in skeleton.sites if s.kind != "embedding" and s.path not in skeleton.heads):
         weight = named.get(f"{site.path}.weight")
         readable = weight is not None and weight.is_floating_point() and not weight.is_meta and id(weight) not in moved
         if weight is not None and readable and len(probes) < most:

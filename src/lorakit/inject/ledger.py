@@ -101,15 +101,19 @@ class Ledger:
         self.show(model, self.swapped_in - {name})
         self._strike(model, name)
 
-    def keep_trained(self, name: str) -> None:
+    def keep_trained(self, model: nn.Module, name: str) -> None:
         """Make an adapter's wholly trained parameters the model's own, as a merge does."""
+        named = parameters_of(model)
         for key in self.trained[name]:
             del self.resting[key]
+            named[key].requires_grad_(False)
         self.trained[name] = []
 
     def _strike(self, model: nn.Module, name: str) -> None:
+        named = parameters_of(model)
         for key in self.trained.pop(name):
             del self.resting[key]
+            named[key].requires_grad_(False)
         del self.specs[name]
         self.swapped_in.discard(name)
         if not self.specs:

@@ -53,6 +53,7 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, *, untie: bool =
         ledger.require(name)
     merging = {path: _weights(m.adapters, names) for path, m in layers.items()}
     merging = {path: weights for path, weights in merging.items() if weights}
+    _refuse_idle(names, merging, ledger.swapped_in)
     _refuse({path: cast(nn.Module, layers[path]) for path in merging}, merging, {} if untie else shared)
     change = rounding = 0.0
     for write in (False, True):  # a first pass proves every sum finite, so that a refusal changes nothing
@@ -66,9 +67,18 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, *, untie: bool =
                     _untie(model, module)
                 cast(Adapters, module.adapters).host.store.write(module, here.weight)
     for name in names:
-        ledger.keep_trained(name)
+        ledger.keep_trained(model, name)
         detach(model, name)
     return MergeReport(len(merging), change, rounding)
+
+
+def _refuse_idle(names: Sequence[str], merging: dict[str, dict[str, Weight]], whole: set[str]) -> None:
+    """Raise `MergeError` for adapters that do not act now: folding them in would drop them without a trace."""
+    acting = {name for weights in merging.values() for name in weights} | whole
+    if not names or (idle := [name for name in names if name not in acting]):
+        which = ", ".join(map(repr, idle)) if names else "no adapter"
+        verb = "is switched off" if names else "is active on this model"
+        raise MergeError(f"{which} {verb}, so there is nothing to merge; switch it on with use(model, {{name: 1.0}})")
 
 
 def _shared(model: nn.Module) -> dict[str, list[str]]:
