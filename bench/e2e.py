@@ -2,13 +2,13 @@
 
 The bundled base on ../shared/data/e2e: each way of training gets its own learning rate, chosen by the validation loss
 from the same number of candidates at the same number of steps; the test set is scored once, with the chosen one.
-Writes docs/results/e2e.json. Run: python bench/e2e.py [--epochs 3]
+Runs are kept in runs/bench-e2e, so a stopped bench goes on. Writes docs/results/e2e.json.
+Run: python bench/e2e.py
 """
 
 from __future__ import annotations
 
-import argparse
-import tempfile
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ from lorakit.training.recipe import DataSection, Recipe, make_recipe
 from lorakit.training.run import train
 from lorakit.training.stage import build_stage
 
-DATA = Path(__file__).parents[2] / "shared" / "data" / "e2e"
-LORA_RATES, FULL_RATES = (1e-3, 2e-3, 4e-3), (5e-4, 1e-3, 2e-3)
+ROOT = Path(__file__).parents[1]
+DATA, WORK = ROOT.parent / "shared" / "data" / "e2e", ROOT / "runs" / "bench-e2e"
+EPOCHS = 1
+RATES = {"lora": (4e-3, 8e-3), "full": (1e-3, 2e-3)}
 
 
-def recipe(lr: float, epochs: float, output: str) -> Recipe:
+def recipe(lr: float, output: Path) -> Recipe:
     """Return the recipe of examples/e2e.yaml at a learning rate."""
     return make_recipe(
         {
@@ -37,68 +39,75 @@ def recipe(lr: float, epochs: float, output: str) -> Recipe:
                 "max_length": 512,
             },
             "adapter": {"method": "lora", "rank": 16, "alpha": 32, "targets": "all-linear"},
-            "train": {"epochs": epochs, "lr": lr, "batch_tokens": 4096},
-            "output": output,
+            "train": {"epochs": EPOCHS, "lr": lr, "batch_tokens": 4096, "evaluate_every": 1000, "save_every": 1000},
+            "output": str(output),
         }
     )
 
 
-def scores(model: Any, tokenizer: Any, data: DataSection) -> dict[str, float | None]:
-    """Return test perplexity and BLEU."""
-    found = evaluate(model, tokenizer, str(DATA / "test.jsonl"), data, bleu=True, max_new_tokens=80, batch_size=64)
-    return {"perplexity": found.perplexity, "bleu": found.bleu, "tokens": found.count}
+def lora(lr: float) -> dict[str, Any]:
+    """Train an adapter, or take the finished one."""
+    output = WORK / f"lora-{lr}"
+    done = train(recipe(lr, output), resume=(output / "run.json").exists())
+    return {
+        "steps": done.steps,
+        "seconds": round(done.seconds, 1),
+        "trainable_parameters": done.trainable_parameters,
+        "validation_loss": score(f"lora-{lr}", "validation").loss,
+    }
+
+
+def full(lr: float, steps: int) -> dict[str, Any]:
+    """Train every weight, or take the finished model."""
+    output = WORK / f"full-{lr}"
+    noted = output / "bench.json"
+    if not noted.exists():
+        stage = build_stage(recipe(lr, output))
+        seconds = full_fine_tuning(stage, lr, steps)
+        stage.model.save_pretrained(output)
+        stage.tokenizer.save_pretrained(output)
+        parameters = sum(p.numel() for p in stage.model.parameters())
+        noted.write_text(json.dumps({"steps": steps, "seconds": round(seconds, 1), "trainable_parameters": parameters}))
+    return {**json.loads(noted.read_text()), "validation_loss": score(f"full-{lr}", "validation").loss}
+
+
+def score(name: str, part: str, *, bleu: bool = False) -> Any:
+    """Score the base, an adapter on it or a fully fine-tuned model on a part of the data."""
+    folder = WORK / name
+    is_adapter = (folder / "adapter").exists()
+    model, tokenizer = load_base("lorakit/tales" if is_adapter or name == "base" else str(folder))
+    if is_adapter:
+        attach(model, load(folder / "adapter"))
+    data = DataSection(max_length=512)
+    source = str(DATA / f"{part}.jsonl")
+    return evaluate(model, tokenizer, source, data, bleu=bleu, max_new_tokens=80, batch_size=64)
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--epochs", type=float, default=3.0)
-    epochs: float = arguments.parse_args().epochs
     runs: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        base, tokenizer = load_base("lorakit/tales")
-        before = scores(base, tokenizer, recipe(1e-3, epochs, folder).data)
-        print({"base": before}, flush=True)
-        for lr in LORA_RATES:
-            done = train(recipe(lr, epochs, f"{folder}/lora-{lr}"))
-            runs.append({"way": "lora", "lr": lr, "steps": done.steps, "seconds": done.seconds,
-                         "trainable_parameters": done.trainable_parameters, "validation_loss": done.validation_loss,
-                         "output": done.output})  # fmt: skip
-            print(runs[-1], flush=True)
-        steps = runs[0]["steps"]
-        models: dict[float, Any] = {}
-        for lr in FULL_RATES:
-            stage = build_stage(recipe(lr, epochs, folder))
-            seconds = full_fine_tuning(stage, lr, steps)
-            loss = evaluate(
-                stage.model, stage.tokenizer, str(DATA / "validation.jsonl"), recipe(lr, 1, folder).data
-            ).loss
-            models[lr] = stage.model
-            runs.append({"way": "full", "lr": lr, "steps": steps, "seconds": seconds,
-                         "trainable_parameters": sum(p.numel() for p in stage.model.parameters()),
-                         "validation_loss": loss})  # fmt: skip
-            print(runs[-1], flush=True)
-        best = {
-            way: min((r for r in runs if r["way"] == way), key=lambda r: r["validation_loss"])
-            for way in ("lora", "full")
-        }
-        after = {"full": scores(models[best["full"]["lr"]], tokenizer, recipe(1, 1, folder).data)}
-        adapted, tokenizer = load_base("lorakit/tales")
-        attach(adapted, load(f"{best['lora']['output']}/adapter"))
-        after["lora"] = scores(adapted, tokenizer, recipe(1, 1, folder).data)
-    for run in runs:
-        run.pop("output", None)
-    ratio = after["lora"]["perplexity"] / after["full"]["perplexity"]  # type: ignore[operator]
+    for lr in RATES["lora"]:
+        runs.append({"way": "lora", "lr": lr, **lora(lr)})
+        print(runs[-1], flush=True)
+    for lr in RATES["full"]:
+        runs.append({"way": "full", "lr": lr, **full(lr, runs[0]["steps"])})
+        print(runs[-1], flush=True)
+    chosen = {w: min((r for r in runs if r["way"] == w), key=lambda r: r["validation_loss"])["lr"] for w in RATES}
+    test = {}
+    for way in ("base", *RATES):
+        found = score(f"{way}-{chosen[way]}" if way in chosen else way, "test", bleu=True)
+        test[way] = {"perplexity": found.perplexity, "bleu": found.bleu, "completion_tokens": found.count}
+        print(way, test[way], flush=True)
     file = record(
         "e2e",
         (__doc__ or "").splitlines()[0],
         ("torch", "transformers", "sacrebleu"),
-        epochs=epochs,
+        epochs=EPOCHS,
         runs=runs,
-        chosen={way: run["lr"] for way, run in best.items()},
-        test={"base": before, **after},
-        lora_over_full_perplexity=ratio,
+        chosen=chosen,
+        test=test,
+        lora_over_full_perplexity=test["lora"]["perplexity"] / test["full"]["perplexity"],
     )
-    print(after, f"perplexity of LoRA over full fine-tuning: {ratio:.4f}", file, sep="\n")
+    print(file)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -159,7 +158,6 @@ def test_importing_lorakit_is_instant_and_leaves_torch_alone() -> None:
     assert min(float(seconds) for seconds, *_ in runs) < 0.050
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lorakit.cli") is None, reason="lorakit.cli does not exist yet")
 def test_help_answers_before_one_wonders() -> None:
     command = Path(sys.executable).with_name("lorakit")
     assert command.exists(), f"{command} is missing; run scripts/setup"

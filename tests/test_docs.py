@@ -1,12 +1,11 @@
 """The documents tell the truth: their commands run, their links lead somewhere, and both READMEs say the same.
 
 A fenced bash or python block that follows the line `<!-- test -->` is run, in order with its neighbours, in one empty
-folder; `<!-- test: slow -->` marks one that only `make test-slow` runs.
+folder.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -18,13 +17,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.ko.md")
-FENCE = re.compile(r"^(?:<!-- (test|test: slow) -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^(?:<!-- (test) -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block: its language, its text, and whether tests run it (`test`, `test: slow` or nothing)."""
+    """One fenced block: its language, its text, and whether tests run it (`test` or nothing)."""
 
     language: str
     text: str
@@ -76,14 +75,23 @@ def tree(markdown: str) -> set[str]:
 
 
 def documents() -> list[Path]:
+    """Return every page; README.ko.md has the blocks of README.md, so it is not run a second time."""
     return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lorakit.cli") is None, reason="lorakit.cli does not exist yet")
-@pytest.mark.parametrize("marks", [{"test"}, pytest.param({"test", "test: slow"}, marks=pytest.mark.slow)])
-def test_the_readme_runs(tmp_path: Path, marks: set[str]) -> None:
-    story = [block for block in blocks((ROOT / "README.md").read_text(encoding="utf-8")) if block.mark in marks]
-    assert story, "README.md marks no block with <!-- test -->"
+def stories() -> list[Path]:
+    """Return the pages with blocks to run."""
+    marked = [page for page in documents() if any(b.mark for b in blocks(page.read_text(encoding="utf-8")))]
+    return [page for page in marked if page.name != "README.ko.md"]
+
+
+def test_the_readme_is_among_the_documents_that_run() -> None:
+    assert ROOT / "README.md" in stories()
+
+
+@pytest.mark.parametrize("document", stories(), ids=lambda path: path.name)
+def test_a_document_s_commands_run(tmp_path: Path, document: Path) -> None:
+    story = [block for block in blocks(document.read_text(encoding="utf-8")) if block.mark == "test"]
     failures = run(story, tmp_path)
     assert not failures, failures[0]
 
@@ -114,14 +122,14 @@ def test_a_failing_block_and_a_dead_link_are_found(tmp_path: Path) -> None:
         "<!-- test -->\n```bash\necho one > made\n```\n\n"
         "```bash\nexit 1\n```\n\n"
         "<!-- test -->\n```python\nassert open('made').read() == 'one\\n'\n```\n\n"
-        "<!-- test: slow -->\n```bash\nfalse | cat\n[not](a-link.md)\n```\n"
+        "<!-- test -->\n```bash\nfalse | cat\n[not](a-link.md)\n```\n"
     )
     found = blocks(page.read_text())
     assert [(block.language, block.mark) for block in found] == [
         ("bash", "test"),
         ("bash", ""),
         ("python", "test"),
-        ("bash", "test: slow"),
+        ("bash", "test"),
     ]
     assert run([found[0], found[2]], tmp_path) == []
     assert run([found[3], found[1]], tmp_path)[0].startswith("exit 1:\nfalse | cat")
