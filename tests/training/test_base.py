@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from lorakit import AdapterSpec, LoRA, attach, state
 from lorakit.errors import DataError, DeviceError, LorakitError, RecipeError
 from lorakit.training.base import ASSETS, bundled, choose_device, choose_dtype, load_base, load_model, load_tokenizer
 from tests.training.samples import save_base
@@ -26,7 +27,9 @@ def test_the_bundled_base_has_a_name() -> None:
     if not ASSETS.is_dir():
         pytest.skip("the bundled base is not in this checkout")
     assert "lorakit/tales" in bundled()
-    model, tokenizer = load_base("lorakit/tales")
+    model, tokenizer = load_base("lorakit/tales", device="cpu")
+    attach(model, AdapterSpec(LoRA(rank=2, alpha=2)))
+    assert state(model).base.name == "lorakit/tales", "an adapter names its base as the user did, not by a path"
     assert len(tokenizer) <= model.get_input_embeddings().num_embeddings
 
 

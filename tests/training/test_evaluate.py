@@ -101,3 +101,13 @@ def test_a_classifier_is_counted_class_by_class(encoder: Path, tmp_path: Path) -
             logits = model(**tokenizer(row["text"], return_tensors="pt")).logits[0]
         correct += labels[int(logits.argmax())] == row["label"]
     assert scored.accuracy == pytest.approx(correct / 30)
+
+
+def test_rows_of_another_task_than_the_models_are_refused(base: Path, encoder: Path, tmp_path: Path) -> None:
+    with_labels = write_rows(tmp_path / "labelled.jsonl", labelled(4))
+    without = write_rows(tmp_path / "pairs.jsonl", pairs(4))
+    with pytest.raises(DataError, match="holds labelled rows .* this model continues text; name the adapter"):
+        evaluate(*load_base(str(base)), with_labels, DataSection())
+    classifier, tokenizer = load_base(str(encoder), task="classification", labels=("high", "low"))
+    with pytest.raises(DataError, match=r"rows of the format 'prompt\+completion', and this model classifies"):
+        evaluate(classifier, tokenizer, without, DataSection())

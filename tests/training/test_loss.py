@@ -69,3 +69,17 @@ def test_batches_cover_every_row_once_and_draw_no_random_number(base: Path) -> N
     assert sum(int((batch["attention_mask"]).sum()) for batch in batches(rows, 7, 0, "cpu")) == sum(
         map(len, rows["input_ids"])
     )
+
+
+def test_a_failing_evaluation_leaves_the_model_in_training_mode(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = load_base(str(base))
+    model.train()
+    rows = prepare(pairs(2), tokenizer, max_length=64).dataset
+
+    def fails(**_: object) -> None:
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(model, "forward", fails)
+    with pytest.raises(RuntimeError, match="no memory left"):
+        mean_loss(model, rows, 2, 0)
+    assert model.training

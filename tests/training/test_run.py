@@ -12,7 +12,16 @@ import torch
 import transformers
 
 from lorakit import attach, load, load_recipe, state
-from lorakit.errors import AliveError, DataError, DeviceError, LorakitError, MissingExtraError, RecipeError, TargetError
+from lorakit.errors import (
+    AliveError,
+    AttachError,
+    DataError,
+    DeviceError,
+    LorakitError,
+    MissingExtraError,
+    RecipeError,
+    TargetError,
+)
 from lorakit.persist.native import load_native
 from lorakit.training.base import load_base
 from lorakit.training.evaluate import evaluate
@@ -235,10 +244,13 @@ def test_modules_the_checkpoint_had_no_weights_for_are_trained_whole(encoder: Pa
     bare.save_pretrained(tmp_path / "bare")
     transformers.AutoTokenizer.from_pretrained(encoder).save_pretrained(tmp_path / "bare")
     data = write_rows(tmp_path / "rows.jsonl", labelled(16))
-    with pytest.raises(LorakitError, match=r"bert\.pooler\.dense"):
-        run_in(tmp_path / "bare", tmp_path, data__train=data, adapter__targets="all-linear")
-    run, _ = run_in(tmp_path / "bare", tmp_path, data__train=data, adapter__targets="attention")
-    assert "bert.pooler.dense.weight" in load(run.adapter_dir).trained
+    run, _ = run_in(tmp_path / "bare", tmp_path, data__train=data, adapter__targets="all-linear")
+    adapter = load(run.adapter_dir)
+    assert "bert.pooler.dense.weight" in adapter.trained
+    assert "bert.pooler.dense" not in {update.site.path for update in adapter.updates}
+    asked = {"data__train": data, "adapter__train": "pooler.dense", "output": str(tmp_path / "asked")}
+    with pytest.raises(AttachError, match=r"both adapted and trained whole(.|\n)*bert\.pooler\.dense"):
+        run_in(tmp_path / "bare", tmp_path, **asked)
 
 
 def test_a_bf16_base_trains_its_adapter_in_fp32(base: Path, tmp_path: Path) -> None:

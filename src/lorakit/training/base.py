@@ -96,6 +96,7 @@ def load_model(
         model, info = auto.from_pretrained(resolve(name), output_loading_info=True, **options)
     _check_complete(name, task, info)
     _check_vocabulary(model, tokenizer)
+    model.config._name_or_path = name  # adapters carry it: the name that was given, not where it lies here
     if task == "classification":  # decoders look for the last token that is not padding
         model.config.pad_token_id = tokenizer.pad_token_id
     fresh = dict.fromkeys(key.rpartition(".")[0] for key in sorted(info["missing_keys"]))
@@ -138,6 +139,17 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype == "fp16" and device.type != "cuda":
         raise DeviceError(f"fp16 training needs a CUDA device, this is {device.type}; use dtype: bf16 or fp32")
     return _DTYPES[dtype]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Hold a model in evaluation mode, and put it back into its own, whatever happens inside."""
+    was_training = model.training
+    model.train(False)
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @contextmanager

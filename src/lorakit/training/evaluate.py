@@ -13,10 +13,10 @@ from lorakit.core.lazy import need
 from lorakit.data import DataReport, Format, Prepared, detect, read_rows, render_prompt
 from lorakit.data.formats import named
 from lorakit.errors import DataError
-from lorakit.training.base import quiet
+from lorakit.training.base import evaluating, quiet
 from lorakit.training.generate import generate
 from lorakit.training.loss import batches, mean_loss, summed_loss
-from lorakit.training.stage import longest_row, prepare_labelled, prepare_text, rows_of
+from lorakit.training.stage import longest_row, prepare_labelled, prepare_text, rows_of, task_named
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -87,6 +87,7 @@ def evaluate(
         rows = rows.select(range(min(limit, len(rows)))) if limit is not None else rows
         form = detect(rows) if data.format == "auto" else named(data.format, rows)
         given = source if limit is None else rows
+        _refuse_other_task(model, form, source)
         if form.name == "classification":
             return _classifier(model, tokenizer, given, source, data, split, batch_size)
         most = longest_row(data, model, tokenizer)
@@ -98,6 +99,21 @@ def evaluate(
             score, prompts = _bleu(model, tokenizer, rows, form, report.separator_used, max_new_tokens, batch_size)
             scored = replace(scored, bleu=score, prompts=prompts)
         return scored
+
+
+def _refuse_other_task(model: PreTrainedModel, form: Format, source: str) -> None:
+    """Raise `DataError` for labelled rows and a model that writes, or rows to be continued and one that classifies."""
+    writes = bool(model.can_generate())
+    if writes and task_named(form.name) == "classification":
+        raise DataError(
+            f"{source} holds labelled rows (text, label), and this model continues text; name the adapter or the run "
+            "of a classifier, or leave the labels out to score the texts alone"
+        )
+    if not writes and task_named(form.name) != "classification":
+        raise DataError(
+            f"{source} holds rows of the format '{form.name}', and this model classifies; give rows with text and "
+            "label, or name the adapter or the run of a language model"
+        )
 
 
 def _classifier(
@@ -131,16 +147,14 @@ def _classifier(
 
 @torch.no_grad()
 def _predictions(model: Any, rows: Dataset, batch_size: int, pad_id: int) -> tuple[float, torch.Tensor, torch.Tensor]:
-    was_training = model.training
-    model.train(False)
     total, actual, predicted = 0.0, [], []
-    for batch in batches(rows, batch_size, pad_id, model.device, by_length=True):
-        labels = batch.pop("labels")
-        logits = model(**batch).logits
-        total += float(summed_loss(logits, labels)[0])
-        actual.append(labels.cpu())
-        predicted.append(logits.argmax(-1).cpu())
-    model.train(was_training)
+    with evaluating(model):
+        for batch in batches(rows, batch_size, pad_id, model.device, by_length=True):
+            labels = batch.pop("labels")
+            logits = model(**batch).logits
+            total += float(summed_loss(logits, labels)[0])
+            actual.append(labels.cpu())
+            predicted.append(logits.argmax(-1).cpu())
     return total / len(rows), torch.cat(actual), torch.cat(predicted)
 
 

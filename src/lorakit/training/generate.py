@@ -9,7 +9,7 @@ import torch
 
 from lorakit.core.lazy import need
 from lorakit.errors import DataError
-from lorakit.training.base import quiet
+from lorakit.training.base import evaluating, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,19 +44,15 @@ def generate(
     settings = _settings(model, tokenizer, max_new_tokens, temperature)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # neighbours of one length need no padding
     answers = [""] * len(prompts)
-    was_training, devices = model.training, [model.device] if model.device.type == "cuda" else []
-    model.train(False)
-    try:
-        with quiet(), torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                made = _answer(model, [prompts[i] for i in chosen], settings)
-                texts = tokenizer.batch_decode(made, skip_special_tokens=True)
-                for i, text in zip(chosen, texts, strict=True):
-                    answers[i] = text
-    finally:
-        model.train(was_training)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with quiet(), evaluating(model), torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            made = _answer(model, [prompts[i] for i in chosen], settings)
+            texts = tokenizer.batch_decode(made, skip_special_tokens=True)
+            for i, text in zip(chosen, texts, strict=True):
+                answers[i] = text
     return answers
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.data import IGNORE, Collator
+from lorakit.training.base import evaluating
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -57,13 +58,11 @@ def batches(
 @torch.no_grad()
 def mean_loss(model: PreTrainedModel, rows: Dataset, size: int, pad_id: int) -> tuple[float, int]:
     """Return the loss per trained token (or row) over all rows, and how many there are; logits are never kept."""
-    was_training = model.training
-    model.train(False)
     total, count = torch.zeros((), dtype=torch.float64), 0
-    for batch in batches(rows, size, pad_id, model.device, by_length=True):
-        labels = batch.pop("labels")
-        loss, trained = summed_loss(model(**batch).logits, labels)
-        total += loss.double().cpu()
-        count += int(trained)
-    model.train(was_training)
+    with evaluating(model):
+        for batch in batches(rows, size, pad_id, model.device, by_length=True):
+            labels = batch.pop("labels")
+            loss, trained = summed_loss(model(**batch).logits, labels)
+            total += loss.double().cpu()
+            count += int(trained)
     return float(total) / count, count

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lorakit.core.spec import AdapterSpec
-from lorakit.core.targets import resolve
+from lorakit.core.targets import modules_named, resolve, select
 from lorakit.data import (
     Prepared,
     detect,
@@ -208,8 +208,14 @@ def _classifier(recipe: Recipe) -> Stage:
 
 
 def _spec(recipe: Recipe, model: PreTrainedModel, heads: tuple[str, ...] = ()) -> AdapterSpec:
-    depths = sites(model).depths
-    return recipe.adapter.spec(seed=recipe.train.seed, heads=heads, depth=max(depths.values(), default=0))
+    """Return the recipe's spec; what is trained whole without the user's word for it is left out of the targets."""
+    skeleton = sites(model)
+    spec = recipe.adapter.spec(seed=recipe.train.seed, heads=heads, depth=max(skeleton.depths.values(), default=0))
+    own = recipe.adapter.spec(seed=recipe.train.seed, depth=max(skeleton.depths.values(), default=0)).train
+    named = {path for paths in modules_named(own, [p for p, _ in model.named_modules()]).values() for path in paths}
+    added = tuple(f"{head}." for head in heads if head not in named)
+    both = dict.fromkeys(s.path for s, _ in select(spec.targets, skeleton) if f"{s.path}.".startswith(added))
+    return replace(spec, targets=replace(spec.targets, exclude=(*spec.targets.exclude, *both)))
 
 
 def _packing(recipe: Recipe, model: PreTrainedModel) -> tuple[bool, str]:
