@@ -114,3 +114,19 @@ def test_the_page_names_every_key_with_its_default() -> None:
         rows += [f"| `{f'{key}.{name}'.rstrip('.')}` | {shown(default)} |" for name, default in section.items()]
     assert not [row for row in rows if row not in page]
     assert page.count("\n| `") == len(rows)
+
+
+@pytest.mark.parametrize("text", ["lr: -1", "lr: 0", "lr: .nan", "lr: .inf", "epochs: .inf", "clip: .nan"])
+def test_numbers_that_cannot_train_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"train: {{{text}}}")
+    with pytest.raises(RecipeError, match=rf"has 1 problem\(s\):\n  - train\.{text.partition(':')[0]}: "):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_a_key_that_stands_twice_is_named_with_its_lines(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("train:\n  lr: 1e-4\n  epochs: 2\n  lr: 1e-3\n")
+    with pytest.raises(RecipeError, match=r"recipe\.yaml line 4: 'lr' stands in line 2 already; keep one"):
+        load_recipe(tmp_path / "recipe.yaml")
+    (tmp_path / "recipe.yaml").write_text("train: {lr: 1e-4, lr: 1e-3}")
+    with pytest.raises(RecipeError, match=r"'lr' stands in line 1 already"):
+        load_recipe(tmp_path / "recipe.yaml")

@@ -6,12 +6,13 @@ resumed run can refuse a change nobody announced.
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lorakit.core.layerwise import PROFILES
 from lorakit.core.method import Method
@@ -98,14 +99,14 @@ class AdapterSection(BaseModel):
 class TrainSection(Section):
     """How long and how fast; every default is a measured or published one (docs/recipe.md)."""
 
-    epochs: float = Field(default=1.0, gt=0)
+    epochs: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     steps: int | None = Field(default=None, ge=1)
     lr: float | Literal["auto"] = "auto"
-    up_ratio: float = Field(default=1.0, gt=0)
+    up_ratio: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = Field(default=0.03, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0)
-    clip: float = Field(default=1.0, gt=0)
+    warmup: float = Field(default=0.03, ge=0, lt=1, allow_inf_nan=False)
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    clip: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     batch_tokens: int | None = Field(default=None, ge=1)
     batch_size: int | None = Field(default=None, ge=1)
     accumulation: int = Field(default=1, ge=1)
@@ -118,6 +119,14 @@ class TrainSection(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     seed: int = Field(default=0, ge=0)
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+    @field_validator("lr")
+    @classmethod
+    def _is_a_rate(cls, lr: float | str) -> float | str:
+        """Field(gt=0) would complain twice: of the number, and that it is not the word `auto`."""
+        if isinstance(lr, float) and not 0 < lr < math.inf:
+            raise ValueError("must be a finite number above 0, or auto")
+        return lr
 
     @model_validator(mode="after")
     def _one_unit_of_batch(self) -> TrainSection:
@@ -149,7 +158,18 @@ class Recipe(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: `1e-4` is a number."""
+    """YAML as people write it: `1e-4` is a number, and a key that stands twice is a mistake."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Compose one mapping, or raise `RecipeError` naming the key and both lines; merged keys (`<<`) come later."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise RecipeError(f"line {line}: {key.value!r} stands in line {lines[key.value]} already; keep one")
+            lines[key.value] = line
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -166,6 +186,8 @@ def load_recipe(path: str | Path, changes: dict[str, Any] | None = None) -> Reci
     file = Path(path)
     try:
         raw = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except RecipeError as error:
+        raise RecipeError(f"{file} {error}") from None
     except OSError as error:
         raise RecipeError(f"cannot read the recipe {file}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
