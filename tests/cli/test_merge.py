@@ -60,16 +60,22 @@ def test_a_merge_that_changes_the_answers_writes_nothing(
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_merge_replaces_a_merged_model_but_nothing_else(run: Path, tmp_path: Path) -> None:
+def test_a_merge_replaces_a_merged_model_but_nothing_else(base: Path, run: Path, tmp_path: Path) -> None:
     for _ in range(2):
         assert invoke("merge", run, "--output", tmp_path / "merged").exit_code == 0
+        (tmp_path / "merged" / "model-00001-of-00002.safetensors").write_text("a stale shard")
+    assert invoke("merge", run, "--output", tmp_path / "merged").exit_code == 0
+    assert not (tmp_path / "merged" / "model-00001-of-00002.safetensors").exists()
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years")
-    for place in (mine, run, run / "adapter"):
+    weights = (base / "model.safetensors").read_bytes()
+    for place in (mine, run, run / "adapter", base):
         result = invoke("merge", run, "--output", place)
         assert result.exit_code == 2
-        assert result.stderr.endswith(f"error: {place} holds something else than a model; name another --output\n")
+        told = f"error: {place} holds something that no merge of lorakit wrote; name another --output\n"
+        assert result.stderr.endswith(told)
+    assert (base / "model.safetensors").read_bytes() == weights
     assert (mine / "thesis.txt").read_text() == "years"
 
 
@@ -97,3 +103,13 @@ def test_a_tied_weight_is_refused_and_untied_when_asked(base: Path, tmp_path: Pa
     said = answer("merge", tmp_path / "run", "--output", tmp_path / "merged", "--untie")
     assert said["max_abs_diff"] <= TOLERANCES["float32"] * said["largest_logit"]
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_an_update_that_rounding_would_swallow_is_not_written(base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, base, steps=3, lr=1e-5)
+    assert invoke("train", recipe).exit_code == 0
+    result = invoke("merge", tmp_path / "run", "--output", tmp_path / "merged", "--dtype", "bf16")
+    assert result.exit_code == 2
+    assert "so most of it would be lost; use --dtype fp32" in result.stderr
+    assert not (tmp_path / "merged").exists()
+    assert invoke("merge", tmp_path / "run", "--output", tmp_path / "merged", "--dtype", "fp32").exit_code == 0
