@@ -198,6 +198,9 @@ def test_the_first_ctrl_c_saves_at_the_next_step_and_says_how_to_go_on(
         train(recipe, listen=press)
     assert signal.getsignal(signal.SIGINT) is before
     assert checkpoints(tmp_path / "run")[-1].name == "checkpoint-8"
+    told = [event["event"] for event in read_events(tmp_path / "run" / "events.jsonl")]
+    assert told[-1] == "interrupted"
+    assert "error" not in told
     assert_same_run(train(recipe, resume=True), tmp_path, whole)
 
 
@@ -241,3 +244,17 @@ def test_old_checkpoints_go_and_the_best_one_stays(base: Path, tmp_path: Path) -
     assert run.best_step < run.steps, "the loss must turn"
     kept = {path.name for path in checkpoints(tmp_path / "run")}
     assert kept == {f"checkpoint-{run.best_step}", f"checkpoint-{run.steps}"}
+
+
+def test_a_resume_under_other_versions_says_so(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        train(demanding(base, tmp_path), listen=stop_at(8))
+    memory = checkpoints(tmp_path / "run")[-1] / "checkpoint.json"
+    values = json.loads(memory.read_text())
+    now = values["versions"]["torch"]
+    values["versions"]["torch"] = "1.0"
+    memory.write_text(json.dumps(values))
+    with pytest.raises(Stopped):
+        train(demanding(base, tmp_path), resume=True, listen=stop_at(10))
+    starts = [e for e in read_events(tmp_path / "run" / "events.jsonl") if e["event"] == "start"]
+    assert [start["versions_changed"] for start in starts] == [{}, {"torch": ["1.0", now]}]

@@ -47,9 +47,12 @@ class Memory:
     @classmethod
     def of(cls, recipe: Recipe, data: str, progress: Progress) -> Memory:
         """Return the memory of this moment."""
-        versions = {"lorakit": __version__, "torch": str(torch.__version__)}
-        versions["transformers"] = str(need("transformers", "train").__version__)
-        return cls(recipe, data, progress.to_json(), versions)
+        return cls(recipe, data, progress.to_json(), _versions())
+
+    def versions_changed(self) -> dict[str, tuple[str, str]]:
+        """Return the version then and now of every package that differs: its steps may not be bitwise the same."""
+        now = _versions()
+        return {name: (then, now[name]) for name, then in self.versions.items() if then != now[name]}
 
     def write(self, folder: Path) -> None:
         """Write `checkpoint.json` into a checkpoint."""
@@ -124,6 +127,11 @@ def restore(model: nn.Module, state: AdapterState, name: str = "default") -> Non
             own.copy_(updates[key].tensors[tensor])
     for key, values in state.trained.items():
         base[key].copy_(values)
+
+
+def _versions() -> dict[str, str]:
+    transformers = need("transformers", "train")
+    return {"lorakit": __version__, "torch": str(torch.__version__), "transformers": str(transformers.__version__)}
 
 
 def fingerprint(rows: Dataset) -> str:

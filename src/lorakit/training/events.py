@@ -4,12 +4,13 @@ Every line has `event`, `step` and `time` (seconds since 1970); numbers carry th
 a run is told in any other place, so a view that is closed and opened again has lost nothing. After a resume, steps
 behind the last checkpoint are told again; the later line counts.
 
-    start       model, resumed_from_step
+    start       model, resumed_from_step, versions_changed {package: [then, now]}
     data        part (train, validation), and the counts of its report
     targets     patterns {pattern: modules}, trainable_parameters, base_parameters, trained_whole
     plan        task, device, dtype, steps, steps_per_epoch, batch_rows, accumulation, lr, evaluate_every_steps,
                 save_every_steps, packed and why
-    step        loss, lr, gradient_norm, epoch, steps, tokens, tokens_per_second, eta_seconds, peak_memory_bytes
+    step        loss, lr, gradient_norm (null in a step that fp16's scaler skipped), epoch, steps, tokens,
+                tokens_per_second, eta_seconds, peak_memory_bytes
     evaluate    loss, perplexity, best_loss, best_step
     checkpoint  path
     early_stop  best_step, best_loss, evaluations_since_best
@@ -99,7 +100,7 @@ class Narrator(TrainerCallback):
             state.global_step,
             loss=float(logs["loss"]),
             lr=float(logs["learning_rate"]),
-            gradient_norm=float(logs["grad_norm"]),
+            gradient_norm=norm if math.isfinite(norm := float(logs["grad_norm"])) else None,
             epoch=float(state.epoch or 0.0),
             steps=state.max_steps,
             tokens=self._progress.tokens,

@@ -84,10 +84,13 @@ def train(recipe: Recipe, *, resume: bool = False, listen: Listen | None = None)
     log = EventLog(output / "events.jsonl", listen)
     try:
         with quiet():
-            return _train(recipe, output, log)
+            done = _train(recipe, output, log)
     except Exception as error:
         log.append("error", kind=type(error).__name__, message=str(error))
         raise
+    if isinstance(done, Run):
+        return done
+    raise done
 
 
 def _claim(output: Path, resume: bool) -> None:
@@ -120,18 +123,20 @@ def _finished(recipe: Recipe, output: Path) -> Run:
     return Run.read(output)
 
 
-def _train(recipe: Recipe, output: Path, log: EventLog) -> Run:
+def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
+    """Return the finished run, or what to tell the user of one stopped by Ctrl-C, which is no fault of the run."""
     from transformers import set_seed
 
     from lorakit.inject.attach import attach
-    from lorakit.training.checkpoints import checkpoints, fingerprint, refuse_changes
+    from lorakit.training.checkpoints import Memory, checkpoints, fingerprint, refuse_changes
     from lorakit.training.flow import Interrupt
     from lorakit.training.progress import Progress
     from lorakit.training.stage import build_stage, decided, target_counts
 
     saved = next(reversed(checkpoints(output)), None)
     progress, interrupt = Progress(), Interrupt()
-    log.append("start", model=recipe.model, resumed_from_step=_step(saved))
+    changed = {} if saved is None else Memory.read(saved).versions_changed()
+    log.append("start", model=recipe.model, resumed_from_step=_step(saved), versions_changed=changed)
     set_seed(recipe.train.seed)
     stage = build_stage(recipe)
     recipe = decided(recipe, stage)
@@ -154,7 +159,7 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run:
     step = trainer.state.global_step
     if interrupt.wished and step < trainer.state.max_steps:
         log.append("interrupted", step, path=f"{output}/checkpoint-{step}")
-        raise LorakitError(
+        return LorakitError(
             f"stopped at step {step} of {trainer.state.max_steps}, and saved; to go on, run the same recipe with resume"
         )
     run = _finish(recipe, stage, trainer, output, trainable)

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -21,12 +20,13 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lorakit.data import Collator
-from lorakit.errors import AdapterFileError, AliveError, LorakitError
+from lorakit.errors import AdapterFileError, AliveError
 from lorakit.inject.alive import alive
 from lorakit.inject.attach import state
 from lorakit.persist.atomic import atomic_directory
 from lorakit.persist.native import NATIVE, load_native, to_native
 from lorakit.training.checkpoints import STATE, Memory, prune, restore
+from lorakit.training.finite import FiniteCheck
 from lorakit.training.groups import param_groups
 from lorakit.training.loss import mean_loss, summed_loss, trained_labels
 from lorakit.training.progress import Progress
@@ -84,7 +84,7 @@ class AdapterTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.adapted, self.folder, self.rows, self.progress = model, Path(str(args.output_dir)), train, progress
         self._recipe, self._data, self._pad_id = recipe, data, pad_id
-        self._proven = False
+        self._proven, self._check_finite = False, FiniteCheck(args.learning_rate)
 
     # ---- steps ----
 
@@ -140,12 +140,7 @@ class AdapterTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Pass the numbers on, unless they say that nothing is being learned."""
         step = self.state.global_step
-        for name in ("loss", "grad_norm", "eval_loss"):
-            if not math.isfinite(value := logs.get(name, 0.0)):
-                raise LorakitError(
-                    f"step {step}: {name} is {value}; the last whole checkpoint is from before. Lower train.lr "
-                    f"(it was {self.args.learning_rate:g}), lengthen train.warmup, or use dtype: fp32"
-                )
+        self._check_finite(logs, step, scaled=self.accelerator.scaler is not None)
         if logs.get("grad_norm") == 0.0:
             raise AliveError(f"step {step}: the gradient of every trained parameter is zero, so nothing is learned")
         super().log(logs, start_time)
