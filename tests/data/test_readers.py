@@ -172,3 +172,34 @@ def test_locate_counts_rows_over_files_and_blank_lines(tmp_path: Path) -> None:
 
 def test_rows_in_memory_have_the_union_of_their_keys() -> None:
     assert from_records([{"a": 1}, {"b": 2}]).column_names == ["a", "b"]
+
+
+def test_a_csv_cell_beyond_the_limit_is_named_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\nfine\n" + "x" * 140_000 + "\n")
+    with pytest.raises(DataError, match=r"a\.csv line 3: field larger than field limit \(131072\); .* as JSONL"):
+        read_rows(str(tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize("odd", [{"id": 2**70}, {"id": -(2**63) - 1}])
+def test_an_integer_beyond_64_bits_is_named_with_its_line(tmp_path: Path, odd: dict[str, int]) -> None:
+    path = jsonl(tmp_path / "a.jsonl", {"id": 2**63 - 1}, odd)
+    with pytest.raises(DataError, match=rf"must fit into 64 bits(.|\n)*{path} line 2: 'id'"):
+        read_rows(str(path))
+
+
+def test_an_integer_beyond_64_bits_deep_in_a_row_is_named_too() -> None:
+    with pytest.raises(DataError, match=r"row 1: 'a\[\]\.b'"):
+        from_records([{"a": [{"b": 2**64}]}])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    path = write(tmp_path / name)
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refused)
+    monkeypatch.setattr("pyarrow.parquet.read_table", refused)
+    with pytest.raises(DataError, match=rf"^{path}: cannot be read: Permission denied$"):
+        read_rows(str(path))

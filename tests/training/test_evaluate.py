@@ -13,6 +13,7 @@ from lorakit.errors import DataError
 from lorakit.training.base import load_base
 from lorakit.training.evaluate import corpus_bleu, evaluate
 from lorakit.training.recipe import DataSection
+from tests.data.samples import PLAIN
 from tests.training.samples import labelled, pairs, write_rows
 
 
@@ -111,3 +112,12 @@ def test_rows_of_another_task_than_the_models_are_refused(base: Path, encoder: P
     classifier, tokenizer = load_base(str(encoder), task="classification", labels=("high", "low"))
     with pytest.raises(DataError, match=r"rows of the format 'prompt\+completion', and this model classifies"):
         evaluate(classifier, tokenizer, without, DataSection())
+
+
+def test_bleu_of_a_conversation_without_a_last_answer_is_refused(base: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_base(str(base))
+    tokenizer.chat_template = PLAIN
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    source = write_rows(tmp_path / "rows.jsonl", [{"messages": turns[:2]}, {"messages": turns}])
+    with pytest.raises(DataError, match="another speaker than the assistant(.|\n)*- row 2$"):
+        evaluate(model, tokenizer, source, DataSection(), bleu=True)

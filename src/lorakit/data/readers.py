@@ -46,11 +46,12 @@ def read_rows(source: str, split: str | None = None) -> Dataset:
 
     Raises `DataError` when nothing is there, nothing is in it, a line is malformed or a column mixes types.
     """
-    if _path(source).exists() or _looks_local(source):
-        files = data_files(source, split)
-        rows = _dataset([_table(file) for file in files], files)
-    else:
-        rows = _from_hub(source, split)
+    try:
+        is_local = _path(source).exists() or _looks_local(source)
+        files = data_files(source, split) if is_local else []
+        rows = _dataset([_table(file) for file in files], files) if is_local else _from_hub(source, split)
+    except OSError as error:  # no permission, a folder named like a file, a disk that fails
+        raise DataError(f"{error.filename or source}: cannot be read: {error.strerror or error}") from error
     if len(rows) == 0:
         raise DataError(f"{source}: the dataset is empty; at least one row is needed")
     return rows
@@ -156,6 +157,11 @@ def _columns_to_table(records: list[Record]) -> Table:
     names = dict.fromkeys(name for _, row in records for name in row)
     try:
         return pa.table({name: pa.array([row.get(name) for _, row in records]) for name in names})
+    except OverflowError as error:
+        large = [f"{place}: '{field}'" for place, row in records for field in _too_large(row, "")]
+        raise DataError(
+            f"an integer must fit into 64 bits; write a larger one as a string:\n{listing(large or [str(error)])}"
+        ) from error
     except pa.ArrowException as error:
         mixed = [f"{records[i][0]}: {what}" for i, what in _mixed([row for _, row in records])]
         raise DataError(f"a column must hold one type of value:\n{listing(mixed or [str(error)])}") from error
@@ -184,6 +190,15 @@ def _kinds(value: Any, field: str) -> Iterator[tuple[str, str]]:
     elif isinstance(value, list):
         for item in value:
             yield from _kinds(item, f"{field}[]")
+
+
+def _too_large(value: Any, field: str) -> Iterator[str]:
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        yield field
+    for key, item in value.items() if isinstance(value, dict) else ():
+        yield from _too_large(item, f"{field}.{key}".lstrip("."))
+    for item in value if isinstance(value, list) else ():
+        yield from _too_large(item, f"{field}[]")
 
 
 def kind_of(value: object) -> str:
@@ -243,10 +258,17 @@ def _read_json(file: Path) -> Iterator[Record]:
 def _read_csv(file: Path) -> Iterator[Record]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines)
-        for row in reader:
-            if None in row:
-                raise DataError(f"{file} line {reader.line_num}: more cells than columns; quote cells that hold commas")
-            yield f"line {reader.line_num}", row
+        try:
+            for row in reader:
+                line = f"line {reader.line_num}"
+                if None in row:
+                    raise DataError(f"{file} {line}: more cells than columns; quote cells that hold commas")
+                yield line, row
+        except csv.Error as error:
+            raise DataError(
+                f"{file} line {reader.reader.line_num}: {error}; look for a quote that is never closed, or keep longer texts "
+                "as JSONL"
+            ) from error
 
 
 def _read_parquet(file: Path) -> Table:

@@ -11,8 +11,8 @@ import torch
 
 from lorakit.core.lazy import need
 from lorakit.data import DataReport, Format, Prepared, detect, read_rows, render_prompt
-from lorakit.data.formats import named
-from lorakit.errors import DataError
+from lorakit.data.formats import SPEAKERS, named
+from lorakit.errors import DataError, listing
 from lorakit.training.base import evaluating, quiet
 from lorakit.training.generate import generate
 from lorakit.training.loss import batches, mean_loss, summed_loss
@@ -170,6 +170,11 @@ def _bleu(
     """Return corpus BLEU and the number of prompts: rows with the same prompt are references of one answer."""
     if form.name == "text":
         raise DataError("BLEU compares answers to prompts, and these rows are plain text; leave bleu out")
+    if open_ended := [f"row {number}" for number, row in enumerate(rows, 1) if not _is_answered(row, form)]:
+        raise DataError(
+            "BLEU compares the last answer of a conversation, and these end with another speaker than the assistant; "
+            f"cut them there, or leave bleu out:\n{listing(open_ended)}"
+        )
     references: dict[tuple[int, ...], list[str]] = {}
     for row in rows:
         references.setdefault(tuple(render_prompt(row, tokenizer, form, separator)), []).append(_answer(row, form))
@@ -183,6 +188,16 @@ def corpus_bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> 
     columns = [[group[i].strip() if i < len(group) else None for group in references] for i in range(most)]
     scored = need("sacrebleu", "train").corpus_bleu([answer.strip() for answer in answers], columns)
     return float(scored.score)
+
+
+def _is_answered(row: Mapping[str, Any], form: Format) -> bool:
+    match form.name:
+        case "messages":
+            return bool(row["messages"][-1]["role"] == "assistant")
+        case "sharegpt":
+            return SPEAKERS[row["conversations"][-1]["from"]] == "assistant"
+        case _:
+            return True
 
 
 def _answer(row: Mapping[str, Any], form: Format) -> str:
