@@ -266,8 +266,8 @@ def _read_csv(file: Path) -> Iterator[Record]:
                 yield line, row
         except csv.Error as error:
             raise DataError(
-                f"{file} line {reader.reader.line_num}: {error}; look for a quote that is never closed, or keep longer texts "
-                "as JSONL"
+                f"{file} line {reader.reader.line_num}: {error}; look for a quote that is never closed, or keep longer "
+                "texts as JSONL"
             ) from error
 
 
