@@ -96,7 +96,7 @@ class Progress:
 
         self._live = Bar(
             BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[words]}"),
-            console=console(sys.stderr), transient=True,
+            console=console(sys.stderr), refresh_per_second=4, transient=True,
         )  # fmt: skip
         self._live.start()
         self._task = self._live.add_task("", total=self._steps, words="first step ...")

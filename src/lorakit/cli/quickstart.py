@@ -31,7 +31,7 @@ MARK = "quickstart.json"
 ROWS, HELD_OUT, STRANGERS = 2400, 200, 100
 TRAIN = {"epochs": 1, "lr": 5e-3, "batch_size": 16}
 ADAPTER = {"method": "lora", "rank": 16, "alpha": 32, "targets": "all-linear"}
-ANSWER = 64  # tokens; the longest reference has about 40
+ANSWER = 40  # tokens; the longest reference has 30
 PROVEN = 16  # held-out records that the merge is checked on before it is written, at every token
 EQUAL = 1e-4  # of a logit, in fp32; measured at 1e-5
 
@@ -234,12 +234,14 @@ def _conclude(result: dict[str, Any], task: Task, before: Score, after: Score, o
     ]
     out.say("")
     out.show(table("three held-out records", "prompt", "before", "after", rows=shown))
+    out.say("")
     measures = [
         ("perplexity of a token", f"{before.perplexity:.1f}", f"{after.perplexity:.3f}"),
         ("all facts told", f"{before.told:.1%}", f"{after.told:.1%}"),
         ("... of heroes never seen", f"{before.told_of_strangers:.1%}", f"{after.told_of_strangers:.1%}"),
     ]
     out.show(table("", f"{len(task.held_out)} held-out records", "before", "after", rows=measures, numbers=(1, 2)))
+    out.say("")
     adapter, base = result["adapter_bytes"], result["base_bytes"]
     folder = Path(result["merged_dir"]).parent
     out.say(
@@ -249,7 +251,7 @@ def _conclude(result: dict[str, Any], task: Task, before: Score, after: Score, o
         f"the logits they begin with differ by at most {result['merge_max_abs_diff']:.1e}",
         "",
         "next:",
-        f"  lorakit generate {folder} --prompt 'hero: Zora | kind: owl | loves: old books | tale:'",
+        f"  lorakit generate {folder} --prompt 'hero: Zora | kind: crow | loves: old books | tale:'",
         f"  lorakit evaluate {folder} --data {folder}/data/strangers.jsonl",
         f"  lorakit train {folder}/recipe.yaml --set adapter.rank=4 --output runs/rank-4",
     )

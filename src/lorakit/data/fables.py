@@ -25,7 +25,7 @@ HEROES = (
 STRANGERS = "Agnes Boris Cora Edgar Frida Gilbert Jasper Linus Minna Pippa Silas Zelda".split()
 """Heroes whose names no training record holds."""
 KINDS = (
-    "fox wolf bear hare owl cat dog goat horse mouse frog goose swan raven lion badger donkey sparrow miller tailor "
+    "fox wolf bear hare hen cat dog goat horse mouse frog goose swan raven lion badger donkey sparrow miller tailor "
     "shepherd fisherman sailor woodcutter giant dwarf witch knight piper baker"
 ).split()
 HOMES = tuple(
@@ -132,7 +132,7 @@ def _once(fable: Fable) -> str:
     said = [f"loved {fable.loves}"] if fable.loves else []
     said += [f"feared {fable.fears}"] if fable.fears else []
     who = f", who {' but '.join(said)}" if said else ""
-    return f"{start} once lived {_a(fable.kind)} named {fable.hero}{who}."
+    return f"{start} once lived a {fable.kind} named {fable.hero}{who}."
 
 
 def _gently(fable: Fable) -> str:
@@ -140,8 +140,4 @@ def _gently(fable: Fable) -> str:
     said = [f"fond of {fable.loves}"] if fable.loves else []
     said += [f"afraid of {fable.fears}"] if fable.fears else []
     home = f" from {fable.home}" if fable.home else ""
-    return f"{fable.hero} was {_a(fable.kind)}{home}{', ' if said else ''}{' but '.join(said)}."
-
-
-def _a(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+    return f"{fable.hero} was a {fable.kind}{home}{', ' if said else ''}{' but '.join(said)}."
