@@ -115,6 +115,7 @@ def test_declared_tensors_are_the_allocated_ones(kind: str, method: str) -> None
 @pairs
 def test_gradients_are_those_of_the_formula(kind: str, method: str) -> None:
     model, x = net(kind, method, dtype=torch.float64), inputs(kind, torch.float64)
+    x = x if x.is_floating_point() else x.clamp(min=1)  # token 0 pads: torch gives its row no gradient, by design
     adapter = adapters_named(model, "n0")[0]
     names = [name for name, _ in adapter.named_parameters()]
 
