@@ -33,7 +33,7 @@ TRAIN = {"epochs": 1, "lr": 5e-3, "batch_size": 16}
 ADAPTER = {"method": "lora", "rank": 16, "alpha": 32, "targets": "all-linear"}
 ANSWER = 40  # tokens; the longest reference has 30
 PROVEN = 16  # held-out records that the merge is checked on before it is written, at every token
-EQUAL = 1e-4  # of a logit, in fp32; measured at 1e-5
+EQUAL = 1e-5  # of the largest logit, in fp32: eighty roundings; measured at 5e-6
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def merge_and_prove(
 ) -> float:
     """Merge in place, write, load what was written, and return its largest logit difference from the adapted model.
 
-    The logits are those an answer begins with, of every held-out record; the answers must be equal to the letter.
+    The logits are those of every token of every held-out prompt; the answers must be equal to the letter.
 
     Raises:
         MergeError: the written model's logits or answers are not the adapted model's.
@@ -170,13 +170,14 @@ def merge_and_prove(
     from lorakit.persist.atomic import atomic_directory
     from lorakit.training.base import load_base
 
-    before = _first_logits(model, tokenizer, task)
+    ids = _ids(tokenizer, task.held_out)
+    before = logits_of(model, ids)
     merge_proved(model, _ids(tokenizer, task.held_out[:PROVEN]), bare)
     with atomic_directory(place) as draft:
         write_model(model, tokenizer, draft)
     merged, _ = load_base(str(place), dtype="fp32", device=model.device.type)
-    difference = gap(before, _first_logits(merged, tokenizer, task))
-    if not difference < EQUAL:
+    difference = gap(before, logits_of(merged, ids))
+    if not difference < EQUAL * max(float(logits.abs().max()) for logits in before):
         raise MergeError(f"the merged model's logits differ from the adapted model's by {difference:.3g}; report this")
     answers = _answers(merged, tokenizer, task.held_out)
     unequal = sum(a != b for a, b in zip(answers, adapted.answers, strict=True))
@@ -196,11 +197,6 @@ def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, told: S
 
     made = generate(model, tokenizer, _ids(tokenizer, told), max_new_tokens=ANSWER, batch_size=64)
     return [answer.strip() for answer in made]
-
-
-def _first_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[Any]:
-    """Return the logits `(vocabulary,)` from which each held-out record's first token is chosen."""
-    return [logits_of(model, [ids])[0][-1] for ids in _ids(tokenizer, task.held_out)]
 
 
 def _bytes(folder: Path) -> int:
@@ -248,7 +244,7 @@ def _conclude(result: dict[str, Any], task: Task, before: Score, after: Score, o
         f"trained {result['trainable_parameters']:,} parameters in {duration(result['train_seconds'])}",
         f"adapter {size(adapter)} in {result['adapter_dir']}, base {size(base)}: {adapter / base:.0%}",
         f"merged into {result['merged_dir']}: its {len(task.held_out)} answers are the adapted model's, "
-        f"the logits they begin with differ by at most {result['merge_max_abs_diff']:.1e}",
+        f"the logits differ by at most {result['merge_max_abs_diff']:.1e}",
         "",
         "next:",
         f"  lorakit generate {folder} --prompt 'hero: Zora | kind: crow | loves: old books | tale:'",
