@@ -29,7 +29,7 @@ RATES = {"lora": (4e-3, 8e-3), "full": (1e-3, 2e-3)}
 
 
 def recipe(lr: float, output: Path) -> Recipe:
-    """Return the recipe of examples/e2e.yaml at a learning rate."""
+    """Return the recipe of one run: the adapter of examples/e2e.yaml, other epochs and rates."""
     return make_recipe(
         {
             "model": "lorakit/tales",

