@@ -32,6 +32,15 @@ def test_a_loralib_file_becomes_a_peft_adapter(tmp_path: Path) -> None:
     assert update.method.alpha == 16  # type: ignore[attr-defined]
 
 
+def test_the_merged_layers_of_a_loralib_file_need_their_switches(tmp_path: Path) -> None:
+    torch.save({"c_attn.lora_A": torch.randn(4, 8), "c_attn.lora_B": torch.randn(16, 2)}, tmp_path / "old.bin")
+    asked = ("convert", tmp_path / "old.bin", "--alpha", 4, "--to", "native", "--output", tmp_path / "new")
+    assert "--enabled yes,no,yes" in invoke(*asked).stderr
+    assert "'true' is neither yes nor no" in invoke(*asked, "--enabled", "true,no").stderr
+    assert answer(*asked, "--enabled", "yes,no,yes")["layers"] == 2
+    assert [u.site.rows for u in load(tmp_path / "new").updates] == [(0, 8), (16, 24)]
+
+
 def test_the_lora_paper_s_own_adapter_converts(shared_data: Path, tmp_path: Path) -> None:
     file = shared_data / "adapters" / "roberta_base_lora_mnli.bin"
     said = answer("convert", file, "--alpha", 16, "--to", "peft", "--output", tmp_path / "mnli")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from pathlib import Path
 
 import yaml
@@ -70,6 +71,10 @@ def test_a_classifier_is_scored_by_class(tmp_path: Path) -> None:
     assert "the base has no trained head" in result.stderr
     assert re.search(r"^accuracy +[\d.]+%", result.stdout, re.MULTILINE), result.stdout
     assert re.search(r"^class +rows +predicted +correct", result.stdout, re.MULTILINE), result.stdout
+    shutil.copytree(tmp_path / "run" / "adapter", tmp_path / "mine")
+    valid = ("--data", tmp_path / "valid.jsonl")
+    scores = [answer("evaluate", tmp_path / place, *valid)["adapted"]["loss"] for place in ("run", "mine")]
+    assert scores[0] == scores[1]
     merged = answer("merge", tmp_path / "run", "--output", tmp_path / "merged")
     assert merged["max_abs_diff"] < 1e-5
     no = invoke("generate", tmp_path / "run", "--prompt", "a")

@@ -39,6 +39,15 @@ def test_the_adapter_inside_a_run_remembers_the_recipe_too(run: Path) -> None:
     assert one["answers"] == other["answers"]
 
 
+def test_an_adapter_taken_out_of_its_run_answers_the_same(run: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "a cab ="}) + "\n")
+    shutil.copytree(run / "adapter", tmp_path / "mine")
+    one, other = (answer("generate", place, "--prompts", prompts, "--max-new-tokens", 4) for place in
+                  (run, tmp_path / "mine"))  # fmt: skip
+    assert one["answers"] == other["answers"]
+
+
 def test_the_adapter_changes_what_the_base_says_and_a_seed_repeats_it(run: Path, base: Path) -> None:
     draw = ("--prompt", "bead cafe =", "--max-new-tokens", 24, "--temperature", 1.0)
     adapted = [answer("generate", run, *draw, "--seed", seed)["answers"] for seed in (1, 1, 2)]

@@ -20,6 +20,7 @@ from tests.cli.conftest import answer, invoke, write_recipe
 def test_a_run_shows_its_data_targets_plan_and_steps(finished: tuple[Path, Result]) -> None:
     said = finished[1].stderr
     assert re.search(r"^train +\S+train\.jsonl: 48 rows, format prompt\+completion$", said, re.MULTILINE), said
+    assert re.search(r"^example .*\[\[marked\]\]:\n[a-j ]+=\[\[[^]]+\]\]$", said, re.MULTILINE), said
     assert re.search(r"^targets +all-linear: 14 layers$", said, re.MULTILINE), said
     assert re.search(r"^trainable +[\d,]+ parameters, [\d.]+% of the base's [\d,]+$", said, re.MULTILINE), said
     assert re.search(r"^plan +6 steps of 8 rows \(one example a row\), lr 0\.005, on cpu in float32$", said, re.M), said

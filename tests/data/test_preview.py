@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lorakit.data import prepare, preview
-from lorakit.data.preview import plain, runs
+from lorakit.data import prepare, prepare_classification, preview
+from lorakit.data.preview import example, plain, runs
 from tests.data.samples import tokenizer
 
 PREPARED = prepare([{"prompt": "<bos>né", "completion": "日本"}], tokenizer(), max_length=64)
@@ -21,8 +21,20 @@ def test_trained_text_is_green_context_dim_and_special_tokens_reversed() -> None
 
 
 def test_without_colour_brackets_mark_what_is_trained() -> None:
-    row = PREPARED.dataset[0]
-    assert plain(row["input_ids"], row["labels"], tokenizer()) == "<bos>né\n[[日本<eos>]]"
+    assert plain(example(PREPARED, tokenizer())) == "<bos>né\n[[日本<eos>]]"
+
+
+def test_of_a_packed_row_the_first_example_alone_is_shown() -> None:
+    rows = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(3)]
+    packed = prepare(rows, tokenizer(), max_length=64, packing=True)
+    assert len(packed.dataset) == 1
+    assert plain(example(packed, tokenizer())) in [f"p{i}\n[[c{i}<eos>]]" for i in range(3)]
+
+
+def test_a_classifier_s_class_comes_after_its_text() -> None:
+    rows = [{"text": "good", "label": "yes"}, {"text": "bad", "label": "no"}]
+    labelled = prepare_classification(rows, tokenizer(), max_length=64)
+    assert plain(example(labelled, tokenizer(), 1)).endswith("bad[[ no]]")
 
 
 def test_characters_of_several_tokens_stay_whole() -> None:

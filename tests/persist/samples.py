@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lorakit.core.site import Site
 from lorakit.core.spec import AdapterSpec, Override, Targets
-from lorakit.core.state import AdapterState, Base, Update
+from lorakit.core.state import AdapterState, Base, Purpose, Update
 from lorakit.methods.lora import LoRA
 
 PATHS = ("h.0.attn.q", "h.1.attn.q")
@@ -35,7 +35,9 @@ def adapter(value: float | None = None) -> AdapterState:
         overrides=(Override.of("q", layers="1", rank=2, alpha=3.0),),
     )
     head = torch.randn(3, 5) if value is None else torch.full((3, 5), value)
-    return AdapterState(spec, updates, {"score.weight": head}, Base("some/base", {"h.0.attn.q": (0.5, -1.25)}))
+    base = Base("some/base", {"h.0.attn.q": (0.5, -1.25)})
+    purpose = Purpose("classification", "classification", None, ("no", "yes"))
+    return AdapterState(spec, updates, {"score.weight": head}, base, purpose)
 
 
 def slices() -> AdapterState:
@@ -51,11 +53,12 @@ def slices() -> AdapterState:
 
 
 def same(one: AdapterState, other: AdapterState) -> bool:
-    """Return whether two adapters hold the same values, bit for bit, under the same spec and base."""
+    """Return whether two adapters hold the same values, bit for bit, under the same spec, base and purpose."""
     mine, yours = ({u.site.key: u for u in s.updates} for s in (one, other))
     return (
         one.spec == other.spec
         and one.base == other.base
+        and one.purpose == other.purpose
         and mine.keys() == yours.keys()
         and all((u.site, u.method) == (yours[k].site, yours[k].method) for k, u in mine.items())
         and all(torch.equal(t, yours[k].tensors[n]) for k, u in mine.items() for n, t in u.tensors.items())

@@ -48,7 +48,7 @@ def test_save_and_load_are_inverse(make: Any, tmp_path: Path) -> None:
     before = make()
     save(before, tmp_path)
     found = load(tmp_path)
-    assert found.spec == before.spec
+    assert (found.spec, found.purpose) == (before.spec, before.purpose)
     after = {u.site.key: u for u in found.updates}
     assert len(after) == len(before.updates)
     for mine in before.updates:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from lorakit.cli.screen import screen, size
+from lorakit.errors import RecipeError
 
 
 def convert(
@@ -14,6 +15,10 @@ def convert(
     to: Annotated[Literal["peft", "native"], typer.Option(help="The format to write.")],
     output: Annotated[str, typer.Option(help="The directory to write.")],
     alpha: Annotated[float | None, typer.Option(help="The alpha of a loralib file, which does not store it.")] = None,
+    enabled: Annotated[
+        str | None,
+        typer.Option(help="Which projections the merged layers of a loralib file adapt: yes,no,yes for q and v."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write an adapter in another format."""
@@ -24,7 +29,7 @@ def convert(
 
         inside = Path(source) / "adapter"
         place = inside if (Path(source) / "recipe.yaml").is_file() and inside.is_dir() else Path(source)
-        state = load(place, alpha=alpha)
+        state = load(place, alpha=alpha, enabled=_switches(enabled))
         save(state, output, to)
         written = sum(file.stat().st_size for file in Path(output).glob("adapter*"))
         method = state.spec.method.name
@@ -44,3 +49,13 @@ def convert(
                 "bytes": written,
             }
         )
+
+
+def _switches(enabled: str | None) -> tuple[bool, ...] | None:
+    """Return `yes,no,yes` as booleans."""
+    if enabled is None:
+        return None
+    words = [word.strip().lower() for word in enabled.split(",")]
+    if wrong := [word for word in words if word not in ("yes", "no")]:
+        raise RecipeError(f"--enabled {enabled!r}: {wrong[0]!r} is neither yes nor no; for q and v write yes,no,yes")
+    return tuple(word == "yes" for word in words)

@@ -30,10 +30,9 @@ def evaluate(
     with screen(json) as out:
         from lorakit.inject.attach import attach
         from lorakit.training.evaluate import evaluate as score
-        from lorakit.training.recipe import DataSection
 
         found = find(source, base)
-        section = found.recipe.data if found.recipe is not None else DataSection()
+        section = found.data
         rows, part = (data, split) if data else (section.validation, split or section.validation_split)
         if rows is None:
             raise DataError(f"{source} names no validation data; give some with --data FILE")

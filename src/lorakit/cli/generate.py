@@ -70,8 +70,8 @@ def _rendered(
     """Return the token ids of each prompt, as training would have made them."""
     from lorakit.data import FORMATS, render_prompt
 
-    name = format or found.format
+    name = format or (found.purpose.format if found.purpose is not None else "text")
     if name not in FORMATS:
         raise DataError(f"unknown format {name!r}{did_you_mean(name, FORMATS)}; one of {', '.join(FORMATS)}")
-    separator = found.recipe.data.separator if found.recipe is not None else None
+    separator = found.data.separator
     return [render_prompt(row, tokenizer, FORMATS[name], "" if separator is None else separator) for row in rows]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorakit.errors import AdapterFileError, LorakitError, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lorakit.core.state import AdapterState
-    from lorakit.training.recipe import Recipe
+    from lorakit.core.state import AdapterState, Purpose
+    from lorakit.training.recipe import DataSection, Recipe
 
 SOURCE_HELP = "The folder of a run, an adapter (directory or file), or a base model."
 BASE_HELP = "The base of the adapter, if its files do not say it or it moved."
@@ -22,17 +21,31 @@ _ADAPTER_FILES = ("adapter_config.json", "adapter.lorakit.safetensors")
 
 @dataclass(frozen=True)
 class Source:
-    """A base by name; the adapter on it, if any; and the recipe that made the adapter, if there is one."""
+    """A base by name; the adapter on it, if any; the recipe that made it, where its run is at hand; and what it is for.
+
+    `purpose` is None for a bare base and for an adapter of another tool: nothing says how their rows are read.
+    """
 
     base: str
-    state: AdapterState | None
-    recipe: Recipe | None
-    format: str  # of the rows it was trained on; "text" where nothing says more
+    state: AdapterState | None = None
+    recipe: Recipe | None = None
+    purpose: Purpose | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
         """Return the classes of a classifier, else nothing."""
-        return self.recipe.data.labels if self.recipe is not None else ()
+        return self.purpose.labels if self.purpose is not None else ()
+
+    @property
+    def data(self) -> DataSection:
+        """Return how rows are read: as the recipe says, as the adapter remembers, or as they look."""
+        from lorakit.training.recipe import DataSection
+
+        if self.recipe is not None:
+            return self.recipe.data
+        if self.purpose is None:
+            return DataSection()
+        return DataSection(separator=self.purpose.separator, labels=self.purpose.labels)
 
     def load_base(self, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Return the bare base, for the task of the recipe, and its tokenizer."""
@@ -42,7 +55,7 @@ class Source:
         wanted = train.dtype if train is not None and dtype == "auto" else dtype
         return load_base(
             self.base,
-            task="classification" if self.recipe is not None and self.recipe.task == "classification" else "causal-lm",
+            task="classification" if self.labels else "causal-lm",
             labels=self.labels,
             dtype=wanted,
             device=train.device if train is not None else "auto",
@@ -62,15 +75,20 @@ def find(given: str, base: str | None = None) -> Source:
     if run is not None:
         return _from_run(run, base)
     if place.is_file() or (place.is_dir() and not (place / "config.json").is_file()) or _is_adapter(place):
-        from lorakit.persist import load
+        from lorakit.persist import LORALIB, load
 
+        if place.is_file() and place.suffix in LORALIB:
+            raise AdapterFileError(
+                f"{given} is an adapter of the original loralib, which stores neither its alpha nor its base; convert "
+                f"it first:\n  lorakit convert {given} --to peft --alpha ALPHA --output DIR"
+            )
         state = load(place)
         if not (base or state.base.name):
             raise LorakitError(f"{given} does not say which base it was trained on; name it with --base")
-        return Source(base or str(state.base.name), state, None, "text")
+        return Source(base or str(state.base.name), state, purpose=state.purpose)
     if base is not None:
         raise AdapterFileError(f"{given} is a base, so it cannot sit on --base {base}; give an adapter or a run")
-    return Source(given, None, None, "text")
+    return Source(given)
 
 
 def need_adapter(source: Source, given: str) -> AdapterState:
@@ -91,17 +109,13 @@ def _run_of(place: Path) -> Path | None:
 def _from_run(run: Path, base: str | None) -> Source:
     from lorakit.persist import load
     from lorakit.training.recipe import load_recipe
-    from lorakit.training.run import SUMMARY
 
     recipe = load_recipe(run / "recipe.yaml")
     if not (run / "adapter").is_dir():
         raise RecipeError(f"{run} is a run without its adapter: it has not ended; go on with\n"
                           f"  lorakit train {run / 'recipe.yaml'} --resume")  # fmt: skip
-    format = recipe.data.format
-    if format == "auto":
-        summary: dict[str, Any] = json.loads((run / SUMMARY).read_text("utf-8")) if (run / SUMMARY).is_file() else {}
-        format = summary.get("data", {}).get("train", {}).get("format", "text")
-    return Source(base or recipe.model, load(run / "adapter"), recipe, format)
+    state = load(run / "adapter")
+    return Source(base or recipe.model, state, recipe, state.purpose)
 
 
 def _is_adapter(place: Path) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -34,6 +35,31 @@ class Base:
     probes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Purpose:
+    """What an adapter was trained for, so that its rows are read the same way wherever its folder goes.
+
+    The task, the format of the rows, what stands between prompt and answer (None: a chat template does that), and the
+    classes of a classifier.
+    """
+
+    task: str = "causal-lm"
+    format: str = "text"
+    separator: str | None = None
+    labels: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as plain values."""
+        return {**asdict(self), "labels": list(self.labels)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any] | None) -> Purpose | None:
+        """Return what `to_json` wrote, or None where nothing was."""
+        if values is None:
+            return None
+        return cls(values["task"], values["format"], values["separator"], tuple(values["labels"]))
+
+
 @dataclass(frozen=True, eq=False)
 class AdapterState:
     """Everything an adapter is: its spec, its updates, and the base's own tensors it trained whole."""
@@ -42,6 +68,7 @@ class AdapterState:
     updates: tuple[Update, ...]
     trained: Mapping[str, Tensor] = field(default_factory=dict)
     base: Base = field(default_factory=Base)
+    purpose: Purpose | None = None
 
     @property
     def parameters(self) -> int:

@@ -17,7 +17,7 @@ from lorakit.core.lazy import need
 from lorakit.data.formats import Format, at_rows, check, named
 from lorakit.data.masking import IGNORE, Loss, Segment, Tokens, encode, opening, seam, segments
 from lorakit.data.packing import pack
-from lorakit.data.preview import plain
+from lorakit.data.preview import plain, runs
 from lorakit.data.readers import Where, load
 from lorakit.data.report import DataReport, Prepared, check_vocabulary
 from lorakit.errors import DataError, did_you_mean, listing
@@ -164,7 +164,7 @@ class _Encoder:
         check_vocabulary(self.highest, self.tokenizer, vocab_size)
         if self.masked:
             places = where(list(self.masked)[:12])
-            sample = plain(*next(iter(self.masked.values())), self.tokenizer)
+            sample = plain(runs(*next(iter(self.masked.values())), self.tokenizer))
             raise DataError(
                 f"{len(self.masked)} rows have no token to train on:\n"
                 f"{listing(places + [''] * (len(self.masked) - len(places)))}\n"

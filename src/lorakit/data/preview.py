@@ -25,6 +25,18 @@ class Run(NamedTuple):
     special: bool
 
 
+def example(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, index: int = 0) -> list[Run]:
+    """Cut row `index`, or the first example in it where rows are packed; a classifier's class comes after its text."""
+    row = prepared.dataset[index]
+    ids, labels = row["input_ids"], row["labels"]
+    if isinstance(labels, int):
+        names = prepared.labels or ()
+        return [*runs(ids, [IGNORE] * len(ids), tokenizer), Run(f" {names[labels]}", True, False)]
+    positions = row.get("position_ids", [])
+    end = next((i for i, position in enumerate(positions) if i and position == 0), len(ids))
+    return runs(ids[:end], labels[:end], tokenizer)
+
+
 def runs(ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[Run]:
     """Cut an example `(length,)` where trained meets untrained or special meets ordinary."""
     special = set(tokenizer.all_special_ids)
@@ -34,18 +46,23 @@ def runs(ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokeniz
 
 def preview(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, index: int = 0) -> Text:
     """Show row `index` of the dataset: trained text bright green, context dim, special tokens reversed."""
+    return coloured(example(prepared, tokenizer, index))
+
+
+def coloured(runs: Sequence[Run]) -> Text:
+    """Show the runs of an example in colour."""
     from rich.text import Text
 
-    row, text = prepared.dataset[index], Text()
-    for run in runs(row["input_ids"], row["labels"], tokenizer):
+    text = Text()
+    for run in runs:
         text.append(run.text, ("bold green" if run.trained else "dim") + (" reverse" if run.special else ""))
     return text
 
 
-def plain(ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Show an example without colour: trained text between double brackets."""
-    kinds = groupby(runs(ids, labels, tokenizer), key=lambda run: run.trained)
-    pieces = ((trained, "".join(run.text for run in group)) for trained, group in kinds)
+def plain(runs: Sequence[Run]) -> str:
+    """Show the runs of an example without colour: trained text between double brackets."""
+    parts = groupby(runs, key=lambda run: run.trained)
+    pieces = ((trained, "".join(run.text for run in part)) for trained, part in parts)
     return "".join(f"[[{text}]]" if trained else text for trained, text in pieces)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -10,7 +11,10 @@ from lorakit.errors import AdapterFileError, did_you_mean
 if TYPE_CHECKING:
     from lorakit.core.state import AdapterState
 
-__all__ = ["load", "save"]
+__all__ = ["LORALIB", "load", "save"]
+
+LORALIB = (".bin", ".pt", ".pth", ".ckpt")
+"""Names of files that are read as the original loralib's."""
 
 
 def save(state: AdapterState, path: str | Path, format: Literal["peft", "native"] = "peft") -> None:
@@ -36,8 +40,13 @@ def save(state: AdapterState, path: str | Path, format: Literal["peft", "native"
         raise AdapterFileError(f"unknown format {format!r}{did_you_mean(format, ('peft', 'native'))}; peft or native")
 
 
-def load(path: str | Path, *, alpha: float | None = None) -> AdapterState:
-    """Return the adapter at `path`, whichever format it has; `alpha` is for loralib files, which do not store it.
+def load(path: str | Path, *, alpha: float | None = None, enabled: Sequence[bool] | None = None) -> AdapterState:
+    """Return the adapter at `path`, whichever format it has.
+
+    Args:
+        path: a directory, or the file of a native or loralib adapter.
+        alpha: of a loralib file, which does not store it.
+        enabled: which projections the merged layers of a loralib file adapt, as its `enable_lora` had it.
 
     Raises:
         AdapterFileError: nothing there, something else there, or an adapter with faults (all of them listed).
@@ -52,8 +61,8 @@ def load(path: str | Path, *, alpha: float | None = None) -> AdapterState:
     if place.is_file():
         if place.name == native.NATIVE:
             return native.load_native(place)
-        if place.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-            return load_loralib(place, alpha=alpha)
+        if place.suffix in LORALIB:
+            return load_loralib(place, alpha=alpha, enabled=enabled)
         raise AdapterFileError(f"{path} is a file; give the adapter's directory, or a loralib .bin or .pt file")
     has_native = (place / native.NATIVE).exists()
     has_peft = (place / peft.CONFIG).exists() or any(place.glob(f"*/{peft.CONFIG}"))

@@ -43,7 +43,7 @@ def load_loralib(
     """
     if alpha is None:
         raise AdapterFileError(
-            f"{path}: loralib files do not store alpha; pass alpha=... as it was trained "
+            f"{path}: loralib files do not store alpha; pass alpha=... (--alpha) as it was trained "
             "(the paper's released RoBERTa-base scripts use r 8 and alpha 16)"
         )
     pairs, trained = _sorted_out(files.read_pickle(path))
@@ -94,7 +94,10 @@ def _wrong(pair: dict[str, Tensor], r: int | None, enabled: Sequence[bool] | Non
         return f"{shapes} have rank {b.shape[1]}, not {r}"
     n = a.shape[0] // b.shape[1]
     if n > 1 and enabled is None:
-        return f"{shapes} are a MergedLinear with {n} projections; pass enabled=..., for example (True, False, True)"
+        return (
+            f"{shapes} are a MergedLinear with {n} projections; pass enabled=..., for q and v (True, False, True), "
+            "or --enabled yes,no,yes"
+        )
     if enabled is not None and n != sum(enabled):
         return f"{shapes} have {n} projection(s), but enabled={tuple(enabled)} names {sum(enabled)}"
     if b.shape[0] % n:

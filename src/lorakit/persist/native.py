@@ -1,7 +1,7 @@
 """lorakit's own format: one safetensors file that holds every method, slices included, bit for bit.
 
 Keys are `<path or path[rows]>.<tensor>` as the method declares them, and `trained:<name>` for the base's own tensors;
-the file's metadata holds the spec, the sites with their methods, and the base. Checkpoints use it.
+the file's metadata holds the spec, the sites with their methods, the base, and what it is for. Checkpoints use it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from lorakit import __version__
 from lorakit.core.site import Site
 from lorakit.core.spec import AdapterSpec, method_from_json, method_to_json
-from lorakit.core.state import AdapterState, Base, Update, check_tensors
+from lorakit.core.state import AdapterState, Base, Purpose, Update, check_tensors
 from lorakit.errors import AdapterFileError, listing
 from lorakit.persist import files
 
@@ -66,6 +66,7 @@ def to_native(state: AdapterState) -> bytes:
         "sites": [{**_site_to_json(u.site), "method": method_to_json(u.method)} for u in state.updates],
         "base": {"name": state.base.name, "probes": {k: list(v) for k, v in state.base.probes.items()}},
         "trained": list(state.trained),
+        "purpose": state.purpose and state.purpose.to_json(),
     }
     tensors = {f"{u.site.key}.{name}": t for u in state.updates for name, t in u.tensors.items()}
     tensors.update({f"{_TRAINED}{name}": t for name, t in state.trained.items()})
@@ -92,7 +93,8 @@ def _state(head: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState:
     check_tensors(tuple(updates))
     base = Base(head["base"]["name"], {k: tuple(v) for k, v in head["base"]["probes"].items()})
     trained = {name: rest[key] for key, name in names.items()}
-    return AdapterState(AdapterSpec.from_json(head["spec"]), _in_declared_order(updates), trained, base)
+    purpose = Purpose.from_json(head.get("purpose"))
+    return AdapterState(AdapterSpec.from_json(head["spec"]), _in_declared_order(updates), trained, base, purpose)
 
 
 def _in_declared_order(updates: list[Update]) -> tuple[Update, ...]:

@@ -1,7 +1,8 @@
 """PEFT's format in both directions, exactly: what PEFT, vLLM and llama.cpp read, and what PEFT wrote.
 
 `adapter_config.json` and `adapter_model.safetensors` are PEFT's. Beside them lies `lorakit.json` with what they cannot
-say: the exact spec, the base the adapter was trained on, slices of fused layers, and the checksums of the other two.
+say: the exact spec, the base the adapter was trained on and what for, slices of fused layers, and the checksums of the
+other two.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from lorakit import __version__
 from lorakit.core.registry import method as method_named
 from lorakit.core.spec import AdapterSpec, method_from_json, method_to_json
-from lorakit.core.state import AdapterState, Base, Update, check_tensors
+from lorakit.core.state import AdapterState, Base, Purpose, Update, check_tensors
 from lorakit.core.targets import modules_named
 from lorakit.errors import AdapterFileError, SpecError, TargetError, did_you_mean, listing
 from lorakit.persist import files
@@ -161,6 +162,7 @@ def _note(state: AdapterState, plain: AdapterState, sums: Mapping[str, str]) -> 
         "lorakit": __version__,
         "sha256": dict(sums),
         "base": {"name": state.base.name, "probes": {k: list(v) for k, v in state.base.probes.items()}},
+        "purpose": state.purpose and state.purpose.to_json(),
         "spec": state.spec.to_json(),
         "updates": [
             {"path": s.path, "rows": s.rows and list(s.rows), "kind": s.kind, "method": method_to_json(m)}
@@ -192,7 +194,9 @@ def _restored(state: AdapterState, note: Mapping[str, Any], file: Path) -> Adapt
         updates = tuple(part for whole in state.updates for part in _exact(whole, parts.get(whole.site.path)))
         probes = {path: tuple(values) for path, values in note["base"]["probes"].items()}
         base = Base(note["base"]["name"], probes)
-        return replace(state, spec=AdapterSpec.from_json(note["spec"]), updates=updates, base=base)
+        purpose = Purpose.from_json(note.get("purpose"))
+        spec = AdapterSpec.from_json(note["spec"])
+        return replace(state, spec=spec, updates=updates, base=base, purpose=purpose)
     except (KeyError, TypeError, IndexError, AttributeError, SpecError) as bad:
         raise AdapterFileError(f"{file} is damaged or of another version ({bad}); get the adapter again") from bad
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.core.lazy import need
+from lorakit.core.state import Purpose
 from lorakit.errors import LorakitError, RecipeError
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
     """Return the finished run, or what to tell the user of one stopped by Ctrl-C, which is no fault of the run."""
     from transformers import set_seed
 
+    from lorakit.data.preview import example
     from lorakit.inject.attach import attach
     from lorakit.training.checkpoints import Memory, checkpoints, fingerprint, refuse_changes
     from lorakit.training.flow import Interrupt
@@ -146,6 +148,8 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
     for part, prepared in {"train": stage.train, "validation": stage.validation}.items():
         if prepared is not None:
             log.append("data", part=part, **prepared.report.to_json())
+    if saved is None:
+        log.append("example", runs=[list(run) for run in example(stage.train, stage.tokenizer)])
     patterns = target_counts(stage)
     handle = attach(stage.model, stage.spec)
     trainable = sum(p.numel() for p in handle.parameters())
@@ -224,7 +228,7 @@ def _finish(recipe: Recipe, stage: Stage, trainer: AdapterTrainer, output: Path,
     from lorakit.training.events import peak_memory_bytes
 
     trainer._load_best_model()
-    adapter = state(stage.model)
+    adapter = replace(state(stage.model), purpose=_purpose(recipe, stage))
     save(adapter, output / "adapter", "peft" if stage.spec.method.peft else "native")
     progress, history = trainer.progress, trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
@@ -251,6 +255,11 @@ def _finish(recipe: Recipe, stage: Stage, trainer: AdapterTrainer, output: Path,
     draft.write_text(json.dumps(run.to_json(), indent=2), encoding="utf-8")
     os.replace(draft, output / SUMMARY)
     return run
+
+
+def _purpose(recipe: Recipe, stage: Stage) -> Purpose:
+    """Return how the rows of this run were read; the recipe has its open choices decided."""
+    return Purpose(stage.task, stage.train.report.format, recipe.data.separator, stage.labels)
 
 
 def _step(checkpoint: Path | None) -> int | None:
