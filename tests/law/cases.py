@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.core.adapters import Adapter
-from lorakit.core.method import Method
+from lorakit.core.method import Method, Static
 from lorakit.core.registry import host_of
 from lorakit.core.spec import AdapterSpec, Targets
 from lorakit.inject.attach import adapters_named, attach
@@ -64,6 +64,7 @@ KINDS: dict[str, Kind] = {
         lambda: torch.randn(3, 12, 5, 5),
     ),
     "conv3d": Kind(lambda: nn.Conv3d(12, 8, (1, 2, 2), groups=4), lambda: torch.randn(3, 12, 3, 4, 4)),
+    "module": Kind(lambda: nn.Sequential(nn.Linear(12, 8), nn.GELU(), nn.Linear(8, 12)), lambda: torch.randn(3, 5, 12)),
 }
 
 METHODS: dict[str, Method] = {
@@ -71,7 +72,10 @@ METHODS: dict[str, Method] = {
     "lora, rank-stabilised": LoRA(rank=4, alpha=8.0, stabilised=True),
 }
 
-PAIRS = [(kind, method) for kind in KINDS for method in METHODS]
+PAIRS = [(kind, name) for kind in KINDS for name, method in METHODS.items() if kind.split(",")[0] in method.kinds]
+STATIC = [(kind, name) for kind, name in PAIRS if isinstance(METHODS[name], Static)]
+"""The pairs with a dW, which can be merged and compared with a dense weight."""
+MISFITS = [(kind, name) for kind in KINDS for name in METHODS if (kind, name) not in PAIRS]
 
 
 def net(kind: str, *methods: str, rows: str = "", dtype: torch.dtype = torch.float32) -> Net:

@@ -17,19 +17,35 @@ from torch.autograd import gradcheck
 from lorakit.core.adapters import Adapted
 from lorakit.core.registry import hosts, methods
 from lorakit.core.spec import AdapterSpec, Targets
+from lorakit.errors import MergeError, SpecError, TargetError
 from lorakit.inject.activate import use
 from lorakit.inject.attach import adapters_named, attach, detach, state
 from lorakit.inject.merge import merge
 from lorakit.methods.lora import LoRA
-from tests.law.cases import KINDS, METHODS, PAIRS, Net, deltas, dense, inputs, jitter, net, weight_of
+from tests.law.cases import KINDS, METHODS, MISFITS, PAIRS, STATIC, Net, deltas, dense, inputs, jitter, net, weight_of
 from tests.tolerances import assert_close
 
 pairs = pytest.mark.parametrize(("kind", "method"), PAIRS)
+static = pytest.mark.parametrize(("kind", "method"), STATIC)
 
 
 def test_the_matrix_covers_the_registry() -> None:
     assert {m.name for m in METHODS.values()} == set(methods())
     assert {k.split(",")[0] for k in KINDS} == set(hosts())
+
+
+@pytest.mark.parametrize(("kind", "method"), MISFITS)
+def test_a_method_that_does_not_fit_is_refused_with_the_reason(kind: str, method: str) -> None:
+    with pytest.raises(
+        (SpecError, TargetError), match=f"does not fit a layer of kind {kind.split(',')[0]}|matched only"
+    ):
+        attach(Net(KINDS[kind].layer()), AdapterSpec(METHODS[method], Targets("layer")))
+
+
+@pytest.mark.parametrize(("kind", "method"), [pair for pair in PAIRS if pair not in STATIC])
+def test_an_update_that_depends_on_the_input_is_not_merged(kind: str, method: str) -> None:
+    with pytest.raises(MergeError, match="depends on the input, so no single weight equals it"):
+        merge(net(kind, method))
 
 
 @pairs
@@ -40,7 +56,7 @@ def test_a_fresh_adapter_changes_no_bit(kind: str, method: str) -> None:
     assert torch.equal(model(x), before)
 
 
-@pairs
+@static
 def test_branch_equals_delta(kind: str, method: str) -> None:
     model, x = net(kind, method), inputs(kind)
     delta = next(deltas(model, "n0"))
@@ -48,7 +64,7 @@ def test_branch_equals_delta(kind: str, method: str) -> None:
     assert_close(model(x), dense(model, x, weight_of(model) + delta))
 
 
-@pairs
+@static
 def test_merging_gives_the_adapted_output_and_the_base_class(kind: str, method: str) -> None:
     model, x = net(kind, method), inputs(kind)
     adapted, cls = model(x), type(KINDS[kind].layer())
@@ -57,7 +73,7 @@ def test_merging_gives_the_adapted_output_and_the_base_class(kind: str, method: 
     assert_close(model(x), adapted)
 
 
-@pairs
+@static
 def test_order_and_weights_of_two_adapters(kind: str, method: str) -> None:
     model, x = net(kind, method, method), inputs(kind)
     use(model, {"n0": 0.7, "n1": -1.3})
@@ -72,7 +88,8 @@ def test_order_and_weights_of_two_adapters(kind: str, method: str) -> None:
 
 @pairs
 def test_each_row_may_choose_its_adapter(kind: str, method: str) -> None:
-    model, x = net(kind, method, "lora"), inputs(kind)
+    other = "lora" if (kind, "lora") in PAIRS else method
+    model, x = net(kind, method, other), inputs(kind)
     wanted = []
     for choice in ({}, {"n0": 1.0}, {"n1": 2.0}):
         use(model, choice)
@@ -109,7 +126,8 @@ def test_declared_tensors_are_the_allocated_ones(kind: str, method: str) -> None
     for adapter in adapters_named(model, "n0"):
         declared = adapter.method.tensors(adapter.site)
         assert {k: tuple(t.shape) for k, t in adapter.tensors().items()} == {k: d.shape for k, d in declared.items()}
-        assert {k for k, _ in adapter.named_parameters()} == {k for k, d in declared.items() if d.trainable}
+        learns = {k for k, p in adapter.named_parameters() if p.requires_grad}
+        assert learns == {k for k, d in declared.items() if d.trainable}
 
 
 @pairs

@@ -57,7 +57,7 @@ def test_a_run_leaves_an_adapter_its_recipe_its_events_and_a_summary(base: Path,
     assert load_recipe(folder / "recipe.yaml").train == recipe.train
     assert heard == read_events(folder / "events.jsonl")
     kinds = [event["event"] for event in heard]
-    assert kinds[:5] == ["start", "data", "data", "targets", "plan"]
+    assert kinds[:6] == ["start", "data", "data", "example", "targets", "plan"]
     assert kinds[-1] == "end"
     assert kinds.count("step") == run.steps == 6
     assert Run.read(folder) == run

@@ -32,7 +32,7 @@ def convert(
         state = load(place, alpha=alpha, enabled=_switches(enabled))
         save(state, output, to)
         written = sum(file.stat().st_size for file in Path(output).glob("adapter*"))
-        method = state.spec.method.name
+        method = state.spec.name
         out.say(
             f"{place}: {method}, {len(state.updates)} layers, {state.parameters:,} parameters",
             f"wrote {output} ({to}, {size(written)})",

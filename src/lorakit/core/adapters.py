@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.core.host import Host
-from lorakit.core.method import Call, Method, Static
+from lorakit.core.method import Call, Method, Start, Static
 from lorakit.core.site import Site
 from lorakit.errors import AttachError, MergeError
 
@@ -26,30 +26,51 @@ Weight = float | Tensor
 class Adapter(nn.Module):
     """One named update at one site."""
 
-    def __init__(self, method: Method, site: Site, host: Host, like: Tensor, dropout: float = 0.0) -> None:
-        """Allocate the tensors `method` declares, on `like`'s device, in at least fp32."""
+    def __init__(
+        self,
+        method: Method,
+        site: Site,
+        host: Host,
+        like: Tensor,
+        dropout: float = 0.0,
+        held: dict[str, nn.Parameter] | None = None,
+    ) -> None:
+        """Allocate the tensors `method` declares, on `like`'s device, in at least fp32.
+
+        `held` are the tensors shared with the sites before this one, by their word; new ones are added to it. A shared
+        tensor is a parameter even when it is frozen: moving a module replaces its buffers, which would part them.
+        """
         super().__init__()
         self.method, self.site, self.host, self.dropout = method, site, host, dropout
+        self.borrowed: frozenset[str] = frozenset()
+        self.notes: dict[str, Tensor] = {}
+        held = {} if held is None else held
         dtype = torch.promote_types(like.dtype, torch.float32) if like.is_floating_point() else torch.float32
         for name, decl in method.tensors(site).items():
+            if decl.shared in held:
+                self.register_parameter(name, held[decl.shared])
+                self.borrowed |= {name}
+                continue
             values = torch.empty(decl.shape, dtype=dtype, device=like.device)
-            if decl.trainable:
-                self.register_parameter(name, nn.Parameter(values))
+            if decl.trainable or decl.shared is not None:
+                self.register_parameter(name, nn.Parameter(values, requires_grad=decl.trainable))
             else:
                 self.register_buffer(name, values)
+            if decl.shared is not None:
+                held[decl.shared] = self.get_parameter(name)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the declared tensors by name."""
         return {name: getattr(self, name) for name in (*self._parameters, *self._buffers)}
 
     @torch.no_grad()
-    def init(self, weight: Tensor, rng: torch.Generator) -> None:
+    def init(self, weight: Tensor, rng: torch.Generator, evidence: Tensor | None = None) -> None:
         """Fill the tensors; drawn on the CPU so that a seed means the same values on every device."""
         if weight.is_meta:
             return
-        own = self.tensors()
+        own = {name: t for name, t in self.tensors().items() if name not in self.borrowed}
         drawn = {name: torch.empty_like(t, device="cpu") for name, t in own.items()}
-        self.method.init(drawn, self.site, weight, rng)
+        self.method.init(drawn, Start(self.site, weight, rng, evidence))
         for name, values in drawn.items():
             own[name].copy_(values)
 
@@ -57,8 +78,11 @@ class Adapter(nn.Module):
         """Return the term this update adds to `y = op(x; W) + b`, zero outside its rows."""
         if self.dropout and self.training and x.is_floating_point():
             x = F.dropout(x, self.dropout)
-        p = {name: t.to(y.dtype) for name, t in self.tensors().items()}
-        branch = self.method.branch(p, Call(self.host, module, x, y, self.site.rows))
+        p = {name: t.to(y.device, y.dtype) for name, t in self.tensors().items()}
+        call = Call(self.host, module, x, y, self.site.rows)
+        branch = self.method.branch(p, call)
+        if call.notes:
+            self.notes = call.notes
         return branch if self.site.rows is None else _place(branch, self.host.op.axis, self.site.rows, y)
 
     def delta(self, weight: Tensor) -> Tensor:
@@ -72,6 +96,10 @@ class Adapter(nn.Module):
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         delta = self.method.delta(self.tensors(), wide if rows is None else wide[rows[0] : rows[1]])
         return delta if rows is None else _place(delta, -wide.dim(), rows, wide)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle without the notes of the last forward, which belong to its graph."""
+        return {**self.__dict__, "notes": {}}
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Take a checkpoint of the bare base as it is: it has none of our keys, and misses none."""
@@ -108,7 +136,13 @@ class Adapted:
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the adapted output; the input is the first argument, by place or by name."""
-        y: Tensor = super().forward(*args, **kwargs)  # type: ignore[misc]
+        y: Any = super().forward(*args, **kwargs)  # type: ignore[misc]
+        if not isinstance(y, Tensor):
+            path = self.adapters.named()[0][1].site.path
+            raise AttachError(
+                f"{path} gives back a {type(y).__name__}, not a tensor, so nothing can be added to it; "
+                "name the layers inside it"
+            )
         x = args[0] if args else next(iter(kwargs.values()))
         return self.adapters(self, x, y)  # type: ignore[no-any-return]
 

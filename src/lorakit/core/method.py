@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -39,6 +39,8 @@ class Call:
     x: Tensor
     y: Tensor
     rows: tuple[int, int] | None = None
+    notes: dict[str, Tensor] = field(default_factory=dict)
+    """What a method wants to know of this forward later: a mixture's routing, for its penalty and statistics."""
 
     @property
     def y0(self) -> Tensor:
@@ -67,6 +69,19 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Start:
+    """What the first values of an update may depend on: its site, the frozen weight, a generator of the site's own.
+
+    `evidence` is what was measured at the site beforehand, for initialisations that ask for it (inits/).
+    """
+
+    site: Site
+    weight: Tensor
+    rng: torch.Generator
+    evidence: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Method(ABC):
     """An update of one weight."""
 
@@ -80,8 +95,11 @@ class Method(ABC):
         """Declare the tensors of this update at `site`: planned, allocated, loaded and documented from here."""
 
     @abstractmethod
-    def init(self, p: Tensors, site: Site, weight: Tensor, rng: torch.Generator) -> None:
-        """Fill `p` in place so that the first forward equals the base's."""
+    def init(self, p: Tensors, start: Start) -> None:
+        """Fill `p` in place so that the first forward equals the base's.
+
+        A shared tensor is in `p` at the first site that holds it alone: the others find it filled.
+        """
 
     @abstractmethod
     def branch(self, p: Tensors, call: Call) -> Tensor:
@@ -143,6 +161,54 @@ class LowRank(Static):
                 f"rank {self.rank} is not a multiple of the convolution's {site.groups} groups; "
                 f"use rank {math.ceil(self.rank / site.groups) * site.groups} or exclude this path"
             )
+
+
+@runtime_checkable
+class Settled(Protocol):
+    """A method whose tensors depend on all of its sites: a bank as wide as the widest."""
+
+    def settled(self, sites: Sequence[Site]) -> Method:
+        """Return this method with what it needs to know of `sites` written into its fields."""
+
+
+@runtime_checkable
+class Penalised(Protocol):
+    """A method that adds a term to the loss; the mean over its sites counts."""
+
+    def penalty(self, p: Tensors, notes: Tensors) -> Tensor:
+        """Return one site's term, weighted; `notes` are what the last forward noted there."""
+
+
+@runtime_checkable
+class Scheduled(Protocol):
+    """A method whose tensors change between optimizer steps, by a budget over all of its sites."""
+
+    def schedule(self, adapters: Mapping[str, tuple[Site, Tensors]], steps: int) -> Schedule:
+        """Return the schedule of a run of `steps`; the tensors are the live ones, by the key of their site."""
+
+
+class Schedule(ABC):
+    """What acts on the tensors after each optimizer step, before the gradients are cleared; resumable."""
+
+    @abstractmethod
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Act after optimizer step `step`, counted from 1."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return everything a resumed run needs to go on bit for bit."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Tensors) -> None:
+        """Take what `state_dict` returned."""
+
+
+@runtime_checkable
+class Trimmed(Protocol):
+    """A method that may hold parts which no longer act: `trimmed` is the same update without them."""
+
+    def trimmed(self, site: Site, p: Tensors) -> tuple[Method, Tensors]:
+        """Return the smaller method and its tensors; the update they give is the same."""
 
 
 def down_up(rank: int, site: Site) -> dict[str, Decl]:

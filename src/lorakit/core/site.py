@@ -26,12 +26,12 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class Decl:
-    """One tensor a method asks for at a site."""
+    """One tensor a method asks for at a site; sites that say the same word in `shared` hold one tensor together."""
 
     shape: tuple[int, ...]
     role: Role
     trainable: bool = True
-    shared: bool = False
+    shared: str | None = None
 
     @property
     def numel(self) -> int:
@@ -94,13 +94,15 @@ class Skeleton:
     """The shape of a model: every site, every other module, and how deep its layer stacks are.
 
     `others` maps the path of each module that has no host to `(class name, why it cannot be adapted)`; `heads` are the
-    output layers `all-linear` leaves out; `parts` names the output slices of fused layers.
+    output layers `all-linear` leaves out; `parts` names the output slices of fused layers; `blocks` are modules such
+    as an MLP that hold layers and give back the width they take, for methods that work beside a whole module.
     """
 
     sites: tuple[Site, ...]
     others: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     heads: frozenset[str] = frozenset()
     parts: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
+    blocks: Mapping[str, Site] = field(default_factory=dict)
     total_parameters: int = 0
 
     @cached_property

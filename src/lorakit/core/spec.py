@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lorakit.core.init import Init
 from lorakit.core.method import Method
+from lorakit.core.registry import init as init_named
 from lorakit.core.registry import method as method_named
 from lorakit.errors import SpecError, did_you_mean
 
@@ -50,9 +52,12 @@ class Override:
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """A whole adapter: the method, its sites, its exceptions, the base modules trained beside it, and its seed."""
+    """A whole adapter: the method, its sites, its exceptions, what of the base is trained beside it, and its seed.
 
-    method: Method
+    Without a method, what `train` names is all that moves: full fine-tuning, biases alone, a head.
+    """
+
+    method: Method | None
     targets: Targets = field(default_factory=Targets)
     train: Sequence[str] = ()
     dropout: float = 0.0
@@ -60,7 +65,9 @@ class AdapterSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.method, Method):
+        if self.method is None and not self.train:
+            raise SpecError("without a method nothing would be trained; name a method, or what of the base to train")
+        if not (self.method is None or isinstance(self.method, Method)):
             raise SpecError(f"method must be a lorakit method such as LoRA(rank=16), not {self.method!r}")
         if not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
             raise SpecError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
@@ -69,8 +76,15 @@ class AdapterSpec:
         for override in self.overrides:
             self.method_with(override)
 
+    @property
+    def name(self) -> str:
+        """Return the method's name, or "none" where parts of the base are trained and nothing else."""
+        return "none" if self.method is None else self.method.name
+
     def method_with(self, override: Override) -> Method:
         """Return the method with an override's fields, or raise `SpecError` naming the field it has not."""
+        if self.method is None:
+            raise SpecError("an override changes fields of the method, and there is none")
         known = [f.name for f in dataclasses.fields(self.method)]
         for name, _ in override.fields:
             if name not in known:
@@ -85,7 +99,7 @@ class AdapterSpec:
         """Return the spec as JSON-ready values, with a format version."""
         return {
             "version": VERSION,
-            "method": method_to_json(self.method),
+            "method": self.method and method_to_json(self.method),
             "targets": _targets_to_json(self.targets),
             "train": list(self.train),
             "dropout": self.dropout,
@@ -101,7 +115,7 @@ class AdapterSpec:
                 f"adapter spec has version {data.get('version')!r}, this lorakit reads {VERSION}; upgrade it"
             )
         return cls(
-            method=method_from_json(data["method"]),
+            method=data["method"] and method_from_json(data["method"]),
             targets=_targets_from_json(data["targets"]),
             train=tuple(data["train"]),
             dropout=data["dropout"],
@@ -113,23 +127,44 @@ class AdapterSpec:
         )
 
 
-def method_to_json(method: Method) -> dict[str, Any]:
-    """Return `{"name": ..., **fields}`."""
-    return {"name": method.name, **{f.name: getattr(method, f.name) for f in dataclasses.fields(method)}}
+def method_to_json(method: Method | Init) -> dict[str, Any]:
+    """Return `{"name": ..., **fields}`, where a field may be a method or an initialisation itself."""
+    values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    plain = {k: method_to_json(v) if isinstance(v, Method | Init) else v for k, v in values.items()}
+    return {"name": method.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}}
 
 
 def method_from_json(data: dict[str, Any]) -> Method:
-    """Return the method of `{"name": ..., **fields}`, or raise `SpecError` with the nearest name or field."""
+    """Return the method of `{"name": ..., **fields}`, or raise `SpecError` with the nearest name or field.
+
+    A field that holds a method or an initialisation takes its name alone, or its name with fields. What a method that
+    wraps another (`inner`) does not know goes to the one inside, so `{"name": "dora", "rank": 8}` says enough.
+    """
     fields = dict(data)
     cls = method_named(fields.pop("name"))
-    known = [f.name for f in dataclasses.fields(cls)]
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    if "inner" in known:
+        passed = {name: fields.pop(name) for name in list(fields) if name not in known}
+        inner = fields.get("inner", known["inner"].default)
+        inner = (
+            method_to_json(inner) if isinstance(inner, Method) else {"name": inner} if isinstance(inner, str) else inner
+        )
+        fields["inner"] = method_from_json({**inner, **passed})
     if unknown := [name for name in fields if name not in known]:
         raise SpecError(
             f"method {cls.name} has no field {unknown[0]!r}{did_you_mean(unknown[0], known)}; "
             f"its fields: {', '.join(known)}"
         )
-    made: Method = cls(**fields)
+    made: Method = cls(**{name: _field(name, value) for name, value in fields.items()})
     return made
+
+
+def _field(name: str, value: Any) -> Any:
+    """Return the value of a field: an initialisation by name or in full, a list as a tuple, anything else as it is."""
+    if name == "init" and isinstance(value, str | dict):
+        given = {"name": value} if isinstance(value, str) else dict(value)
+        return init_named(given.pop("name"))(**given)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _words(value: Sequence[str]) -> tuple[str, ...]:

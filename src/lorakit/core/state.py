@@ -16,7 +16,10 @@ from lorakit.errors import AdapterFileError, listing
 
 @dataclass(frozen=True)
 class Update:
-    """One update at one site: its method (overrides applied) and its tensors, as the method declares them."""
+    """One update at one site: its method (overrides applied) and its tensors, as the method declares them.
+
+    A tensor that sites share is one tensor object in all of their updates.
+    """
 
     site: Site
     method: Method
@@ -72,8 +75,8 @@ class AdapterState:
 
     @property
     def parameters(self) -> int:
-        """Return the number of stored values."""
-        stored = sum(t.numel() for u in self.updates for t in u.tensors.values())
+        """Return the number of stored values; a tensor that several sites share counts once."""
+        stored = sum({id(t): t.numel() for u in self.updates for t in u.tensors.values()}.values())
         return stored + sum(t.numel() for t in self.trained.values())
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lorakit.core.method import Method
+from lorakit.core.method import Method, Settled
 from lorakit.core.site import Site, Skeleton, layer_of
 from lorakit.core.spec import AdapterSpec, Targets
 from lorakit.errors import SpecError, TargetError, did_you_mean, listing
@@ -45,11 +45,17 @@ def resolve(spec: AdapterSpec, skeleton: Skeleton) -> tuple[Match, ...]:
             that cannot be adapted; all of them, with near misses.
         SpecError: a rank the site cannot have.
     """
-    chosen = select(spec.targets, skeleton)
-    overridden = [(spec.method_with(o), _keys(o.targets, skeleton, chosen)) for o in spec.overrides]
+    if spec.method is None:
+        return ()
+    chosen = select(spec.targets, skeleton, blocks="module" in spec.method.kinds)
+    everywhere = [site for site, _ in chosen]
+    usual = _settled(spec.method, everywhere)
+    overridden = [
+        (_settled(spec.method_with(o), everywhere), _keys(o.targets, skeleton, chosen)) for o in spec.overrides
+    ]
     matches, problems = [], []
     for site, pattern in chosen:
-        method = spec.method
+        method = usual
         for changed, keys in overridden:
             if site.key in keys:
                 method = changed
@@ -63,13 +69,16 @@ def resolve(spec: AdapterSpec, skeleton: Skeleton) -> tuple[Match, ...]:
     return tuple(matches)
 
 
-def select(targets: Targets, skeleton: Skeleton) -> list[tuple[Site, str]]:
-    """Return the sites `targets` mean and the pattern that caught each first, in the skeleton's order."""
+def select(targets: Targets, skeleton: Skeleton, *, blocks: bool = False) -> list[tuple[Site, str]]:
+    """Return the sites `targets` mean and the pattern that caught each first, in the skeleton's order.
+
+    With `blocks`, a pattern that means no layer may mean modules that hold layers, such as an MLP.
+    """
     found: dict[str, tuple[Site, str]] = {}
     problems: list[str] = []
     for pattern in targets.include:
         try:
-            for site in _expand(pattern, skeleton):
+            for site in _expand(pattern, skeleton, blocks):
                 found.setdefault(site.key, (site, pattern))
         except TargetError as problem:
             problems.append(str(problem))
@@ -87,7 +96,7 @@ def select(targets: Targets, skeleton: Skeleton) -> list[tuple[Site, str]]:
             f"nothing is left to adapt after exclude={list(targets.exclude)} and layers={targets.layers!r}"
         )
     _refuse_overlaps(site for site, _ in found.values())
-    order = {path: i for i, path in enumerate(skeleton.by_path)}
+    order = {path: i for i, path in enumerate((*skeleton.by_path, *skeleton.blocks))}
     return sorted(found.values(), key=lambda hit: (order[hit[0].path], hit[0].rows or (0, 0)))
 
 
@@ -102,6 +111,30 @@ def modules_named(patterns: Iterable[str], paths: Iterable[str]) -> dict[str, li
     if missed := [f"{p!r} matched no module{_near(p, known)}" for p, found in hits.items() if not found]:
         raise TargetError(f"modules to train whole were not found:\n{listing(missed)}")
     return hits
+
+
+def parameters_named(patterns: Iterable[str], parameters: Iterable[str], skeleton: Skeleton) -> dict[str, list[str]]:
+    """Return, for each pattern of `train`, the base's parameters it means.
+
+    `*` is everything, `biases` every bias (those of norms included), `norms` every parameter of a normalisation layer,
+    `heads` the output layers; any other pattern names modules, as in `modules_named`.
+
+    Raises:
+        TargetError: a pattern that means no parameter, with near misses.
+    """
+    known = list(parameters)
+    paths = [*skeleton.by_path, *skeleton.others]
+    found: dict[str, list[str]] = {}
+    for pattern in patterns:
+        if pattern in _PARTS:
+            means = _PARTS[pattern]
+            found[pattern] = [name for name in known if means(name, skeleton)]
+            if not found[pattern]:
+                raise TargetError(f"train {pattern!r}: this model has none{_WITHOUT.get(pattern, '')}")
+        else:
+            inside = tuple(f"{path}." for path in modules_named((pattern,), paths)[pattern])
+            found[pattern] = [name for name in known if name.startswith(inside)]
+    return found
 
 
 def parse_layers(text: str, depth: int) -> frozenset[int]:
@@ -125,12 +158,18 @@ def parse_layers(text: str, depth: int) -> frozenset[int]:
     return frozenset(chosen)
 
 
-def _expand(pattern: str, skeleton: Skeleton) -> list[Site]:
+def _settled(method: Method, sites: list[Site]) -> Method:
+    return method.settled(sites) if isinstance(method, Settled) else method
+
+
+def _expand(pattern: str, skeleton: Skeleton, blocks: bool = False) -> list[Site]:
     """Return the sites one pattern of `include` means, slices cut."""
     sliced = None if pattern.startswith("re:") else _SLICE.fullmatch(pattern)
     name = sliced["pattern"] if sliced else pattern
     paths = _paths(name, skeleton, (*skeleton.by_path, *skeleton.others))
     sites = [skeleton.by_path[path] for path in paths if path in skeleton.by_path]
+    if blocks and not sites and all(path in skeleton.blocks for path in paths):
+        sites = [skeleton.blocks[path] for path in paths]
     if not sites:
         unfit = [f"{path} is {' '.join(skeleton.others[path])}" for path in paths]
         raise TargetError(
@@ -209,6 +248,15 @@ _KEYWORDS: dict[str, Callable[[Site, Skeleton], bool]] = {
     "attention": _attention,
     "mlp": _mlp,
 }
+
+
+_PARTS: dict[str, Callable[[str, Skeleton], bool]] = {
+    "*": lambda name, skeleton: True,
+    "biases": lambda name, skeleton: name.rpartition(".")[2] == "bias",
+    "norms": lambda name, skeleton: "norm" in skeleton.others.get(name.rpartition(".")[0], ("", ""))[0].lower(),
+    "heads": lambda name, skeleton: name.startswith(tuple(f"{head}." for head in skeleton.heads)),
+}
+_WITHOUT = {"biases": "; models like LLaMA are built without biases, so train something else, for example norms"}
 
 
 def _in_layers(path: str, text: str, skeleton: Skeleton) -> bool:

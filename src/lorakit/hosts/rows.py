@@ -15,7 +15,7 @@ from lorakit.core.adapters import Adapted
 from lorakit.core.host import Host
 from lorakit.core.site import Site
 from lorakit.hosts.ops import Convolution, Lookup, MatrixProduct
-from lorakit.hosts.stores import Plain, Transposed
+from lorakit.hosts.stores import Nothing, Plain, Transposed
 
 
 def _keeps_forward_of(base: type[nn.Module]) -> Callable[[nn.Module], bool]:
@@ -53,6 +53,11 @@ def _transposed_site(path: str, module: Any) -> Site:
     return Site(path, out, in_, kind="transposed-linear")
 
 
+def _no_site(path: str, module: nn.Module) -> Site:
+    """Say that the width of a module of several layers is read off its layers (inject/sites.py)."""
+    raise AssertionError(path)
+
+
 ROWS: tuple[Host, ...] = (
     Host(
         "linear",
@@ -78,4 +83,5 @@ ROWS: tuple[Host, ...] = (
     Host("conv1d", _keeps_forward_of(nn.Conv1d), Convolution(1), Plain(), _conv_site("conv1d")),
     Host("conv2d", _keeps_forward_of(nn.Conv2d), Convolution(2), Plain(), _conv_site("conv2d")),
     Host("conv3d", _keeps_forward_of(nn.Conv3d), Convolution(3), Plain(), _conv_site("conv3d")),
+    Host("module", lambda m: False, MatrixProduct(), Nothing(), _no_site),  # named by a target, never found by itself
 )

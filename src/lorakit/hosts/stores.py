@@ -1,4 +1,4 @@
-"""The ways a dense weight is kept: as it is, or transposed."""
+"""The ways a dense weight is kept: as it is, transposed, or not at all, where a whole module is the host."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.host import Store
+from lorakit.errors import MergeError
 
 
 class Plain(Store):
@@ -34,3 +35,15 @@ class Transposed(Store):
     def write(self, module: nn.Module, weight: Tensor) -> None:
         """Copy the transpose of `weight` into the module's."""
         cast(Tensor, module.weight).copy_(weight.T)
+
+
+class Nothing(Store):
+    """The host is a module of several layers: it has no weight of its own, only a device and a dtype."""
+
+    def read(self, module: nn.Module) -> Tensor:
+        """Return an empty tensor like the module's first parameter."""
+        return next(module.parameters()).new_empty(0)
+
+    def write(self, module: nn.Module, weight: Tensor) -> None:
+        """Refuse: an update beside a whole module is no change of a weight."""
+        raise MergeError(f"{type(module).__name__} has no weight to write to")

@@ -8,6 +8,7 @@ and the values of modules that were trained whole.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 
 from lorakit.core.adapters import Adapted, Adapter, Adapters, swap_in, swap_out
 from lorakit.core.method import Method
-from lorakit.core.registry import host_of
-from lorakit.core.site import Site
+from lorakit.core.registry import hosts
+from lorakit.core.site import Site, Skeleton
 from lorakit.core.spec import AdapterSpec
 from lorakit.core.state import AdapterState, Base, Update, check_tensors
-from lorakit.core.targets import modules_named, resolve
+from lorakit.core.targets import parameters_named, resolve
 from lorakit.errors import AdapterFileError, AttachError, did_you_mean, listing
 from lorakit.inject.ledger import Ledger, ledger_of, parameters_of
 from lorakit.inject.sites import sites
@@ -36,7 +37,8 @@ class Handle:
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the trainable parameters of this adapter, modules trained whole included."""
-        own = [p for a in adapters_named(self.model, self.name) for p in a.parameters()]
+        layers = adapters_named(self.model, self.name)
+        own = list(dict.fromkeys(p for a in layers for p in a.parameters() if p.requires_grad))
         base = parameters_of(self.model)
         whole = [base[key] for key in ledger_of(self.model).trained[self.name]]
         return own + [p for p in whole if p.requires_grad]
@@ -47,13 +49,20 @@ class Handle:
         return f"Handle({self.name!r}: {len(self.paths)} updates, {count:,} trainable parameters)"
 
 
-def attach(model: nn.Module, what: AdapterSpec | AdapterState, name: str = "default") -> Handle:
+def attach(
+    model: nn.Module,
+    what: AdapterSpec | AdapterState,
+    name: str = "default",
+    *,
+    evidence: Mapping[str, Tensor] | None = None,
+) -> Handle:
     """Add an adapter to `model` in place, active with weight 1, the base frozen.
 
     Args:
         model: any `nn.Module` with layers of a known kind.
         what: a spec for a fresh adapter (the first forward equals the base's), or the state of a trained one.
         name: what `use`, `merge`, `state` and `detach` will call it.
+        evidence: what was measured at each site, by its key, for an initialisation that asks for it.
 
     Raises:
         TargetError: a pattern matched nothing, or matched what cannot be adapted.
@@ -69,24 +78,26 @@ def attach(model: nn.Module, what: AdapterSpec | AdapterState, name: str = "defa
         placed = [(m.site, m.method) for m in resolve(spec, skeleton)]
     else:
         spec, values = what.spec, dict(what.trained)
-        updates = _fit(what, skeleton.by_path)
+        updates = _fit(what, {**skeleton.by_path, **skeleton.blocks})
         check_tensors(updates)
         _check_base(what.base, model)
         placed = [(u.site, u.method) for u in updates]
         tensors = {u.site.key: u.tensors for u in updates}
-    trained = _trained_whole(model, spec)
+    trained = _trained_whole(model, spec, skeleton)
     brought = _distinct(model, values) if values else trained
     _refuse_adapted_and_whole([site.path for site, _ in placed], trained)
     ledger.refuse_shared(name, brought)
     modules = dict(model.named_modules())
     _refuse_patched({site.path: modules[site.path] for site, _ in placed})
     ledger.freeze(model)
+    held: dict[str, nn.Parameter] = {}
     for site, method in placed:
-        adapter = _place(modules[site.path], site, method, spec, name)
+        adapter = _place(modules[site.path], site, method, spec, name, held)
         if site.key in tensors:
             _copy(adapter, dict(tensors[site.key]))
         else:
-            adapter.init(_weight(modules[site.path], site), _generator(spec.seed, site.key))
+            weight = _weight(modules[site.path], site)
+            adapter.init(weight, _generator(spec.seed, site.key), (evidence or {}).get(site.key))
     ledger.add(model, name, spec, brought, values, trainable=trained)
     return Handle(model, name, tuple(site.key for site, _ in placed))
 
@@ -118,11 +129,14 @@ def state(model: nn.Module, name: str = "default") -> AdapterState:
     """
     ledger = ledger_of(model)
     ledger.require(name)
-    updates = tuple(
-        Update(a.site, a.method, {k: t.detach().clone() for k, t in a.tensors().items()})
-        for a in adapters_named(model, name)
-    )
-    return AdapterState(ledger.specs[name], updates, ledger.trained_values(model, name), base_of(model))
+    copies: dict[int, Tensor] = {}
+    updates = []
+    for adapter in adapters_named(model, name):
+        own = adapter.tensors()
+        for tensor in own.values():
+            copies.setdefault(id(tensor), tensor.detach().clone())
+        updates.append(Update(adapter.site, adapter.method, {k: copies[id(t)] for k, t in own.items()}))
+    return AdapterState(ledger.specs[name], tuple(updates), ledger.trained_values(model, name), base_of(model))
 
 
 def adapters_named(model: nn.Module, name: str) -> list[Adapter]:
@@ -192,13 +206,12 @@ def _check_base(base: Base, model: nn.Module, tolerance: float = 0.02) -> None:
         )
 
 
-def _trained_whole(model: nn.Module, spec: AdapterSpec) -> list[str]:
+def _trained_whole(model: nn.Module, spec: AdapterSpec, skeleton: Skeleton) -> list[str]:
     """Return the names of the base's parameters that `spec.train` means, each tied one once."""
-    named = parameters_of(model)
-    hits = modules_named(spec.train, [path for path, _ in model.named_modules()]) if spec.train else {}
-    prefixes = tuple(f"{path}." for paths in hits.values() for path in paths)
-    inside = {id(named[key]): key for key in reversed(named) if key.startswith(prefixes)} if prefixes else {}
-    return [key for key in named if inside.get(id(named[key])) == key]
+    named = {key: p for key, p in parameters_of(model).items() if ".adapters.by_name." not in f".{key}"}
+    meant = {key for keys in parameters_named(spec.train, named, skeleton).values() for key in keys}
+    first = {id(named[key]): key for key in reversed(named) if key in meant}
+    return [key for key in named if first.get(id(named[key])) == key]
 
 
 def _distinct(model: nn.Module, values: dict[str, Tensor]) -> list[str]:
@@ -233,10 +246,11 @@ def _refuse_patched(modules: dict[str, nn.Module]) -> None:
         )
 
 
-def _place(module: nn.Module, site: Site, method: Method, spec: AdapterSpec, name: str) -> Adapter:
-    host = host_of(module)
-    assert host is not None, site.path
-    adapter = Adapter(method, site, host, _weight(module, site), spec.dropout)
+def _place(
+    module: nn.Module, site: Site, method: Method, spec: AdapterSpec, name: str, held: dict[str, nn.Parameter]
+) -> Adapter:
+    host = hosts()[site.kind]
+    adapter = Adapter(method, site, host, _weight(module, site), spec.dropout, held)
     hook = _unhook(module)
     layer: Adapters = swap_in(module, host)
     key = name if site.rows is None else f"{name}@{site.rows[0]}-{site.rows[1]}"
@@ -271,9 +285,7 @@ def _rehook(module: nn.Module, hook: Any) -> None:
 
 
 def _weight(module: nn.Module, site: Site) -> Tensor:
-    host = host_of(module)
-    assert host is not None, site.path
-    weight = host.store.read(module).detach()
+    weight = hosts()[site.kind].store.read(module).detach()
     return weight if site.rows is None else weight[site.rows[0] : site.rows[1]]
 
 

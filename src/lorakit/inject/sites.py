@@ -46,13 +46,25 @@ def sites(model_or_config: Any) -> Skeleton:
             others[path] = (name, f"whose weight {parent} reads directly, past the layer's forward")
         else:
             found.append(host.site(path, module))
+    blocks = {path: block for path in others if (block := _block(path, model.get_submodule(path), found)) is not None}
     return Skeleton(
         sites=tuple(found),
         others=others,
         heads=_heads(model, found),
         parts={site.path: parts for site in found if (parts := _parts(site, model))},
+        blocks=blocks,
         total_parameters=sum(p.numel() for p in _base_parameters(model)),
     )
+
+
+def _block(path: str, module: nn.Module, found: list[Site]) -> Site | None:
+    """Return the site of a module that holds layers and gives back the width it takes, or None."""
+    inside = [site for site in found if site.path.startswith(f"{path}.")]
+    callable_ = type(module).forward is not nn.Module.forward
+    flat = inside and {inside[0].kind, inside[-1].kind} <= {"linear", "transposed-linear"}
+    if not (callable_ and flat and inside[0].in_ == inside[-1].out):
+        return None
+    return Site(path, inside[-1].out, inside[0].in_, kind="module")
 
 
 def _base_parameters(model: nn.Module) -> list[nn.Parameter]:

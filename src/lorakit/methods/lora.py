@@ -10,11 +10,10 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorakit.core.method import LowRank, Tensors, down_up
+from lorakit.core.method import LowRank, Start, Tensors, down_up
 from lorakit.core.site import Decl, Site
 from lorakit.errors import SpecError
 
@@ -46,13 +45,13 @@ class LoRA(LowRank):
         """Declare r (in + out) parameters."""
         return down_up(self.rank, site)
 
-    def init(self, p: Tensors, site: Site, weight: Tensor, rng: torch.Generator) -> None:
+    def init(self, p: Tensors, start: Start) -> None:
         """Start at dW = 0: A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0; an embedding the other way round, B ~ N(0, 1)."""
-        if site.kind == "embedding":
+        if start.site.kind == "embedding":
             nn.init.zeros_(p["down"])
-            nn.init.normal_(p["up"], generator=rng)
+            nn.init.normal_(p["up"], generator=start.rng)
         else:
-            nn.init.kaiming_uniform_(p["down"].flatten(1), a=math.sqrt(5), generator=rng)
+            nn.init.kaiming_uniform_(p["down"].flatten(1), a=math.sqrt(5), generator=start.rng)
             nn.init.zeros_(p["up"])
 
     def factors(self, p: Tensors) -> tuple[Float[Tensor, "r in *kernel"], Float[Tensor, "out rg"]]:

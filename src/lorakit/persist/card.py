@@ -14,12 +14,12 @@ _MARK = "<!-- written by lorakit; a README.md without this line is left as it is
 def card(state: AdapterState) -> str:
     """Return the model card of an adapter as Markdown with the front matter model hubs read."""
     base, spec = state.base.name, state.spec
-    method = ", ".join(f"{f.name} {getattr(spec.method, f.name)}" for f in fields(spec.method))
-    own = sum(t.numel() for u in state.updates for t in u.tensors.values())
+    method = spec.method and ", ".join(f"{f.name} {getattr(spec.method, f.name)}" for f in fields(spec.method))
     whole = sum(t.numel() for t in state.trained.values())
+    own = state.parameters - whole
     rows = [
         ("base", base or "unnamed"),
-        ("method", f"{spec.method.name} ({method})"),
+        ("method", f"{spec.name} ({method})" if method else spec.name),
         *[("except", _override(override)) for override in spec.overrides[:8]],
         ("targets", ", ".join(spec.targets.include[:8]) + _more(len(spec.targets.include), 8)),
         ("adapted layers", f"{len(state.updates)}"),
@@ -33,7 +33,7 @@ def card(state: AdapterState) -> str:
     return f"""{front}
 {_MARK}
 
-# {spec.method.name} adapter for {base or "an unnamed base"}
+# {spec.name} adapter for {base or "an unnamed base"}
 
 | | |
 |---|---|

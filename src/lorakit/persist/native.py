@@ -1,7 +1,8 @@
 """lorakit's own format: one safetensors file that holds every method, slices included, bit for bit.
 
-Keys are `<path or path[rows]>.<tensor>` as the method declares them, and `trained:<name>` for the base's own tensors;
-the file's metadata holds the spec, the sites with their methods, the base, and what it is for. Checkpoints use it.
+Keys are `<path or path[rows]>.<tensor>` as the method declares them, `shared:<word>` for a tensor that sites share and
+`trained:<name>` for the base's own; the metadata holds the spec, the sites with their methods, the base, and what the
+adapter is for. Checkpoints use it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lorakit.persist import files
 
 NATIVE = "adapter.lorakit.safetensors"
 VERSION = 1
-_TRAINED = "trained:"
+_TRAINED, _SHARED = "trained:", "shared:"
 
 
 def save_native(state: AdapterState, path: str | Path) -> None:
@@ -68,7 +69,7 @@ def to_native(state: AdapterState) -> bytes:
         "trained": list(state.trained),
         "purpose": state.purpose and state.purpose.to_json(),
     }
-    tensors = {f"{u.site.key}.{name}": t for u in state.updates for name, t in u.tensors.items()}
+    tensors = {_key(u, name): t for u in state.updates for name, t in u.tensors.items()}
     tensors.update({f"{_TRAINED}{name}": t for name, t in state.trained.items()})
     # One metadata key: safetensors writes several in random order, and equal adapters shall give equal bytes.
     return files.tensors_to_bytes(tensors, {"lorakit": json.dumps(head, separators=(",", ":"))})
@@ -76,14 +77,22 @@ def to_native(state: AdapterState) -> bytes:
 
 def _state(head: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState:
     by_key: dict[str, dict[str, Tensor]] = {}
+    shared = {key: tensors[key] for key in tensors if key.startswith(_SHARED)}
     for key, tensor in tensors.items():
-        by_key.setdefault("" if key.startswith(_TRAINED) else key.rpartition(".")[0], {})[key] = tensor
+        if key not in shared:
+            by_key.setdefault("" if key.startswith(_TRAINED) else key.rpartition(".")[0], {})[key] = tensor
+    used: set[str] = set()
     updates = []
     for entry in head["sites"]:
         site = _site_from_json(entry)
         own = {key.rpartition(".")[2]: t for key, t in by_key.pop(site.key, {}).items()}
-        updates.append(Update(site, method_from_json(entry["method"]), own))
+        method = method_from_json(entry["method"])
+        together = {name: f"{_SHARED}{d.shared}" for name, d in method.tensors(site).items() if d.shared is not None}
+        own |= {name: shared[key] for name, key in together.items() if key in shared}
+        used |= set(together.values())
+        updates.append(Update(site, method, own))
     rest = {key: t for group in by_key.values() for key, t in group.items()}
+    rest |= {key: t for key, t in shared.items() if key not in used}
     names = {f"{_TRAINED}{name}": name for name in head["trained"]}
     problems = [f"{key}: missing" for key in names if key not in rest]
     problems += [f"{key}: extra, of no site of this adapter" for key in rest if key not in names]
@@ -95,6 +104,12 @@ def _state(head: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState:
     trained = {name: rest[key] for key, name in names.items()}
     purpose = Purpose.from_json(head.get("purpose"))
     return AdapterState(AdapterSpec.from_json(head["spec"]), _in_declared_order(updates), trained, base, purpose)
+
+
+def _key(update: Update, name: str) -> str:
+    """Return the key of a tensor: its site's, or the word under which sites share it."""
+    shared = update.method.tensors(update.site)[name].shared
+    return f"{update.site.key}.{name}" if shared is None else f"{_SHARED}{shared}"
 
 
 def _in_declared_order(updates: list[Update]) -> tuple[Update, ...]:

@@ -71,9 +71,13 @@ class AdapterSection(BaseModel):
         self.build_method()
         return self
 
-    def build_method(self) -> Method:
-        """Return the method with its fields, or raise `SpecError` naming a field it has not."""
+    def build_method(self) -> Method | None:
+        """Return the method with its fields (`none` is none), or raise `SpecError` naming a field it has not."""
         extra = dict(self.__pydantic_extra__ or {})
+        if self.method == "none":
+            if extra:
+                raise SpecError(f"method none has no field {next(iter(extra))!r}: only what `train` names is trained")
+            return None
         try:
             return method_from_json({"name": self.method, **extra})
         except SpecError as error:
@@ -89,6 +93,8 @@ class AdapterSection(BaseModel):
             for o in self.overrides
         ]
         if self.layerwise is not None:
+            if method is None:
+                raise SpecError("the layer-wise preset sets ranks, and method none has none; remove `layerwise`")
             assert depth is not None
             overrides = [*PROFILES[self.layerwise].overrides(method, depth), *overrides]
         train = tuple(dict.fromkeys((*_words(self.train), *heads)))

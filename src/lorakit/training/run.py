@@ -229,7 +229,7 @@ def _finish(recipe: Recipe, stage: Stage, trainer: AdapterTrainer, output: Path,
 
     trainer._load_best_model()
     adapter = replace(state(stage.model), purpose=_purpose(recipe, stage))
-    save(adapter, output / "adapter", "peft" if stage.spec.method.peft else "native")
+    save(adapter, output / "adapter", "peft" if stage.spec.method and stage.spec.method.peft else "native")
     progress, history = trainer.progress, trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     run = Run(

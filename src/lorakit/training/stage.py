@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lorakit.core.spec import AdapterSpec
-from lorakit.core.targets import modules_named, resolve, select
+from lorakit.core.targets import parameters_named, resolve, select
 from lorakit.data import (
     Prepared,
     detect,
@@ -211,8 +211,11 @@ def _spec(recipe: Recipe, model: PreTrainedModel, heads: tuple[str, ...] = ()) -
     """Return the recipe's spec; what is trained whole without the user's word for it is left out of the targets."""
     skeleton = sites(model)
     spec = recipe.adapter.spec(seed=recipe.train.seed, heads=heads, depth=max(skeleton.depths.values(), default=0))
-    own = recipe.adapter.spec(seed=recipe.train.seed, depth=max(skeleton.depths.values(), default=0)).train
-    named = {path for paths in modules_named(own, [p for p, _ in model.named_modules()]).values() for path in paths}
+    if spec.method is None:
+        return spec
+    own = (recipe.adapter.train,) if isinstance(recipe.adapter.train, str) else recipe.adapter.train
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    named = {key.rpartition(".")[0] for keys in parameters_named(own, parameters, skeleton).values() for key in keys}
     added = tuple(f"{head}." for head in heads if head not in named)
     both = dict.fromkeys(s.path for s, _ in select(spec.targets, skeleton) if f"{s.path}.".startswith(added))
     return replace(spec, targets=replace(spec.targets, exclude=(*spec.targets.exclude, *both)))

@@ -1,0 +1,1 @@
+"""Initial values for a pair of factors, one file each; the folder is the registry."""
