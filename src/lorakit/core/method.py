@@ -87,6 +87,10 @@ class Method(ABC):
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    formula: ClassVar[str]
+    """The update in one line, in the paper's letters."""
+    count: ClassVar[str]
+    """Trained parameters at an `(m, n)` weight, as an expression of m, n and the method's fields; tested against it."""
     kinds: ClassVar[frozenset[str]] = WEIGHT_KINDS
     peft: ClassVar[str | None] = None
 

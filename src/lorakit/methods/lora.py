@@ -28,6 +28,8 @@ class LoRA(LowRank):
 
     name: ClassVar[str] = "lora"
     paper: ClassVar[str] = "arXiv 2106.09685 (LoRA), 2312.03732 (rsLoRA)"
+    formula: ClassVar[str] = "dW = s B A, s = alpha / rank (stabilised: alpha / sqrt(rank))"
+    count: ClassVar[str] = "rank * (m + n)"
     peft: ClassVar[str | None] = "LORA"
 
     def __post_init__(self) -> None:
