@@ -6,7 +6,6 @@ difference is what moves.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 
@@ -25,7 +24,7 @@ def full_fine_tuning(stage: Stage, lr: float, steps: int, *, seed: int = 0, warm
     model = stage.model.train()
     model.config.use_cache = False
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(warmup * steps), steps)
+    schedule = get_cosine_schedule_with_warmup(optimizer, int(warmup * steps), steps)
     began = time.perf_counter()
     for _, batch in zip(range(steps), _batches(stage, seed), strict=False):
         labels = batch.pop("labels")

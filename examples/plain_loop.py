@@ -27,7 +27,7 @@ def losses(
     collate = Collator(tokenizer.pad_token_id)
     parameters = attach(model, spec).parameters()
     optimizer = torch.optim.AdamW(param_groups(model, lr, up_ratio))
-    warm = math.ceil(warmup * steps)
+    warm = int(warmup * steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda t: t / warm if t < warm else (1 + math.cos(math.pi * (t - warm) / (steps - warm))) / 2
     )

@@ -399,3 +399,8 @@ def test_the_state_of_the_model_is_what_was_saved(base: Path, tmp_path: Path) ->
     kept = load_native(tmp_path / "run" / f"checkpoint-{run.steps}")
     for ours, theirs in zip(state(model).updates, kept.updates, strict=True):
         assert torch.equal(ours.tensors["up"], theirs.tensors["up"])
+
+
+def test_a_run_of_one_step_learns(base: Path, tmp_path: Path) -> None:
+    run, _ = run_in(base, tmp_path, train__steps=1, train__warmup=0.1)
+    assert all(t.abs().max() > 0 for t in adapter_tensors(run).values())

@@ -81,7 +81,7 @@ def arguments(recipe: Recipe, stage: Stage, plan: Plan, output: Path) -> Trainin
         gradient_accumulation_steps=plan.accumulation,
         learning_rate=plan.lr,
         lr_scheduler_type=train.schedule,
-        warmup_steps=math.ceil(train.warmup * plan.steps),
+        warmup_steps=int(train.warmup * plan.steps),
         max_grad_norm=train.clip,
         eval_strategy="no" if stage.validation is None else "steps",
         eval_steps=plan.evaluate_every_steps,
