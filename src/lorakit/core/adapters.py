@@ -78,8 +78,9 @@ class Adapter(nn.Module):
         """Return the term this update adds to `y = op(x; W) + b`, zero outside its rows."""
         if self.dropout and self.training and x.is_floating_point():
             x = F.dropout(x, self.dropout)
-        p = {name: t.to(y.device, y.dtype) for name, t in self.tensors().items()}
-        call = Call(self.host, module, x, y, self.site.rows)
+        kept = {name: t.to(y.device) for name, t in self.tensors().items()}
+        p = {name: t.to(y.dtype) for name, t in kept.items()}
+        call = Call(self.host, module, x, y, self.site.rows, kept=kept)
         branch = self.method.branch(p, call)
         if call.notes:
             self.notes = call.notes
