@@ -115,7 +115,7 @@ def test_the_installed_command_keeps_json_pure_and_plain(run: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
-    assert json.loads(done.stdout)["adapted"]["perplexity"] > 1
+    assert json.loads(done.stdout)["after"]["perplexity"] > 1
     assert "\x1b" not in done.stdout + done.stderr
     assert "arning" not in done.stderr
 

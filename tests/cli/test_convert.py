@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import pytest
 import torch
 
 from lorakit.persist import load
@@ -51,3 +53,27 @@ def test_nothing_there_says_what_is_near(run: Path, tmp_path: Path) -> None:
     result = invoke("convert", run / "adaptor", "--to", "peft", "--output", tmp_path / "x")
     assert result.exit_code == 2
     assert result.stderr == f"error: {run / 'adaptor'} does not exist; did you mean 'adapter'?\n"
+
+
+@pytest.mark.parametrize("place", ["adapter", ".", "../theirs"])
+def test_a_folder_that_holds_anything_is_not_written_over(run: Path, tmp_path: Path, place: str) -> None:
+    copy, theirs = tmp_path / "run", tmp_path / "theirs"
+    shutil.copytree(run, copy)
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("years")
+    output = copy / place
+    before = sorted(p.name for p in output.iterdir())
+    result = invoke("convert", copy, "--to", "native", "--output", output)
+    assert (result.exit_code, result.stderr) == (2, f"error: {output} is not empty; name another --output\n")
+    assert sorted(p.name for p in output.iterdir()) == before
+
+
+def test_alpha_and_enabled_are_refused_where_the_adapter_stores_them(run: Path, tmp_path: Path) -> None:
+    for option in (("--alpha", 99), ("--enabled", "yes,no")):
+        result = invoke("convert", run, "--to", "native", "--output", tmp_path / "new", *option)
+        assert result.exit_code == 2
+        assert result.stderr == (
+            f"error: {run / 'adapter'} stores its alpha and its layers; leave {option[0]} out, it is for the original "
+            "loralib's files\n"
+        )
+    assert not (tmp_path / "new").exists()

@@ -14,12 +14,14 @@ from tests.cli.conftest import answer, invoke
 from tests.training import samples
 
 
-def test_a_run_is_scored_before_and_after_on_its_validation_data(run: Path) -> None:
+def test_a_run_is_scored_before_and_after_on_its_validation_data(run: Path, base: Path) -> None:
     said = answer("evaluate", run)
+    assert list(said) == ["source", "base", "data", "before", "after"]
+    assert said["base"] == str(base)
     assert said["data"].endswith("valid.jsonl")
-    assert said["adapted"]["loss"] < said["base"]["loss"]
+    assert said["after"]["loss"] < said["before"]["loss"]
     # the same rows and the same adapter as in training, in another order of sums
-    assert math.isclose(said["adapted"]["loss"], Run.read(run).validation_loss or 0.0, rel_tol=1e-5)
+    assert math.isclose(said["after"]["loss"], Run.read(run).validation_loss or 0.0, rel_tol=1e-5)
 
 
 def test_the_table_has_a_column_before_and_one_after(run: Path) -> None:
@@ -32,19 +34,19 @@ def test_the_table_has_a_column_before_and_one_after(run: Path) -> None:
 def test_other_data_a_limit_and_no_comparison(run: Path, tmp_path: Path) -> None:
     file = samples.write_rows(tmp_path / "more.jsonl", samples.pairs(9, 200))
     said = answer("evaluate", run, "--data", file, "--limit", 4, "--no-compare")
-    assert said["adapted"]["rows"] == 4
-    assert "base" not in {key for key, value in said.items() if isinstance(value, dict)}
+    assert said["after"]["rows"] == 4
+    assert "before" not in said
 
 
 def test_a_base_alone_is_scored_as_it_is(base: Path, run: Path) -> None:
     said = answer("evaluate", base, "--data", run.parent / "valid.jsonl")
-    assert "adapted" not in said
-    assert math.isclose(said["base"]["loss"], answer("evaluate", run)["base"]["loss"], rel_tol=1e-6)
+    assert "after" not in said
+    assert math.isclose(said["before"]["loss"], answer("evaluate", run)["before"]["loss"], rel_tol=1e-6)
 
 
 def test_bleu_is_added_when_asked_for(run: Path) -> None:
     said = answer("evaluate", run, "--bleu", "--limit", 2, "--no-compare", "--max-new-tokens", 4)
-    assert 0 <= said["adapted"]["bleu"] <= 100
+    assert 0 <= said["after"]["bleu"] <= 100
 
 
 def test_without_data_it_asks_for_some(base: Path) -> None:
@@ -73,10 +75,28 @@ def test_a_classifier_is_scored_by_class(tmp_path: Path) -> None:
     assert re.search(r"^class +rows +predicted +correct", result.stdout, re.MULTILINE), result.stdout
     shutil.copytree(tmp_path / "run" / "adapter", tmp_path / "mine")
     valid = ("--data", tmp_path / "valid.jsonl")
-    scores = [answer("evaluate", tmp_path / place, *valid)["adapted"]["loss"] for place in ("run", "mine")]
+    scores = [answer("evaluate", tmp_path / place, *valid)["after"]["loss"] for place in ("run", "mine")]
     assert scores[0] == scores[1]
     merged = answer("merge", tmp_path / "run", "--output", tmp_path / "merged")
     assert merged["max_abs_diff"] < 1e-5
-    no = invoke("generate", tmp_path / "run", "--prompt", "a")
+    alone = answer("evaluate", tmp_path / "merged", *valid)
+    assert math.isclose(alone["before"]["loss"], scores[0], rel_tol=1e-4)
+    assert alone["before"]["classes"].keys() == {"high", "low"}
+    for place in ("run", "merged"):
+        no = invoke("generate", tmp_path / place, "--prompt", "a")
+        assert no.exit_code == 2
+        assert no.stderr.endswith(f"which writes no answers; score it: lorakit evaluate {tmp_path / place}\n")
+
+
+def test_a_merged_classifier_of_the_decoder_family_is_no_language_model(base: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(base, id2label={0: "low", 1: "high"})
+    model.config.tie_word_embeddings = True  # so that a language model would find all of its weights
+    model.save_pretrained(tmp_path / "classifier")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "classifier")
+    no = invoke("generate", tmp_path / "classifier", "--prompt", "a")
     assert no.exit_code == 2
-    assert no.stderr.endswith(f"which writes no answers; score it: lorakit evaluate {tmp_path / 'run'}\n")
+    assert "is a classifier, which writes no answers" in no.stderr
+    rows = samples.write_rows(tmp_path / "rows.jsonl", samples.labelled(6))
+    assert list(answer("evaluate", tmp_path / "classifier", "--data", rows)["before"]["classes"]) == ["low", "high"]

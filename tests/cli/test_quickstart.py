@@ -110,6 +110,30 @@ def test_a_quickstart_leaves_what_it_did_not_make(tmp_path: Path) -> None:
         claim(tmp_path / "thesis.txt")
 
 
+def test_an_interrupted_quickstart_says_how_to_start_the_same_again(
+    roomy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pressed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lorakit.training.run.train", pressed)
+    monkeypatch.setattr("lorakit.training.checkpoints.checkpoints", lambda output: [output])
+    recipe = miniature(tmp_path / "my start", roomy)
+    with screen(False) as out, pytest.raises(KeyboardInterrupt) as stop:
+        run_quickstart(recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 7})}), TASK, out)
+    place = tmp_path / "my start"
+    assert str(stop.value) == f"start again with: lorakit quickstart --output '{place}' --seed 7"
+
+
+@pytest.mark.parametrize("place", ["file/start", "/proc/self/start"])
+def test_an_output_that_cannot_be_made_is_one_line(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("")
+    result = invoke("quickstart", "--output", tmp_path / place)
+    assert result.exit_code == 2
+    reason = "Not a directory" if place == "file/start" else "No such file or directory"
+    assert result.stderr == f"error: {tmp_path / place} cannot be written: {reason}\n"
+
+
 def test_a_merged_model_that_answers_otherwise_is_a_failure(
     roomy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,6 +100,37 @@ def test_an_empty_text_has_nothing_to_train() -> None:
         prepare([{"text": "a"}, {"text": ""}], tokenizer(), max_length=20)
 
 
+def test_a_row_without_prompt_and_completion_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "", "completion": ""}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError) as error:
+        prepare(str(path), tokenizer(), max_length=20)
+    assert f"{path} line 2: 'prompt' and 'completion' are both empty" in str(error.value)
+    with pytest.raises(DataError, match="row 1: 'instruction' and 'output' are both empty"):
+        prepare([{"instruction": "", "input": "", "output": ""}], tokenizer(), max_length=90)
+
+
+def test_empty_completions_are_counted_and_do_not_change_the_seam() -> None:
+    rows = [{"prompt": "a", "completion": " b"}, {"prompt": "a", "completion": ""}, {"prompt": "c", "completion": ""}]
+    report = prepare(rows, tokenizer(), max_length=9).report
+    assert (report.separator_used, report.empty_completions) == ("", 2)
+    assert "2 rows have an empty completion, so they teach the model to say nothing" in report.lines()
+    assert prepare(rows[1:], tokenizer(), max_length=9).report.separator_used == "\n"
+
+
+def test_special_tokens_in_the_user_s_text_are_counted_and_said() -> None:
+    rows = [{"prompt": "a", "completion": "b<eos>c"}, {"prompt": "<user>", "completion": "b"}, *TEN]
+    report = prepare(rows, tokenizer(), max_length=30).report
+    assert report.special_tokens == 2
+    assert "2 rows hold special tokens in their text ('<eos>', '<user>'), and they are read as such" in report.lines()
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert prepare([{"messages": turns}], tokenizer(PLAIN), max_length=30).report.special_tokens == 0
+    turns[0]["content"] = "<pad>"
+    report = prepare([{"messages": turns}], tokenizer(PLAIN), max_length=30).report
+    assert "1 row holds special tokens in its text ('<pad>'), and they are read as such" in report.lines()
+
+
 def test_a_fault_of_the_template_is_traced_to_its_rows() -> None:
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + PLAIN
     turns = [[{"role": role, "content": "a"}, {"role": "assistant", "content": "b"}] for role in ("user", "system")]

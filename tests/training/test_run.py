@@ -24,6 +24,7 @@ from lorakit.errors import (
 )
 from lorakit.persist.native import load_native
 from lorakit.training.base import load_base
+from lorakit.training.checkpoints import checkpoints
 from lorakit.training.evaluate import evaluate
 from lorakit.training.events import Event, read_events
 from lorakit.training.run import Run, train
@@ -297,9 +298,10 @@ def test_an_output_that_holds_a_run_is_refused(base: Path, tmp_path: Path) -> No
 
 
 def test_an_attempt_that_failed_before_training_does_not_block_the_next(base: Path, tmp_path: Path) -> None:
+    heard: list[Event] = []
     with pytest.raises(TargetError, match="q_prj"):
-        train(recipe_of(base, tmp_path, adapter__targets=["q_prj", "v_proj"]))
-    assert told(tmp_path, "error")[0]["kind"] == "TargetError"
+        train(recipe_of(base, tmp_path, adapter__targets=["q_prj", "v_proj"]), listen=heard.append)
+    assert (heard[-1]["event"], heard[-1]["kind"]) == ("error", "TargetError")
     train(recipe_of(base, tmp_path))
     assert not told(tmp_path, "error")
 
@@ -331,6 +333,40 @@ def test_a_rate_that_explodes_stops_the_run_and_says_so(base: Path, tmp_path: Pa
     changes = {"train__lr": 1e30, "train__epochs": 4, "train__clip": 1e30, "train__warmup": 0.0}
     with pytest.raises(LorakitError, match=r"step \d+: .* is (nan|inf).*Lower train\.lr"):
         train(recipe_of(base, tmp_path, **changes))
+
+
+def test_a_last_step_that_explodes_is_no_success(base: Path, tmp_path: Path) -> None:
+    changes = {"train__lr": 1e30, "train__steps": 2, "train__warmup": 0.5}  # the first step's rate is 0
+    with pytest.raises(LorakitError, match=r"^step 2: \S+\.(down|up) is as large as 1e\+30; .* Lower train\.lr"):
+        train(recipe_of(base, tmp_path, train__save_every=1, **changes))
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-1"]
+
+
+def test_weights_that_are_not_finite_are_never_saved(base: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from lorakit.training import trainer
+
+    real = trainer.state
+
+    def spoilt(model: Any) -> Any:
+        made = real(model)
+        if (tmp_path / "run" / "checkpoint-1").exists():
+            made.updates[3].tensors["up"][0, 0] = math.nan
+        return made
+
+    monkeypatch.setattr(trainer, "state", spoilt)
+    with pytest.raises(LorakitError) as refused:
+        train(recipe_of(base, tmp_path, train__steps=2, train__save_every=1))
+    path = load_native(tmp_path / "run" / "checkpoint-1").updates[3].site.path
+    assert str(refused.value) == (
+        f"step 2: {path}.up is no longer finite; the last whole checkpoint is from before. Lower train.lr "
+        "(it was 0.005), lengthen train.warmup, or use dtype: fp32"
+    )
+
+
+def test_class_names_for_rows_without_a_label_are_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"data\.labels names classes, and the rows have no label \(format prompt"):
+        train(recipe_of(base, tmp_path, data__labels=["good", "bad"]))
 
 
 def test_an_adapter_that_no_gradient_reaches_stops_the_first_step(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from lorakit.cli.screen import screen, size
-from lorakit.errors import RecipeError
+from lorakit.errors import AdapterFileError, RecipeError
 
 
 def convert(
@@ -23,12 +24,11 @@ def convert(
 ) -> None:
     """Write an adapter in another format."""
     with screen(json) as out:
-        from pathlib import Path
-
         from lorakit.persist import load, save
 
         inside = Path(source) / "adapter"
         place = inside if (Path(source) / "recipe.yaml").is_file() and inside.is_dir() else Path(source)
+        _refuse_to_overwrite(Path(output))
         state = load(place, alpha=alpha, enabled=_switches(enabled))
         save(state, output, to)
         written = sum(file.stat().st_size for file in Path(output).glob("adapter*"))
@@ -49,6 +49,11 @@ def convert(
                 "bytes": written,
             }
         )
+
+
+def _refuse_to_overwrite(output: Path) -> None:
+    if output.is_dir() and any(output.iterdir()):
+        raise AdapterFileError(f"{output} is not empty; name another --output")
 
 
 def _switches(enabled: str | None) -> tuple[bool, ...] | None:

@@ -39,14 +39,14 @@ def evaluate(
         model, tokenizer = found.load_base()
         headless = found.state is not None and bool(found.labels)  # the base's head would be random
         scores: dict[str, Evaluation] = {}
-        for name in ("base", "adapted"):
-            if name == "base" and found.state is not None and (headless or not compare):
+        for name in ("before", "after"):
+            if name == "before" and found.state is not None and (headless or not compare):
                 continue
-            if name == "adapted":
+            if name == "after":
                 if found.state is None:
                     break
                 attach(model, found.state)
-            out.note(f"scoring {'the base' if name == 'base' else source} on {rows} ...")
+            out.note(f"scoring {'the base' if name == 'before' else source} on {rows} ...")
             scores[name] = score(model, tokenizer, rows, section, split=part, batch_size=batch_size, bleu=bleu,
                                  max_new_tokens=max_new_tokens, limit=limit)  # fmt: skip
         if headless and compare:
@@ -69,8 +69,8 @@ def _show(out: Screen, scores: dict[str, Evaluation]) -> None:
         values = [getattr(one, field) for one in scores.values()]
         if values[0] is not None:
             rows.append((label, *(pattern.format(value) for value in values)))
-    columns = ["before" if len(scores) > 1 and name == "base" else name for name in scores]
-    columns = ["after" if name == "adapted" and len(scores) > 1 else name for name in columns]
+    alone = {"before": "base", "after": "adapted"}
+    columns = list(scores) if len(scores) > 1 else [alone[name] for name in scores]
     out.show(table("", "", *columns, rows=rows, numbers=range(1, 3)))
     if first.classes:
         last = list(scores.values())[-1]

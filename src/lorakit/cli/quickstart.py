@@ -7,7 +7,7 @@ the score is the share of unseen records whose facts are all in the sentence.
 from __future__ import annotations
 
 import json as jsonlib
-import os
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from lorakit.cli.merge import gap, logits_of, merge_proved, write_model
 from lorakit.cli.screen import Screen, duration, printable, screen, size, table
 from lorakit.cli.train import train_shown
 from lorakit.errors import MergeError, RecipeError
+from lorakit.training.folder import write, writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,7 +70,9 @@ def quickstart(
         task = Task(
             fables("train", ROWS, seed), fables("held-out", HELD_OUT, seed), fables("strangers", STRANGERS, seed)
         )
-        out.result(run_quickstart(write_recipe(claim(Path(output)), task, seed), task, out))
+        with writing(Path(output)):
+            recipe = write_recipe(claim(Path(output)), task, seed)
+        out.result(run_quickstart(recipe, task, out))
 
 
 def claim(output: Path) -> Path:
@@ -116,7 +119,8 @@ def run_quickstart(recipe: Recipe, task: Task, out: Screen) -> dict[str, Any]:
     out.note("scoring the base ...")
     model, tokenizer = load_base(recipe.model, dtype=recipe.train.dtype, device=recipe.train.device)
     before = measure(model, tokenizer, recipe, task)
-    run = train_shown(recipe, out, resume=False, hint="start again with: lorakit quickstart")
+    again = f"start again with: lorakit quickstart --output {shlex.quote(str(output))} --seed {recipe.train.seed}"
+    run = train_shown(recipe, out, resume=False, hint=again, beside=("data", MARK))
     out.note("scoring the adapted model ...")
     bare = logits_of(model, _ids(tokenizer, task.held_out[:PROVEN]))
     attach(model, load(run.adapter_dir))
@@ -140,7 +144,7 @@ def run_quickstart(recipe: Recipe, task: Task, out: Screen) -> dict[str, Any]:
         "steps": run.steps,
         "seed": recipe.train.seed,
     }
-    _write(output / MARK, result)
+    write(output / MARK, jsonlib.dumps(result, indent=2) + "\n")
     _conclude(result, task, before, after, out)
     return result
 
@@ -202,12 +206,6 @@ def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, told: S
 def _bytes(folder: Path) -> int:
     """Return the size of the weights in a folder."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def _write(file: Path, values: dict[str, Any]) -> None:
-    draft = file.with_name(f".{file.name}")
-    draft.write_text(jsonlib.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, file)
 
 
 def _introduce(task: Task, out: Screen) -> None:

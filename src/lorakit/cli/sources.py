@@ -23,7 +23,8 @@ _ADAPTER_FILES = ("adapter_config.json", "adapter.lorakit.safetensors")
 class Source:
     """A base by name; the adapter on it, if any; the recipe that made it, where its run is at hand; and what it is for.
 
-    `purpose` is None for a bare base and for an adapter of another tool: nothing says how their rows are read.
+    `purpose` is None for a base that continues text and for an adapter of another tool: nothing says how their rows
+    are read.
     """
 
     base: str
@@ -88,7 +89,7 @@ def find(given: str, base: str | None = None) -> Source:
         return Source(base or str(state.base.name), state, purpose=state.purpose)
     if base is not None:
         raise AdapterFileError(f"{given} is a base, so it cannot sit on --base {base}; give an adapter or a run")
-    return Source(given)
+    return Source(given, purpose=_classifier(place))
 
 
 def need_adapter(source: Source, given: str) -> AdapterState:
@@ -116,6 +117,21 @@ def _from_run(run: Path, base: str | None) -> Source:
                           f"  lorakit train {run / 'recipe.yaml'} --resume")  # fmt: skip
     state = load(run / "adapter")
     return Source(base or recipe.model, state, recipe, state.purpose)
+
+
+def _classifier(base: Path) -> Purpose | None:
+    """Return the purpose of a base that is a classifier with its head, as a merge writes one; else nothing."""
+    from lorakit.core.state import Purpose
+    from lorakit.persist.files import read_json
+
+    if not (base / "config.json").is_file():
+        return None
+    config = read_json(base / "config.json")
+    names = config.get("id2label")
+    if not any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ()):
+        return None
+    labels = [str(names[key]) for key in sorted(names, key=int)] if isinstance(names, dict) else ["LABEL_0", "LABEL_1"]
+    return Purpose("classification", "classification", None, tuple(labels))
 
 
 def _is_adapter(place: Path) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -31,15 +33,17 @@ def train(
         if output is not None:
             changes["output"] = output
         made = load_recipe(recipe, changes)
-        again = " ".join(["lorakit train", recipe, *(f"--set {one}" for one in set or []),
-                          *([f"--output {output}"] if output else []), "--resume"])  # fmt: skip
+        again = shlex.join(["lorakit", "train", recipe, *(word for one in set or [] for word in ("--set", one)),
+                            *(["--output", output] if output else []), "--resume"])  # fmt: skip
         run = train_shown(made, out, resume=resume, hint=f"the run is saved; go on with: {again}")
         _summary(run, out)
         out.result(run.to_json())
 
 
-def train_shown(recipe: Recipe, out: Screen, *, resume: bool, hint: str) -> Run:
+def train_shown(recipe: Recipe, out: Screen, *, resume: bool, hint: str, beside: Collection[str] = ()) -> Run:
     """Train with the progress on the screen; Ctrl-C saves, and says the `hint` how to go on.
+
+    `beside` names what the caller has put into the output.
 
     Raises:
         KeyboardInterrupt: stopped by the user, with the words for it.
@@ -50,7 +54,7 @@ def train_shown(recipe: Recipe, out: Screen, *, resume: bool, hint: str) -> Run:
 
     with Progress(out) as progress:
         try:
-            return run_recipe(recipe, resume=resume, listen=progress)
+            return run_recipe(recipe, resume=resume, listen=progress, beside=beside)
         except LorakitError as stopped:
             if progress.interrupted:
                 raise KeyboardInterrupt(hint) from stopped

@@ -6,6 +6,7 @@ masking.py         a row -> segments, trained or not -> ids and labels; the prom
 prepare.py         all of it, with every loss counted          classification.py   the same for labelled rows
 packing.py         several examples a row, the collator, and the measured proof of their isolation
 preview.py         one example as coloured text                report.py           what became of the rows
+special.py         special tokens in the user's own text, counted
 """
 
 from lorakit.data.classification import prepare_classification

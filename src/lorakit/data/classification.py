@@ -13,6 +13,7 @@ from lorakit.core.lazy import need
 from lorakit.data.formats import at_rows, check, named
 from lorakit.data.readers import Where, load
 from lorakit.data.report import DataReport, Prepared, check_vocabulary
+from lorakit.data.special import SpecialCount
 from lorakit.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ def prepare_classification(
     columns = {name: [column[i] for i in kept] for name, column in columns.items()} | {
         "labels": [classes[i] for i in kept]
     }
+    special = SpecialCount(tokenizer)
+    for row in rows.select_columns([name for name in ("text", "text_pair") if name in rows.column_names]):
+        special.look(row)
     ids = columns["input_ids"]
     check_vocabulary(max(max(row, default=0) for row in ids), tokenizer, vocab_size)
     tokens = sum(map(len, ids))
@@ -69,6 +73,8 @@ def prepare_classification(
         cut=len(long) if overlong == "cut" else 0,
         tokens_lost=sum(lengths) - tokens,
         duplicates=len(kept) - len({tuple(row) for row in ids}),
+        special_tokens=special.rows,
+        special_names=special.names,
     )
     return Prepared(need("datasets", "train").Dataset.from_dict(columns), report, names)
 

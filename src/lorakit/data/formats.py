@@ -32,11 +32,13 @@ class Value:
 
 @dataclass(frozen=True)
 class Format:
-    """A shape of rows: the columns it needs and the columns it may have."""
+    """A shape of rows: the columns it needs and may have, and which of them ask and answer, where columns do."""
 
     name: str
     needs: Mapping[str, Value]
     may: Mapping[str, Value] = field(default_factory=dict)
+    asks: tuple[str, ...] = ()
+    answer: str = ""
 
     def __str__(self) -> str:
         needs = [f"{name} ({value.says})" for name, value in self.needs.items()]
@@ -50,6 +52,8 @@ class Format:
         for name, value in {**self.needs, **self.may}.items():
             if row.get(name) is not None and (what := value.complaint(row[name])):
                 return f"field '{name}' {what}"
+        if self.asks and not any(row.get(name) for name in (*self.asks, self.answer)):
+            return f"'{self.asks[0]}' and '{self.answer}' are both empty, so there is nothing to read or to learn"
         return None
 
 
@@ -82,9 +86,10 @@ FORMATS = {
     form.name: form
     for form in (
         Format("text", {"text": _STRING}),
-        Format("prompt+completion", {"prompt": _STRING, "completion": _STRING}),
+        Format("prompt+completion", {"prompt": _STRING, "completion": _STRING}, asks=("prompt",), answer="completion"),
         Format("messages", {"messages": _turns("role", "content")}),
-        Format("alpaca", {"instruction": _STRING, "output": _STRING}, {"input": _STRING}),
+        Format("alpaca", {"instruction": _STRING, "output": _STRING}, {"input": _STRING},
+               asks=("instruction", "input"), answer="output"),
         Format("sharegpt", {"conversations": _turns("from", "value", SPEAKERS)}),
         Format("classification", {"text": _STRING, "label": _of_type("a string or an integer", str, int)},
                {"text_pair": _STRING}),

@@ -134,7 +134,7 @@ def render_prompt(
 
 def seam(rows: Dataset, form: Format, separator: str | None = None) -> str:
     """Return what stands between prompt and completion: `separator` if given, else a newline, or nothing where every
-    row has whitespace at the seam.
+    row with a completion has whitespace at the seam.
 
     One decision for the whole dataset, because at inference the completion is not there to be looked at. An empty
     prompt needs a separator too, for a model must be given something.
@@ -143,7 +143,8 @@ def seam(rows: Dataset, form: Format, separator: str | None = None) -> str:
         return ""
     if separator is not None:
         return separator
-    pairs = zip(rows["prompt"], rows["completion"], strict=True)
+    pairs = list(zip(rows["prompt"], rows["completion"], strict=True))
+    pairs = [pair for pair in pairs if pair[1]] or pairs
     return "\n" if any(not p or not (p[-1:].isspace() or c[:1].isspace()) for p, c in pairs) else ""
 
 

@@ -20,6 +20,7 @@ from lorakit.data.packing import pack
 from lorakit.data.preview import plain, runs
 from lorakit.data.readers import Where, load
 from lorakit.data.report import DataReport, Prepared, check_vocabulary
+from lorakit.data.special import SpecialCount
 from lorakit.errors import DataError, did_you_mean, listing
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def prepare(
     check(rows, form, where)
     if overlong == "split" and form.name != "text":
         raise DataError(f"overlong: split is for plain text; pieces of '{form.name}' rows would lose their prompt")
-    encoder = _Encoder(tokenizer, form, seam(rows, form, separator), loss, max_length, overlong)
+    encoder = _Encoder(tokenizer, form, seam(rows, form, separator), loss, max_length, overlong,
+                       SpecialCount(tokenizer))  # fmt: skip
     dataset = encoder.map(rows)
     encoder.raise_faults(where, vocab_size)
     report = encoder.report(source, len(rows))
@@ -83,19 +85,24 @@ class _Encoder:
     loss: Loss
     max_length: int
     overlong: Overlong
+    special: SpecialCount
     faults: dict[int, str] = field(default_factory=dict)
     masked: dict[int, Tokens] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
-    kept = dropped = cut = split = tokens = trained = lost = longest = duplicates = highest = 0
+    empty = kept = dropped = cut = split = tokens = trained = lost = longest = duplicates = highest = 0
 
     def map(self, rows: Dataset) -> Dataset:
         """Return the rows' tokens as a new in-memory dataset."""
         datasets = need("datasets", "train")
         ids = datasets.Sequence(datasets.Value("int32"))
         start = opening(self.tokenizer, self.form)
+        own = [name for name in rows.column_names if name in {**self.form.needs, **self.form.may}]
 
         def batch(columns: Mapping[str, list[Any]], numbers: list[int]) -> dict[str, list[list[int]]]:
             values = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+            for row in values:
+                self.special.look([row[name] for name in own])
+                self.empty += self.form.answer != "" and not row[self.form.answer]
             pieces = [self._segments(number, row) for number, row in zip(numbers, values, strict=True)]
             encoded = encode(pieces, self.tokenizer, start, self.loss)
             fitted = [one for number, tokens in zip(numbers, encoded, strict=True) for one in self._fit(number, tokens)]
@@ -199,5 +206,8 @@ class _Encoder:
             split=self.split,
             tokens_lost=self.lost,
             duplicates=self.duplicates,
+            empty_completions=self.empty,
+            special_tokens=self.special.rows,
+            special_names=self.special.names,
             separator_used=self.separator,
         )

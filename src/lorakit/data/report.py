@@ -18,7 +18,8 @@ class DataReport:
 
     `rows` were read and `kept` are left; `tokens` and `trained_tokens` (those that carry loss; for classification one
     a row) count what is left, `tokens_lost` what was dropped or cut off; `longest` is the longest row before that.
-    `packs` and `packing_efficiency` (tokens over room) are None without packing.
+    `empty_completions` rows teach only to stop; `special_tokens` rows have text that is read as special tokens, a few
+    of which are in `special_names`. `packs` and `packing_efficiency` (tokens over room) are None without packing.
     """
 
     source: str
@@ -34,6 +35,9 @@ class DataReport:
     split: int = 0
     tokens_lost: int = 0
     duplicates: int = 0
+    empty_completions: int = 0
+    special_tokens: int = 0
+    special_names: str = ""
     separator_used: str = ""
     packs: int | None = None
     packing_efficiency: float | None = None
@@ -60,6 +64,15 @@ class DataReport:
             lines.append(f"split {self.split:,} rows {overlong}; no token lost")
         if self.duplicates:
             lines.append(f"{self.duplicates:,} rows repeat an earlier one")
+        if self.empty_completions:
+            have, they = ("row has", "it teaches") if self.empty_completions == 1 else ("rows have", "they teach")
+            lines.append(f"{self.empty_completions:,} {have} an empty completion, so {they} the model to say nothing")
+        if self.special_tokens:
+            hold, their = ("row holds", "its") if self.special_tokens == 1 else ("rows hold", "their")
+            lines.append(
+                f"{self.special_tokens:,} {hold} special tokens in {their} text ({self.special_names}), and they are "
+                "read as such"
+            )
         if self.separator_used:
             lines.append(f"prompt and completion are joined by {self.separator_used!r}")
         if self.packs is not None:

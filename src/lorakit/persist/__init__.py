@@ -60,6 +60,8 @@ def load(path: str | Path, *, alpha: float | None = None, enabled: Sequence[bool
         raise AdapterFileError(f"{path} does not exist{_near(Path(path))}")
     if place.is_file():
         if place.name == native.NATIVE:
+            if given := _given(alpha, enabled):
+                raise AdapterFileError(f"{path} stores its alpha and its layers; leave {given} out")
             return native.load_native(place)
         if place.suffix in LORALIB:
             return load_loralib(place, alpha=alpha, enabled=enabled)
@@ -68,11 +70,19 @@ def load(path: str | Path, *, alpha: float | None = None, enabled: Sequence[bool
     has_peft = (place / peft.CONFIG).exists() or any(place.glob(f"*/{peft.CONFIG}"))
     if has_native and (place / peft.CONFIG).exists():
         raise AdapterFileError(f"{path} holds two adapters, {native.NATIVE} and {peft.CONFIG}; move one away")
+    if (has_native or has_peft) and (given := _given(alpha, enabled)):
+        raise AdapterFileError(
+            f"{path} stores its alpha and its layers; leave {given} out, it is for the original loralib's files"
+        )
     if has_native:
         return native.load_native(place)
     if has_peft:
         return peft.load_peft(place)
     raise AdapterFileError(f"{path} is no adapter: {_found(place)}")
+
+
+def _given(alpha: float | None, enabled: Sequence[bool] | None) -> str:
+    return " and ".join(name for name, value in (("--alpha", alpha), ("--enabled", enabled)) if value is not None)
 
 
 def _near(path: Path) -> str:

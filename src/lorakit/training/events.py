@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lorakit.training.folder import writing
 from lorakit.training.progress import Progress
 
 Event = dict[str, Any]
@@ -43,14 +44,18 @@ class EventLog:
     """Appends events to a file, line by line, and hands each one to a listener."""
 
     def __init__(self, file: Path, listen: Listen | None = None) -> None:
-        self.file, self._listen = file, listen
-        file.parent.mkdir(parents=True, exist_ok=True)
+        self.file, self._listen, self.stepped = file, listen, False
 
     def append(self, event: str, step: int = 0, /, **values: Any) -> None:
-        """Write one event; a reader never sees half a line that is not the last."""
+        """Write one event; a reader never sees half a line that is not the last.
+
+        Raises:
+            LorakitError: a disk that takes nothing; the event is not told to the listener either.
+        """
+        self.stepped |= event == "step"
         made = {"event": event, "step": step, "time": round(time.time(), 3), **values}
         line = json.dumps(made, ensure_ascii=False, allow_nan=False)
-        with self.file.open("a", encoding="utf-8") as lines:
+        with writing(self.file), self.file.open("a", encoding="utf-8") as lines:
             lines.write(line + "\n")
         if self._listen is not None:
             self._listen(json.loads(line))  # what a reader of the file would get, to the letter

@@ -9,6 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import torch
+
+from lorakit.core.state import AdapterState
 from lorakit.errors import LorakitError
 
 OVERFLOWS = 20
@@ -35,6 +38,27 @@ class FiniteCheck:
         for name in ("loss", "grad_norm", "eval_loss"):
             if name not in tolerated and not math.isfinite(value := logs.get(name, 0.0)):
                 raise LorakitError(
-                    f"step {step}: {name} is {value}{often if name == 'grad_norm' else ''}; the last whole checkpoint "
-                    f"is from before. Lower train.lr (it was {self._lr:g}), lengthen train.warmup, or use dtype: fp32"
+                    f"step {step}: {name} is {value}{often if name == 'grad_norm' else ''}{_remedy(self._lr)}"
                 )
+
+
+@torch.no_grad()
+def refuse_exploded(adapter: AdapterState, step: int, lr: float) -> None:
+    """Raise `LorakitError` for values that no later loss was there to tell of: the last step's, before a save.
+
+    A tensor's sum of squares is finite in fp32 while its values are below 1e19, and no adapter that works has larger.
+    """
+    tensors = {f"{u.site.key}.{name}": t for u in adapter.updates for name, t in u.tensors.items()}
+    tensors.update(adapter.trained)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.float().square().sum().isfinite():
+            largest = float(tensor.float().abs().nan_to_num(math.inf).max())
+            size = "no longer finite" if math.isinf(largest) else f"as large as {largest:.0e}"
+            raise LorakitError(f"step {step}: {name} is {size}{_remedy(lr)}")
+
+
+def _remedy(lr: float) -> str:
+    return (
+        f"; the last whole checkpoint is from before. Lower train.lr (it was {lr:g}), lengthen train.warmup, or use "
+        "dtype: fp32"
+    )

@@ -161,6 +161,13 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """Return the recipe with every key written out; `load_recipe` reads it back equal."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    @field_validator("output")
+    @classmethod
+    def _names_a_folder(cls, output: str) -> str:
+        if not output.strip():
+            raise ValueError("must name a folder, such as runs/first")
+        return output
+
 
 
 class _Loader(yaml.SafeLoader):

@@ -11,13 +11,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorakit.core.jsontext import JsonFault, parse_json
 from lorakit.core.lazy import need
 from lorakit.core.state import Purpose
 from lorakit.errors import LorakitError, RecipeError
+from lorakit.training import folder
+from lorakit.training.folder import SUMMARY
 
 if TYPE_CHECKING:
     from lorakit.training.events import EventLog, Listen
@@ -55,12 +60,21 @@ class Run:
 
     @classmethod
     def read(cls, output: str | Path) -> Run:
-        """Read the summary of a finished run."""
-        values = json.loads((Path(output) / SUMMARY).read_text(encoding="utf-8"))
-        return cls(**{**values, "labels": tuple(values["labels"])})
+        """Read the summary of a finished run; raises `RecipeError` for one that is damaged."""
+        file = Path(output) / SUMMARY
+        try:
+            values = parse_json(file.read_bytes())
+            return cls(**{**values, "labels": tuple(values["labels"])})
+        except OSError as failed:
+            reason = failed.strerror or str(failed)
+        except JsonFault as fault:
+            reason = str(fault)
+        except (KeyError, TypeError) as fault:
+            reason = f"it is not a run's summary ({fault})"
+        raise RecipeError(f"{file} cannot be read: {reason}; delete it and resume, and the run writes it again")
 
 
-def train(recipe: Recipe, *, resume: bool = False, listen: Listen | None = None) -> Run:
+def train(recipe: Recipe, *, resume: bool = False, listen: Listen | None = None, beside: Collection[str] = ()) -> Run:
     """Train the adapter a recipe describes and return what came of it.
 
     Args:
@@ -69,7 +83,9 @@ def train(recipe: Recipe, *, resume: bool = False, listen: Listen | None = None)
         listen: called with every event (a dict, see events.py) as it happens.
 
     Raises:
-        RecipeError: the output holds a run already, or nothing to resume, or another recipe's checkpoint.
+        beside: names of what the caller put into the output folder; anything else there is refused.
+        RecipeError: the output holds a run already, or foreign files, or nothing to resume, or another recipe's
+            checkpoint.
         LorakitError: whatever is wrong with base, data or adapter; or a run stopped by Ctrl-C, saved, resumable.
     """
     need("transformers", "train")
@@ -79,38 +95,25 @@ def train(recipe: Recipe, *, resume: bool = False, listen: Listen | None = None)
     from lorakit.training.events import EventLog
 
     output = Path(recipe.output)
-    _claim(output, resume)
+    with folder.writing(output):
+        folder.claim(output, resume, beside)
     if (output / SUMMARY).exists():
         return _finished(recipe, output)
-    log = EventLog(output / "events.jsonl", listen)
+    with folder.writing(output):
+        made = folder.make(output)
+    log = EventLog(output / folder.EVENTS, listen)
     try:
         with quiet():
             done = _train(recipe, output, log)
     except Exception as error:
-        log.append("error", kind=type(error).__name__, message=str(error))
+        with suppress(LorakitError):  # a full disk must not hide what happened
+            log.append("error", kind=type(error).__name__, message=str(error))
+        if isinstance(error, LorakitError) and not log.stepped:
+            folder.forget(made)
         raise
     if isinstance(done, Run):
         return done
     raise done
-
-
-def _claim(output: Path, resume: bool) -> None:
-    """Refuse to write over a run, or to go on with none; what an attempt without a checkpoint left is cleared."""
-    from lorakit.training.checkpoints import checkpoints
-
-    if output.exists() and not output.is_dir():
-        raise RecipeError(f"the output {output} is a file; name a folder")
-    saved = checkpoints(output)
-    finished = (output / SUMMARY).exists() or (output / "adapter").exists()
-    if resume:
-        if not (saved or finished or (output / "events.jsonl").exists()):
-            raise RecipeError(f"there is no run in {output} to resume; check `output`, or start without resume")
-        return
-    if saved or finished:
-        what = f"a run stopped at step {saved[-1].name.partition('-')[2]}" if saved else "a finished run"
-        what = "a finished run" if (output / SUMMARY).exists() else what
-        raise RecipeError(f"{output} holds {what}; resume it, name another output, or delete the folder")
-    (output / "events.jsonl").unlink(missing_ok=True)
 
 
 def _finished(recipe: Recipe, output: Path) -> Run:
@@ -156,7 +159,7 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
     base = sum(p.numel() for p in stage.model.parameters()) - trainable
     log.append("targets", patterns=patterns, trainable_parameters=trainable, base_parameters=base,
                trained_whole=list(stage.spec.train))  # fmt: skip
-    (output / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    folder.write(output / folder.RECIPE, recipe.to_yaml())
     trainer = _trainer(recipe, stage, output, log, progress, interrupt, data)
     with interrupt.heard():
         _go(trainer, saved, recipe)
@@ -251,9 +254,7 @@ def _finish(recipe: Recipe, stage: Stage, trainer: AdapterTrainer, output: Path,
         data={"train": stage.train.report.to_json()}
         | ({"validation": stage.validation.report.to_json()} if stage.validation else {}),
     )
-    draft = output / f".{SUMMARY}"
-    draft.write_text(json.dumps(run.to_json(), indent=2), encoding="utf-8")
-    os.replace(draft, output / SUMMARY)
+    folder.write(output / SUMMARY, json.dumps(run.to_json(), indent=2))
     return run
 
 

@@ -17,6 +17,7 @@ from lorakit.data import (
     read_rows,
     refuse_leaky_packing,
 )
+from lorakit.data.formats import named
 from lorakit.errors import RecipeError
 from lorakit.inject.sites import sites
 from lorakit.training.base import Task, load_model, load_tokenizer
@@ -61,7 +62,18 @@ def build_stage(recipe: Recipe) -> Stage:
     if recipe.data.train is None:
         raise RecipeError("the recipe names no training data; set data.train to a file, a folder or a dataset's name")
     task = task_of(recipe.data, recipe.task)
+    if task == "causal-lm":
+        _refuse_labels(recipe.data)
     return _classifier(recipe) if task == "classification" else _language_model(recipe)
+
+
+def _refuse_labels(data: DataSection) -> None:
+    """Raise `RecipeError` for class names beside rows without a label: nothing would read them."""
+    assert data.train is not None
+    if data.labels and (form := named(data.format, read_rows(data.train, data.train_split)).name) != "classification":
+        raise RecipeError(
+            f"data.labels names classes, and the rows have no label (format {form}); leave data.labels out"
+        )
 
 
 def task_of(data: DataSection, task: str = "auto") -> Task:

@@ -26,7 +26,7 @@ from lorakit.inject.attach import state
 from lorakit.persist.atomic import atomic_directory
 from lorakit.persist.native import NATIVE, load_native, to_native
 from lorakit.training.checkpoints import STATE, Memory, prune, restore
-from lorakit.training.finite import FiniteCheck
+from lorakit.training.finite import FiniteCheck, refuse_exploded
 from lorakit.training.groups import param_groups
 from lorakit.training.loss import mean_loss, summed_loss, trained_labels
 from lorakit.training.progress import Progress
@@ -149,8 +149,9 @@ class AdapterTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write the adapter alone, bit for bit."""
-        folder = Path(output_dir) if output_dir else self.folder
-        (folder / NATIVE).write_bytes(to_native(state(self.adapted)))
+        folder, adapter = Path(output_dir) if output_dir else self.folder, state(self.adapted)
+        refuse_exploded(adapter, self.state.global_step, self.args.learning_rate)
+        (folder / NATIVE).write_bytes(to_native(adapter))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint that is whole or absent, then delete what is too old."""
