@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,7 +23,21 @@ from lorakit.inject.activate import use
 from lorakit.inject.attach import adapters_named, attach, detach, state
 from lorakit.inject.merge import merge
 from lorakit.methods.lora import LoRA
-from tests.law.cases import KINDS, METHODS, MISFITS, PAIRS, STATIC, Net, deltas, dense, inputs, jitter, net, weight_of
+from tests.law.cases import (
+    HELD,
+    KINDS,
+    METHODS,
+    MISFITS,
+    PAIRS,
+    STATIC,
+    Net,
+    deltas,
+    dense,
+    inputs,
+    jitter,
+    net,
+    weight_of,
+)
 from tests.tolerances import assert_close
 
 pairs = pytest.mark.parametrize(("kind", "method"), PAIRS)
@@ -131,8 +146,10 @@ def test_declared_tensors_are_the_allocated_ones(kind: str, method: str) -> None
 
 
 @pairs
-def test_gradients_are_those_of_the_formula(kind: str, method: str) -> None:
+def test_gradients_are_those_of_the_formula(kind: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = net(kind, method, dtype=torch.float64), inputs(kind, torch.float64)
+    for module, function in HELD.get(METHODS[method].name, []):
+        monkeypatch.setattr(module, function, at_its_first_value(getattr(module, function)))
     x = x if x.is_floating_point() else x.clamp(min=1)  # token 0 pads: torch gives its row no gradient, by design
     adapter = adapters_named(model, "n0")[0]
     names = [name for name, _ in adapter.named_parameters()]
@@ -143,6 +160,18 @@ def test_gradients_are_those_of_the_formula(kind: str, method: str) -> None:
 
     values = [p.detach().clone().requires_grad_() for p in adapter.parameters()]
     assert gradcheck(f, values, fast_mode=True)
+
+
+def at_its_first_value(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return `function` with its first value for good."""
+    values: list[torch.Tensor] = []
+
+    def held(*args: torch.Tensor) -> torch.Tensor:
+        if not values:
+            values.append(function(*args))
+        return values[0]
+
+    return held
 
 
 @pairs

@@ -1,0 +1,108 @@
+"""DoRA: train the length and the direction of each row of a weight apart.
+
+`W' = g V`, `V = W + dW` of the inner method, `g = m / ||V||` (arXiv 2402.09353, eq. 5): the paper's W is (in, out), so
+its "column" is an output feature here, a row of the canonical weight with all of its kernel; LyCORIS norms the other
+axis. `||V||` is a constant in backward (section 4.3). The branch is `(g - 1) y0 + g inner(x)`, where y0 is the base
+output without bias. Dropout reaches the inner branch alone: the base path sees the whole input, as in LoRA. PEFT also
+drops the input of the first term, which has the same mean and costs a second base forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lorakit.core.method import Call, LowRank, Method, Penalised, Scheduled, Settled, Start, Static, Tensors, Trimmed
+from lorakit.core.site import Decl, Role, Site
+from lorakit.errors import SpecError
+from lorakit.methods.lora import LoRA
+
+
+@dataclass(frozen=True)
+class DoRA(Static):
+    """Give each row of `W + dW` of the inner method a trained length m, started at the row norms of W."""
+
+    inner: Static = field(default=LoRA())
+
+    name: ClassVar[str] = "dora"
+    paper: ClassVar[str] = "arXiv 2402.09353"
+    formula: ClassVar[str] = "dW = g V - W, V = W + dW of inner, g = m / ||V|| per output"
+    count: ClassVar[str] = "inner + m"
+
+    def __post_init__(self) -> None:
+        inner: object = self.inner
+        if not isinstance(inner, Static):
+            called = inner.name if isinstance(inner, Method) else repr(inner)
+            raise SpecError(f"dora gives lengths to a changed weight, and {called} is no change of a weight; use lora")
+        if isinstance(inner, DoRA):
+            raise SpecError("dora of dora would norm the inner lengths away; give it the method inside, such as lora")
+        if isinstance(inner, Penalised | Scheduled | Trimmed):
+            raise SpecError(
+                f"dora does not run the schedule or penalty that {inner.name} needs; use {inner.name} alone"
+            )
+
+    def check(self, site: Site) -> None:
+        """Raise `SpecError` where the inner method does not fit."""
+        super().check(site)
+        self.inner.check(site)
+
+    def settled(self, sites: Sequence[Site]) -> DoRA:
+        """Return this method with its inner one settled."""
+        inner = self.inner
+        return replace(self, inner=cast(Static, inner.settled(sites))) if isinstance(inner, Settled) else self
+
+    def tensors(self, site: Site) -> dict[str, Decl]:
+        """Declare the inner method's tensors as they are, and one length per output."""
+        return {**self.inner.tensors(site), "magnitude": Decl((site.out,), Role.GAIN)}
+
+    def init(self, p: Tensors, start: Start) -> None:
+        """Start at m = ||W||, so that g is exactly 1 where the inner method starts at dW = 0."""
+        self.inner.init({name: t for name, t in p.items() if name != "magnitude"}, start)
+        p["magnitude"].copy_(row_norms(start.weight))
+
+    def delta(self, p: Tensors, weight: Tensor) -> Tensor:
+        """Return `g (W + dW) - W`."""
+        gain = self._gain(p, weight).view(-1, *[1] * (weight.dim() - 1))
+        return gain * (weight + self.inner.delta(p, weight)) - weight
+
+    def branch(self, p: Tensors, call: Call) -> Tensor:
+        """Return `(g - 1) y0 + g inner(x)`; a low-rank inner never forms its dW."""
+        gain = self._gain(call.kept, call.weight)
+        inner = self.inner.branch(p, call)
+        return call.scale((gain - 1).to(call.y.dtype), call.y0) + call.scale(gain.to(inner.dtype), inner)
+
+    def _gain(self, p: Tensors, weight: Tensor) -> Tensor:
+        """Return g, with the norm detached; a row of V that is 0 has no direction to stretch and stays 0."""
+        with torch.no_grad():
+            if isinstance(self.inner, LowRank):
+                norms = row_norms_of_sum(weight, *self.inner.factors(p))
+            else:
+                norms = row_norms(weight + self.inner.delta(p, weight))
+        return p["magnitude"] / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+
+
+def row_norms(weight: Float[Tensor, " out *rest"]) -> Float[Tensor, " out"]:
+    """Return the Euclidean norm of each row, `(out, ...) -> (out,)`, summed in fp32 or better."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(weight.flatten(1), dim=1, dtype=wide)
+    return norms
+
+
+def row_norms_of_sum(
+    weight: Float[Tensor, " out *rest"], down: Float[Tensor, " r *rest"], up: Float[Tensor, "out rg"]
+) -> Float[Tensor, " out"]:
+    """Return `row_norms(W + U D)` without forming `U D`, each of g groups with its own block of `D`.
+
+    `||W + U D||^2 = ||W||^2 + 2 <U, W D^T> + <U, U (D D^T)>` per row, `W (out, n)`, `D (r, n)`, `U (out, r / g)`: two
+    thin products and an r x r Gram matrix. The error is some roundings of ||W||, also where `U D` all but cancels W.
+    """
+    groups = down.shape[0] // up.shape[1]
+    w, d, u = (t.reshape(groups, t.shape[0] // groups, -1) for t in (weight, down, up))
+    crossed = u * (w @ d.mT.to(w.dtype)).to(u.dtype)  # a wider product would need a wide copy of a 16-bit W
+    squared = u * (u @ (d @ d.mT))
+    return (row_norms(weight).square() + (2 * crossed + squared).sum(-1).flatten()).clamp_min(0).sqrt()

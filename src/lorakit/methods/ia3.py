@@ -1,0 +1,70 @@
+"""IA3: scale what a layer reads or what it writes, feature by feature.
+
+`W' = diag(l) W` (side "output": keys and values; arXiv 2205.05638, section 3.3) or `W' = W diag(l)` (side "input": the
+feed-forward layer that reads the scaled activations), l = 1 at the start. The paper's T5 has no biases. Where a layer
+has one, it stays as it is here, for the update is a change of the weight; PEFT's output side multiplies the bias by l
+too, so with equal l its output is larger by `(l - 1) b`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from lorakit.core.method import Call, Start, Static, Tensors
+from lorakit.core.site import Decl, Role, Site
+from lorakit.errors import SpecError
+
+SIDES = ("output", "input")
+
+
+@dataclass(frozen=True)
+class IA3(Static):
+    """Scale each output feature, or each input feature, by a trained factor; dropout reaches the input side alone."""
+
+    side: Literal["output", "input"] = "output"
+
+    name: ClassVar[str] = "ia3"
+    paper: ClassVar[str] = "arXiv 2205.05638"
+    formula: ClassVar[str] = "dW = diag(l - 1) W, or W diag(l - 1) at the input side"
+    count: ClassVar[str] = "m if side == 'output' else n"
+
+    def __post_init__(self) -> None:
+        if self.side not in SIDES:
+            raise SpecError(
+                f"side must be output (keys, values) or input (a feed-forward's last layer), not {self.side!r}"
+            )
+
+    def check(self, site: Site) -> None:
+        """Raise `SpecError` for part of a grouped convolution, whose rows read only some of the inputs."""
+        super().check(site)
+        if self.side == "input" and site.rows is not None and site.groups > 1:
+            raise SpecError("the input side of part of a grouped convolution is not one vector; target the whole layer")
+
+    def tensors(self, site: Site) -> dict[str, Decl]:
+        """Declare one factor per feature of the side."""
+        features = site.out if self.side == "output" else site.in_ * site.groups
+        return {"gain": Decl((features,), Role.GAIN)}
+
+    def init(self, p: Tensors, start: Start) -> None:
+        """Start at l = 1."""
+        nn.init.ones_(p["gain"])
+
+    def delta(self, p: Tensors, weight: Tensor) -> Tensor:
+        """Return `diag(l - 1) W` or `W diag(l - 1)`; output i of a grouped convolution reads its own group's inputs."""
+        change, kernel = p["gain"] - 1, [1] * (weight.dim() - 2)
+        if self.side == "output":
+            return change.view(-1, 1, *kernel) * weight
+        per_group = change.view(-1, 1, weight.shape[1], *kernel)
+        return (per_group * weight.reshape(len(per_group), -1, *weight.shape[1:])).flatten(0, 1)
+
+    def branch(self, p: Tensors, call: Call) -> Tensor:
+        """Return `(l - 1) y0` or `op((l - 1) x; W)`, never forming dW but where x is token ids."""
+        change = (call.kept["gain"] - 1).to(call.y.dtype)
+        if self.side == "output":
+            return call.scale(change, call.y0)
+        if not call.x.is_floating_point():
+            return call.apply(self.delta(p, call.weight))
+        return call.host.op.apply(call.module, call.scale(change, call.x), call.weight)

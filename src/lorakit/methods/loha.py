@@ -1,0 +1,65 @@
+"""LoHa: the entrywise product of two low-rank products, of rank up to r^2 for the parameters of rank 2r.
+
+`dW = s (B1 A1) * (B2 A2)`, `s = alpha / r` (FedPara, arXiv 2108.06098, prop. 1, without its nonlinearity; LyCORIS,
+arXiv 2309.14859). The product is itself a low-rank one, `B1_k B2_l` over `A1_k A2_l` for every pair (k, l): so the
+branch is that of a LoRA of rank r^2, which costs less than dW while r^2 (m + n) < m n. A convolution's kernel is
+flattened with its inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lorakit.core.method import LowRank, Start, Tensors, down_up
+from lorakit.core.site import Decl, Site
+from lorakit.errors import SpecError
+
+
+@dataclass(frozen=True)
+class LoHa(LowRank):
+    """Add `s (B1 A1) * (B2 A2)`, two pairs of rank r multiplied entry by entry."""
+
+    rank: int = 8
+    alpha: float = 8.0
+
+    name: ClassVar[str] = "loha"
+    paper: ClassVar[str] = "arXiv 2108.06098 (FedPara), 2309.14859 (LyCORIS)"
+    formula: ClassVar[str] = "dW = s (B1 A1) * (B2 A2), s = alpha / rank"
+    count: ClassVar[str] = "2 * rank * (m + n)"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise SpecError(f"rank must be a whole number of at least 1, not {self.rank!r}; exclude a layer to skip it")
+        if not (isinstance(self.alpha, int | float) and math.isfinite(self.alpha) and self.alpha > 0):
+            raise SpecError(f"alpha must be a positive number, not {self.alpha!r}; the usual choice is the rank")
+
+    @property
+    def scale(self) -> float:
+        """Return s."""
+        return self.alpha / self.rank
+
+    def tensors(self, site: Site) -> dict[str, Decl]:
+        """Declare two pairs; each group of a convolution has blocks of its own."""
+        return {f"{name}{i}": decl for i in (1, 2) for name, decl in down_up(self.rank, site).items()}
+
+    def init(self, p: Tensors, start: Start) -> None:
+        """Start at dW = 0: A1 ~ U(-1/sqrt(n), 1/sqrt(n)), both B ~ U(-1/sqrt(r), 1/sqrt(r)), A2 = 0.
+
+        An embedding reads one column of A1, so n counts as 1 there.
+        """
+        n = 1 if start.site.kind == "embedding" else start.site.fan_in
+        for name, fan_in in (("down1", n), ("up1", p["up1"].shape[1]), ("up2", p["up2"].shape[1])):
+            nn.init.uniform_(p[name], -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), generator=start.rng)
+        nn.init.zeros_(p["down2"])
+
+    def factors(self, p: Tensors) -> tuple[Float[Tensor, "r in *kernel"], Float[Tensor, "out rg"]]:
+        """Return the pair of rank r^2: `down[kl] = A1[k] A2[l]`, `up[:, kl] = s B1[:, k] B2[:, l]`, group by group."""
+        up = (p["up1"].unsqueeze(2) * p["up2"].unsqueeze(1)).flatten(1)
+        rank, shape = p["up1"].shape[1], p["down1"].shape[1:]
+        down1, down2 = (p[name].reshape(-1, rank, *shape) for name in ("down1", "down2"))
+        return (down1.unsqueeze(2) * down2.unsqueeze(1)).flatten(0, 2), self.scale * up
