@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 class LorakitError(Exception):
@@ -70,6 +71,11 @@ def did_you_mean(word: str, known: Iterable[str], limit: int = 3) -> str:
     """Return `; did you mean 'a', 'b'?` for the nearest known words, or an empty string when none is near."""
     near = difflib.get_close_matches(word, sorted(set(known)), n=limit, cutoff=0.6)
     return f"; did you mean {', '.join(map(repr, near))}?" if near else ""
+
+
+def looked_in(path: Path) -> str:
+    """Return `; looked for /where/it/would/be` for a relative path: it counts from the current directory."""
+    return "" if path.is_absolute() else f"; looked for {Path.cwd() / path}"
 
 
 def listing(lines: Sequence[str], limit: int = 12) -> str:

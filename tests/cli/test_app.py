@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -48,7 +49,7 @@ def test_a_user_s_error_is_one_screen_without_a_traceback(tmp_path: Path) -> Non
     assert result.exit_code == 2
     assert result.stdout == ""
     assert result.stderr == (
-        f"error: {recipe} has 2 problem(s):\n"
+        f"error: {recipe} has 2 problems:\n"
         "  - train.lrr: unknown key; did you mean 'lr'?\n"
         "  - modle: unknown key; did you mean 'model'?\n"
     )
@@ -108,6 +109,59 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorakit.persist.load", stopped)
     result = invoke("convert", "x", "--to", "peft", "--output", "y")
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "\ninterrupted\n")
+
+
+@pytest.mark.parametrize("verb", [("generate", "x", "--prompt", "a"), ("quickstart",)])
+def test_a_seed_beyond_what_generators_take_is_refused(verb: tuple[str, ...]) -> None:
+    result = invoke(*verb, "--seed", 2**32)
+    assert result.exit_code == 2
+    assert "Invalid value for '--seed'" in result.stderr
+    assert "4294967295" in result.stderr
+
+
+def test_what_the_system_forbids_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/tmp/somewhere")
+
+    monkeypatch.setattr("lorakit.persist.load", full)
+    result = invoke("convert", "x", "--to", "peft", "--output", "y", "--json")
+    message = "/tmp/somewhere: No space left on device"
+    assert (result.exit_code, result.stderr) == (2, f"error: {message}\n")
+    assert json.loads(result.stdout) == {"error": {"kind": "OSError", "message": message}}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    "arguments", [("--version",), ("methods",), ("methods", "--json"), ("train", "none", "--json")]
+)
+def test_a_standard_output_that_takes_nothing_is_one_line(arguments: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "lorakit", *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1] == "error: standard output: No space left on device"
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("where", ["lorakit.cli.app", "typer", "atexit"])
+def test_ctrl_c_before_and_after_the_verb_is_one_line_too(where: str, tmp_path: Path) -> None:
+    pressed = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    code = f"""
+import atexit, builtins, sys
+sys.argv = ["lorakit", "--version"]
+real = builtins.__import__
+def trap(name, *rest):
+    if name == {where!r}:
+        {pressed}
+    return real(name, *rest)
+if {where!r} == "atexit":
+    atexit.register(exec, {pressed!r})
+builtins.__import__ = trap
+from lorakit.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "\ninterrupted\n")
 
 
 def test_the_installed_command_keeps_json_pure_and_plain(run: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import yaml
 from typer.testing import Result
 
@@ -59,6 +60,30 @@ def test_a_set_without_a_value_is_refused(base: Path, tmp_path: Path) -> None:
     result = invoke("train", write_recipe(tmp_path, base), "--set", "train.lr")
     assert result.exit_code == 2
     assert result.stderr == "error: --set takes key=value, such as --set train.lr=1e-3, not 'train.lr'\n"
+
+
+def test_a_set_whose_value_is_not_yaml_is_named(base: Path, tmp_path: Path) -> None:
+    result = invoke("train", write_recipe(tmp_path, base), "--set", "train.lr=[1")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "error: --set train.lr=[1: the value is not YAML: expected ',' or ']', but got '<stream end>' in line 1 "
+        "column 3\n"
+    )
+
+
+def test_the_way_to_go_on_is_quoted_for_a_shell(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pressed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lorakit.training.run.train", pressed)
+    monkeypatch.setattr("lorakit.training.checkpoints.checkpoints", lambda output: [output])
+    recipe = write_recipe(tmp_path, base)
+    result = invoke("train", recipe, "--set", 'adapter.targets=["q_proj", v_proj]', "--output", tmp_path / "my run")
+    assert result.exit_code == 130
+    assert result.stderr.endswith(
+        f"go on with: lorakit train {recipe} --set 'adapter.targets=[\"q_proj\", v_proj]' "
+        f"--output '{tmp_path / 'my run'}' --resume\n"
+    )
 
 
 def test_a_second_run_in_the_same_folder_is_refused(run: Path) -> None:

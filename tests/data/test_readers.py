@@ -96,9 +96,45 @@ def test_a_csv_row_with_too_many_cells_is_named(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_utf8_says_where(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
-    with pytest.raises(DataError, match=r"a\.jsonl: not UTF-8 text .* at byte 13"):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' * 2000 + b'{"text": "caf\xe9"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl line 2001: not UTF-8 text; convert the file to UTF-8"):
         read_rows(str(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ('{"text": "a\n', "line 2: Invalid control character at column 12"),
+        ('{"text": "b', "line 2: Unterminated string starting at column 10; the file ends there, so it looks cut off"),
+        ('{"text": ', "line 2: Expecting value at column 10; the file ends there, so it looks cut off"),
+        ('{"text": 1}}', "line 2: Extra data at column 12"),
+        ('{"n": ' + "9" * 5000 + "}", "line 2: an integer of more than 4,300 digits"),
+        ('{"n": ' + "[" * 100_000, "line 2: brackets nested too deeply"),
+        ('{"n": ' + "[" * 300 + "]" * 300 + "}", "line 2: brackets nested more than 100 deep"),
+    ],
+)
+def test_a_line_that_is_no_json_says_what_and_where(tmp_path: Path, text: str, what: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + text)
+    with pytest.raises(DataError) as error:
+        read_rows(str(tmp_path / "a.jsonl"))
+    assert str(error.value).splitlines()[1] == f"  - {tmp_path / 'a.jsonl'} {what}"
+
+
+def test_a_json_array_that_is_cut_off_says_so(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[{"text": "a"},\n {"text": "b"')
+    with pytest.raises(DataError, match=r"a\.json line 2: Expecting ',' delimiter at column 14; the file ends there"):
+        read_rows(str(tmp_path / "a.json"))
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"a\.json: brackets nested too deeply"):
+        read_rows(str(tmp_path / "a.json"))
+
+
+def test_half_a_character_is_named_with_its_line(tmp_path: Path) -> None:
+    deep = r'{"text": "a", "more": [{"x": "\ud83d"}]}'
+    path = jsonl(tmp_path / "a.jsonl", {"text": "whole \U0001f600"}, r'{"text": "\ud83d"}', deep)
+    with pytest.raises(DataError) as error:
+        read_rows(str(path))
+    assert str(error.value).splitlines()[1:] == [f"  - {path} line 2: 'text'", f"  - {path} line 3: 'more'"]
 
 
 def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:

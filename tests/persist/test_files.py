@@ -130,3 +130,28 @@ def test_tensors_that_share_memory_are_each_written_out(tmp_path: Path) -> None:
     found, metadata = files.read_safetensors(tmp_path / "x")
     assert all(torch.equal(found[name], tensor) for name, tensor in given.items())
     assert metadata == {"format": "pt"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"r": ' + "9" * 5000 + "}", "an integer of more than 4,300 digits"),
+        ('{"r": ' + "[" * 100_000, "brackets nested too deeply"),
+        ('{"r": 1', "Expecting ',' delimiter at line 1 column 8"),
+        ('{"r": "\xff"}', "not UTF-8 text"),
+    ],
+)
+@pytest.mark.parametrize("name", ["adapter_config.json", "lorakit.json"])
+def test_json_that_cannot_be_read_is_named(name: str, text: str, said: str, tmp_path: Path) -> None:
+    save(adapter(), tmp_path)
+    (tmp_path / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(AdapterFileError) as caught:
+        load(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / name} is truncated or not JSON: {said}")
+
+
+def test_a_header_that_cannot_be_read_is_corrupt(tmp_path: Path) -> None:
+    header = b'{"w": ' + b"[" * 100_000
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(AdapterFileError, match="has a corrupt header"):
+        files.read_safetensors(tmp_path / "x.safetensors")

@@ -6,8 +6,11 @@ is our bug and keeps its traceback. Nothing heavy is imported here: a verb impor
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -24,6 +27,9 @@ from lorakit.errors import LorakitError
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]  # click's root, of whichever click this typer brings
 
+_ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)
+"""What no program can help: full and read-only disks, forbidden places, names too long."""
+
 
 class Verbs(TyperGroup):
     """The group of verbs, which turns every failure into its exit code."""
@@ -31,15 +37,32 @@ class Verbs(TyperGroup):
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> Any:  # type: ignore[override]
         """Run one verb and exit."""
         arguments = list(sys.argv[1:] if args is None else args)
+        as_json = "--json" in arguments
+        try:
+            code = self._answer(arguments, prog_name, extra, as_json)
+        except OSError as error:
+            if error.errno not in _ENVIRONMENT:
+                raise
+            if error.filename is None:  # nothing but the standard streams is written without a name
+                _discard_output()
+            print_error("OSError", f"{error.filename or 'standard output'}: {error.strerror}", as_json)
+            code = 2
+        sys.exit(code)
+
+    def _answer(self, arguments: list[str], prog_name: str | None, extra: dict[str, Any], as_json: bool) -> int:
+        """Run one verb and return its exit code, after saying what the user can repair."""
         try:
             code = super().main(arguments, prog_name, **{**extra, "standalone_mode": False})
+            return code if isinstance(code, int) else 0
         except LorakitError as error:
-            print_error(type(error).__name__, str(error), "--json" in arguments)
-            code = 2
+            print_error(type(error).__name__, str(error), as_json)
+            return 2
         except _UsageError as error:
-            print_error("UsageError", _usage(error), "--json" in arguments)
-            code = 2
-        sys.exit(code if isinstance(code, int) else 0)
+            print_error("UsageError", _usage(error), as_json)
+            return 2
+        except typer.Abort:
+            print("\ninterrupted", file=sys.stderr)
+            return 130
 
     def invoke(self, ctx: Any) -> Any:
         """Run the verb; Ctrl-C gives one line, with the way to go on where the verb knows one."""
@@ -79,6 +102,12 @@ def options(
     ] = False,
 ) -> None:
     """Make a pretrained model yours with a low-rank update: train, evaluate, generate, merge, convert."""
+
+
+def _discard_output() -> None:
+    """Send what is still buffered for a full standard output to nowhere, so that ending says nothing more of it."""
+    with suppress(OSError, ValueError):  # a stream without a descriptor has nothing to end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _usage(error: Any) -> str:

@@ -60,7 +60,9 @@ def quickstart(
     output: Annotated[str, typer.Option(help="Where to write; an earlier quickstart there is replaced.")] = (
         "runs/quickstart"
     ),
-    seed: Annotated[int, typer.Option(min=0, help="Of the records, the adapter and the order of the rows.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Of the records, the adapter and the order of the rows.")
+    ] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Teach the bundled model a new task, and see it before and after."""

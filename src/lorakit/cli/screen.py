@@ -62,7 +62,12 @@ def screen(as_json: bool) -> Iterator[Screen]:
 
 def print_json(values: Mapping[str, Any]) -> None:
     """Print one JSON object; what is not finite is null, because JSON has no word for it."""
-    print(json.dumps(_plain(values), ensure_ascii=False, allow_nan=False), flush=True)
+    text = json.dumps(_plain(values), ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:  # half a character, or a stream that is not UTF-8
+        text = json.dumps(_plain(values), allow_nan=False)
+    print(text, flush=True)
 
 
 def print_error(kind: str, message: str, as_json: bool) -> None:

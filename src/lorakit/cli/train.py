@@ -73,7 +73,14 @@ def _changes(given: list[str]) -> dict[str, Any]:
     wrong = [text for text in given if "=" not in text]
     if wrong:
         raise RecipeError(f"--set takes key=value, such as --set train.lr=1e-3, not {', '.join(map(repr, wrong))}")
-    return {key.strip(): scalar(value) for key, _, value in (text.partition("=") for text in given)}
+    changes = {}
+    for text in given:
+        key, _, value = text.partition("=")
+        try:
+            changes[key.strip()] = scalar(value)
+        except RecipeError as error:
+            raise RecipeError(f"--set {text}: the value {error}") from None
+    return changes
 
 
 def _summary(run: Run, out: Screen) -> None:

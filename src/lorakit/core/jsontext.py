@@ -14,10 +14,10 @@ DEEPEST = 100
 
 
 class JsonFault(ValueError):
-    """What is wrong with a JSON text: `what` in words, and `line` and `column` from 1 where they are known."""
+    """What is wrong with a JSON text: `what` in words; `line` and `column` from 1, `offset` from 0, where known."""
 
-    def __init__(self, what: str, line: int | None = None, column: int | None = None) -> None:
-        self.what, self.line, self.column = what, line, column
+    def __init__(self, what: str, line: int | None = None, column: int | None = None, offset: int = 0) -> None:
+        self.what, self.line, self.column, self.offset = what, line, column, offset
         super().__init__(what if line is None else f"{what} at line {line} column {column}")
 
 
@@ -30,7 +30,7 @@ def parse_json(text: str | bytes) -> Any:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise JsonFault(error.msg.removesuffix(" at"), error.lineno, error.colno) from None
+        raise JsonFault(error.msg.removesuffix(" at"), error.lineno, error.colno, error.pos) from None
     except UnicodeDecodeError as error:
         raise JsonFault(f"not UTF-8 text (byte {error.start}), convert it to UTF-8") from None
     except RecursionError:

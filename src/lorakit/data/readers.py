@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorakit.core.jsontext import JsonFault, parse_json
 from lorakit.core.lazy import need
 from lorakit.errors import DataError, did_you_mean, listing
 
@@ -157,6 +158,12 @@ def _columns_to_table(records: list[Record]) -> Table:
     names = dict.fromkeys(name for _, row in records for name in row)
     try:
         return pa.table({name: pa.array([row.get(name) for _, row in records]) for name in names})
+    except UnicodeEncodeError as error:
+        broken = [f"{place}: {field}" for place, row in records for field in _broken(row)]
+        raise DataError(
+            "these texts hold half a character (a lone surrogate such as \\ud83d without its second half); write it "
+            f"whole or take it out:\n{listing(broken or [str(error)])}"
+        ) from error
     except OverflowError as error:
         large = [f"{place}: '{field}'" for place, row in records for field in _too_large(row, "")]
         raise DataError(
@@ -201,6 +208,15 @@ def _too_large(value: Any, field: str) -> Iterator[str]:
         yield from _too_large(item, f"{field}[]")
 
 
+def _broken(row: dict[str, Any]) -> Iterator[str]:
+    """Name the columns of a row whose text, however deep, cannot be written as UTF-8."""
+    for key, value in row.items():
+        try:
+            json.dumps([key, value], ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            yield ascii(key)
+
+
 def kind_of(value: object) -> str:
     """Name a JSON value's type in the words of an error message."""
     if value is None:
@@ -213,7 +229,18 @@ def _records(file: Path) -> Iterator[Record]:
     try:
         yield from _READERS[file.suffix](file)
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from error
+        raise DataError(f"{file}{_first_other(file)}: not UTF-8 text; convert the file to UTF-8") from error
+
+
+def _first_other(file: Path) -> str:
+    """Return the number of the first line that is not UTF-8, which a decoder that reads in blocks does not know."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return f" line {number}"
+    return ""
 
 
 def _read_jsonl(file: Path) -> Iterator[Record]:
@@ -223,9 +250,9 @@ def _read_jsonl(file: Path) -> Iterator[Record]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                bad.append(f"{file} line {number}: {error.msg} at column {error.colno}")
+                row = parse_json(line)
+            except JsonFault as fault:
+                bad.append(f"{file} line {number}: {fault.what}{_at(fault, line)}")
                 continue
             if isinstance(row, dict):
                 yield f"line {number}", row
@@ -235,15 +262,24 @@ def _read_jsonl(file: Path) -> Iterator[Record]:
         raise DataError(f"each line must be one JSON object, as {{...}}:\n{listing(bad)}")
 
 
+def _at(fault: JsonFault, text: str) -> str:
+    """Return the column of a fault, and whether the text ends there before it is whole."""
+    if fault.column is None:
+        return ""
+    ends = not text.endswith("\n") and (fault.what.startswith("Unterminated") or fault.offset >= len(text.rstrip()))
+    return f" at column {fault.column}" + ("; the file ends there, so it looks cut off" if ends else "")
+
+
 def _read_json(file: Path) -> Iterator[Record]:
     text = file.read_text(encoding="utf-8-sig")
     if not text.lstrip().startswith("["):
         yield from _read_jsonl(file)
         return
     try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file} line {error.lineno}: {error.msg} at column {error.colno}") from error
+        rows = parse_json(text)
+    except JsonFault as fault:
+        line = "" if fault.line is None else f" line {fault.line}"
+        raise DataError(f"{file}{line}: {fault.what}{_at(fault, text)}") from fault
     places = [f"entry {number}" for number in range(1, len(rows) + 1)]
     bad = [
         f"{file} {place}: is {kind_of(row)}"

@@ -18,6 +18,7 @@ from safetensors.torch import load as _tensors_of
 from safetensors.torch import save as _bytes_of
 from torch import Tensor
 
+from lorakit.core.jsontext import JsonFault, parse_json
 from lorakit.errors import AdapterFileError
 from lorakit.persist.atomic import atomic_directory, resting, write_file
 
@@ -94,8 +95,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """Return the JSON object in a file, keys in the file's order; raises `AdapterFileError` naming file and line."""
     data = _read(Path(path))
     try:
-        value = json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError) as bad:
+        value = parse_json(data)
+    except JsonFault as bad:
         how = "is empty (0 bytes)" if not data else f"is truncated or not JSON: {bad}"
         raise AdapterFileError(f"{path} {how}") from bad
     if not isinstance(value, dict):
@@ -148,5 +149,5 @@ def _wrong_with(data: bytes) -> str | None:
 
 
 def _header(data: bytes) -> dict[str, Any]:
-    header: dict[str, Any] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    header: dict[str, Any] = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return header

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from lorakit import __version__
+from lorakit.core.jsontext import parse_json
 from lorakit.core.site import Site
 from lorakit.core.spec import AdapterSpec, method_from_json, method_to_json
 from lorakit.core.state import AdapterState, Base, Purpose, Update, check_tensors
@@ -48,7 +49,7 @@ def load_native(path: str | Path) -> AdapterState:
     if "lorakit" not in metadata:
         raise AdapterFileError(f"{file} is a safetensors file, but not a lorakit adapter: its metadata does not say so")
     try:
-        head = json.loads(metadata["lorakit"])
+        head = parse_json(metadata["lorakit"])
         if head["format"] != VERSION:
             raise AdapterFileError(f"{file} has format {head['format']}, this lorakit reads {VERSION}; upgrade lorakit")
         return _state(head, tensors)

@@ -7,7 +7,7 @@ resumed run can refuse a change nobody announced.
 from __future__ import annotations
 
 import math
-import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +17,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from lorakit.core.layerwise import PROFILES
 from lorakit.core.method import Method
 from lorakit.core.spec import AdapterSpec, Override, Targets, method_from_json
-from lorakit.errors import RecipeError, SpecError, did_you_mean, listing
+from lorakit.core.targets import parse_layers
+from lorakit.errors import RecipeError, SpecError, did_you_mean, listing, looked_in
+from lorakit.training.explain import explain, shown
+from lorakit.training.yamltext import parse_yaml
 
 VERSION = 1
+MANY = 10**9
+"""No count in a recipe is larger: a billion steps of a millisecond take eleven days."""
+SEEDS = 2**32 - 1
+"""The largest seed that every generator of random numbers takes; numpy's is the narrowest."""
 
 
 class Section(BaseModel):
@@ -37,7 +44,7 @@ class DataSection(Section):
     validation_split: str | None = None
     format: Literal["auto", "text", "prompt+completion", "messages", "alpaca", "sharegpt", "classification"] = "auto"
     loss: Literal["completions", "all"] = "completions"
-    max_length: int = Field(default=1024, ge=2)
+    max_length: int = Field(default=1024, ge=2, le=MANY)
     overlong: Literal["auto", "drop", "cut", "split", "error"] = "auto"
     packing: Literal["auto", "always", "never"] = "auto"
     separator: str | None = None
@@ -52,6 +59,28 @@ class OverrideSection(Section):
     fields: dict[str, Any]
 
 
+def _blamed(error: SpecError, fields: dict[str, Any]) -> tuple[str, str]:
+    """Return the field an error of a method is about (else `method`), and the rest of its words."""
+    text = str(error)
+    if unknown := [key for key in fields if f"has no field {key!r}" in text]:
+        return unknown[0], text
+    word, _, rest = text.partition(" ")
+    if word in fields:
+        return word, rest
+    return next(
+        (key for key, value in fields.items() if isinstance(value, str) and repr(value) in text), "method"
+    ), text
+
+
+def _words(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value
+
+
+def _layers(value: str | int | tuple[int | str, ...] | None) -> str | None:
+    """Return layers as the target language writes them: `[0, 3, "8-11"]` -> `0,3,8-11`."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else None if value is None else str(value)
+
+
 class AdapterSection(BaseModel):
     """The method with its own fields, and where it goes; keys the section does not know are the method's."""
 
@@ -62,14 +91,51 @@ class AdapterSection(BaseModel):
     exclude: str | tuple[str, ...] = ()
     layers: str | int | tuple[int | str, ...] | None = None
     train: str | tuple[str, ...] = ()
-    dropout: float = 0.0
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     overrides: tuple[OverrideSection, ...] = ()
     layerwise: Literal["low", "middle", "high"] | None = None
 
     @model_validator(mode="after")
-    def _names_a_method_that_exists(self) -> AdapterSection:
-        self.build_method()
+    def _makes_sense_without_a_model(self) -> AdapterSection:
+        if problems := self._problems():
+            raise ValueError("\n".join(problems))
         return self
+
+    def _problems(self) -> list[str]:
+        """Return `key: what` for everything that no base could make right."""
+        fields = [{**(self.__pydantic_extra__ or {})}, *(override.fields for override in self.overrides)]
+        if huge := [f"{key}: expected at most {MANY}, given {shown(value)}" for each in fields
+                    for key, value in each.items() if isinstance(value, int) and abs(value) > MANY]:  # fmt: skip
+            return huge
+        found, extra, method = [], fields[0], None
+        while True:
+            section = self.model_copy()
+            object.__setattr__(section, "__pydantic_extra__", extra)
+            try:
+                method = section.build_method()
+                break
+            except SpecError as error:
+                key, what = _blamed(error, extra)
+                found.append(f"{key}: {what}")
+                if extra.pop(key, None) is None:
+                    return found
+        for place, override in enumerate(self.overrides):
+            try:
+                changed = Override(Targets(_words(override.targets)), tuple(sorted(override.fields.items())))
+                AdapterSpec(method, train=("*",), overrides=(changed,))
+            except SpecError as error:
+                found.append(f"overrides[{place}]: {error}")
+        try:
+            Targets(_words(self.targets), _words(self.exclude))
+        except SpecError as error:
+            found.append(f"targets: {str(error).removeprefix('targets ')}")
+        for text in filter(None, (_layers(self.layers), *(_layers(override.layers) for override in self.overrides))):
+            try:
+                parse_layers(text, 10_000)
+            except ValueError as error:
+                if "is not understood" in str(error):
+                    found.append(f"layers: {str(error).removeprefix('layers ')}")
+        return found
 
     def build_method(self) -> Method | None:
         """Return the method with its fields (`none` is none), or raise `SpecError` naming a field it has not."""
@@ -105,26 +171,31 @@ class AdapterSection(BaseModel):
 class TrainSection(Section):
     """How long and how fast; every default is a measured or published one (docs/recipe.md)."""
 
-    epochs: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    steps: int | None = Field(default=None, ge=1)
+    epochs: float = Field(default=1.0, gt=0, le=1e6, allow_inf_nan=False)
+    steps: int | None = Field(default=None, ge=1, le=MANY)
     lr: float | Literal["auto"] = "auto"
     up_ratio: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(default=0.03, ge=0, lt=1, allow_inf_nan=False)
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     clip: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    batch_tokens: int | None = Field(default=None, ge=1)
-    batch_size: int | None = Field(default=None, ge=1)
-    accumulation: int = Field(default=1, ge=1)
-    evaluate_every: int | None = Field(default=None, ge=1)
-    save_every: int | None = Field(default=None, ge=1)
-    keep: int = Field(default=2, ge=1)
-    patience: int | None = Field(default=None, ge=1)
+    batch_tokens: int | None = Field(default=None, ge=1, le=MANY)
+    batch_size: int | None = Field(default=None, ge=1, le=MANY)
+    accumulation: int = Field(default=1, ge=1, le=MANY)
+    evaluate_every: int | None = Field(default=None, ge=1, le=MANY)
+    save_every: int | None = Field(default=None, ge=1, le=MANY)
+    keep: int = Field(default=2, ge=1, le=MANY)
+    patience: int | None = Field(default=None, ge=1, le=MANY)
     checkpointing: bool = False
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=SEEDS)
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_name_is_a_list(cls, given: Any) -> Any:
+        return (given,) if isinstance(given, str) else given
 
     @field_validator("lr")
     @classmethod
@@ -152,6 +223,13 @@ class Recipe(Section):
     train: TrainSection = TrainSection()
     output: str = "runs/first"
 
+    @field_validator("output")
+    @classmethod
+    def _names_a_folder(cls, output: str) -> str:
+        if not output.strip():
+            raise ValueError("must name a folder, such as runs/first")
+        return output
+
     def differences(self, other: Recipe) -> list[str]:
         """Return `train.lr: 0.0001 -> 0.001` for every value `other` changes."""
         mine, theirs = _flat(self.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
@@ -161,67 +239,50 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """Return the recipe with every key written out; `load_recipe` reads it back equal."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    @field_validator("output")
-    @classmethod
-    def _names_a_folder(cls, output: str) -> str:
-        if not output.strip():
-            raise ValueError("must name a folder, such as runs/first")
-        return output
-
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it: `1e-4` is a number, and a key that stands twice is a mistake."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Compose one mapping, or raise `RecipeError` naming the key and both lines; merged keys (`<<`) come later."""
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        lines: dict[str, int] = {}
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                raise RecipeError(f"line {line}: {key.value!r} stands in line {lines[key.value]} already; keep one")
-            lines[key.value] = line
-        return node
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
 
 
 def load_recipe(path: str | Path, changes: dict[str, Any] | None = None) -> Recipe:
     """Read a recipe file, with dotted `changes` (`train.lr=1e-3`) on top.
 
     Raises:
-        RecipeError: no such file, not YAML, or values that do not fit, all of them with their lines' keys.
+        RecipeError: no such file, not YAML, or values that do not fit, all of them with their keys.
     """
     file = Path(path)
-    try:
-        raw = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except RecipeError as error:
-        raise RecipeError(f"{file} {error}") from None
-    except OSError as error:
-        raise RecipeError(f"cannot read the recipe {file}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file} is not YAML: {error}") from None
+    raw = _read(file)
     if not isinstance(raw, dict | None):
         raise RecipeError(f"{file} must hold keys such as `model:` and `data:`, not a {type(raw).__name__}")
-    return make_recipe(_changed(raw or {}, changes or {}), str(file))
+    return make_recipe(_changed(raw or {}, changes or {}), str(file), changes or {})
 
 
-def make_recipe(values: dict[str, Any], source: str = "the recipe") -> Recipe:
-    """Return the recipe of plain values, or raise `RecipeError` listing everything wrong with them."""
+def make_recipe(values: dict[str, Any], source: str = "the recipe", changes: Collection[str] = ()) -> Recipe:
+    """Return the recipe of plain values, or raise `RecipeError` listing everything wrong with them.
+
+    `changes` are the keys among them that were set on the command line, which the error says.
+    """
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        problems = [_explain(dict(e), values) for e in error.errors()]
-        raise RecipeError(f"{source} has {len(problems)} problem(s):\n{listing(problems)}") from None
+        problems = explain(error, values, _SECTIONS, changes)
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise RecipeError(f"{source} has {count}:\n{listing(problems)}") from None
 
 
 def scalar(text: str) -> Any:
     """Return the value a `key=value` flag of the command line means, by the recipe's own YAML."""
-    return yaml.load(text, _Loader)
+    return parse_yaml(text)
+
+
+def _read(file: Path) -> Any:
+    """Return the YAML in a file, with the file's name on every fault."""
+    try:
+        return parse_yaml(file.read_bytes().decode("utf-8-sig"))
+    except RecipeError as error:
+        raise RecipeError(f"{file} {error}") from None
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {file}: {error.strerror}{looked_in(file)}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise RecipeError(f"{file} line {line}: not UTF-8 text; convert the file to UTF-8") from None
 
 
 def _changed(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -237,32 +298,12 @@ def _changed(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {"data": DataSection, "adapter": AdapterSection, "train": TrainSection}
-
-
-def _explain(error: dict[str, Any], values: dict[str, Any]) -> str:
-    """Return one line for one of pydantic's errors: where, what, what was given, and the near words."""
-    where = [str(step) for step in error["loc"]]
-    path = ".".join(where) or "the recipe"
-    if error["type"] == "extra_forbidden":
-        section = _SECTIONS.get(where[0], Recipe) if len(where) > 1 else Recipe
-        known = list(section.model_fields)
-        elsewhere = [f"{name}.{where[-1]}" for name, s in _SECTIONS.items() if where[-1] in s.model_fields]
-        hint = did_you_mean(where[-1], known) or (f"; did you mean {elsewhere[0]}?" if elsewhere else "")
-        return f"{path}: unknown key{hint or '; known keys: ' + ', '.join(known)}"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    given = error.get("input")
-    shown = "" if isinstance(given, dict | BaseModel) else f" (given {given!r})"
-    return f"{path}: {message[0].lower()}{message[1:]}{shown}"
-
-
-def _words(value: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else value
-
-
-def _layers(value: str | int | tuple[int | str, ...] | None) -> str | None:
-    """Return layers as the target language writes them: `[0, 3, "8-11"]` -> `0,3,8-11`."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else None if value is None else str(value)
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "": Recipe,
+    "data": DataSection,
+    "adapter": AdapterSection,
+    "train": TrainSection,
+}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
