@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lorakit.inject.activate import active, use
     from lorakit.inject.alive import alive
     from lorakit.inject.attach import Handle, attach, detach, state
+    from lorakit.inject.evidence import gather
     from lorakit.inject.merge import merge
     from lorakit.inject.sites import sites
     from lorakit.methods.lora import LoRA
@@ -40,6 +41,7 @@ _WINDOW = {
     "alive": "lorakit.inject.alive",
     "attach": "lorakit.inject.attach",
     "detach": "lorakit.inject.attach",
+    "gather": "lorakit.inject.evidence",
     "load": "lorakit.persist",
     "load_recipe": "lorakit.training.recipe",
     "merge": "lorakit.inject.merge",
@@ -65,6 +67,7 @@ __all__ = [
     "alive",
     "attach",
     "detach",
+    "gather",
     "load",
     "load_recipe",
     "merge",

@@ -19,6 +19,9 @@ from lorakit.core.method import Method, Static
 from lorakit.core.registry import host_of
 from lorakit.core.spec import AdapterSpec, Targets
 from lorakit.inject.attach import adapters_named, attach
+from lorakit.inits.gaussian import Gaussian
+from lorakit.inits.olora import OLoRA
+from lorakit.inits.pissa import Pissa
 from lorakit.methods import dora
 from lorakit.methods.dora import DoRA
 from lorakit.methods.ia3 import IA3
@@ -75,6 +78,10 @@ KINDS: dict[str, Kind] = {
 METHODS: dict[str, Method] = {
     "lora": LoRA(rank=4, alpha=8.0),
     "lora, rank-stabilised": LoRA(rank=4, alpha=8.0, stabilised=True),
+    "lora, gaussian": LoRA(rank=4, alpha=8.0, init_=Gaussian()),
+    "lora, olora": LoRA(rank=4, alpha=8.0, init_=OLoRA()),
+    "lora, pissa": LoRA(rank=4, alpha=8.0, init_=Pissa()),
+    "lora, pissa, randomised": LoRA(rank=4, alpha=8.0, init_=Pissa(iterations=4)),
     "dora": DoRA(LoRA(rank=4, alpha=8.0)),
     "dora of ia3": DoRA(IA3("input")),
     "ia3": IA3(),

@@ -7,13 +7,27 @@ as it was, adapters still add up in any order, and the update is exactly a LoRA 
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from lorakit.core.method import Start
+from lorakit.core.method import WEIGHT_KINDS, Method, Start
+from lorakit.core.site import Site
+from lorakit.errors import SpecError
+
+Need = Literal["inputs", "gradients", "weight"]
+_MEASURED: dict[str, str] = {
+    "inputs": "the layer's inputs",
+    "gradients": "the gradient of the weight",
+    "weight": "the dense weight of a quantised base",
+}
+OVERSAMPLING = 8
+"""Columns a randomised SVD samples beyond its rank; 5 to 10 in Halko et al., arXiv 0909.4061, section 1.3."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +37,81 @@ class Init(ABC):
     name: ClassVar[str]
     paper: ClassVar[str]
     starts_at_zero: ClassVar[bool] = True
-    """Whether `up @ down` is 0 at the start; if not, the method subtracts the start."""
-    needs: ClassVar[Literal["inputs", "gradients"] | None] = None
+    """Whether `up @ down` is 0 at the start."""
+    keeps_start: ClassVar[bool] = False
+    """Whether the method keeps a frozen copy of the start and subtracts it, for a start that is not 0."""
+    needs: ClassVar[Need | None] = None
     """What has to be measured at each site first; it arrives as `start.evidence`."""
+    kinds: ClassVar[frozenset[str]] = WEIGHT_KINDS
 
     @abstractmethod
     def fill(self, down: Tensor, up: Tensor, scale: float, start: Start) -> None:
         """Fill both factors in place, for an update `scale * up @ down`."""
+
+    def check(self, rank: int, site: Site) -> None:
+        """Raise `SpecError` where a pair of this rank at `site` cannot start so."""
+        if site.kind not in self.kinds:
+            raise SpecError(f"init {self.name} does not fit a layer of kind {site.kind}; it fits {sorted(self.kinds)}")
+
+    def check_evidence(self, site: Site, weight: Tensor, evidence: Tensor | None) -> None:
+        """Raise `SpecError` where what the start needs was not measured, or was measured elsewhere."""
+        if self.needs is None:
+            return
+        if evidence is None:
+            raise SpecError(
+                f"init {self.name} starts from {_MEASURED[self.needs]}, which nobody measured; call "
+                "gather(model, spec, batches) and pass what it returns to attach(..., evidence=...)"
+            )
+        square = (site.fan_in, site.fan_in)
+        expected = site.shape if self.needs != "inputs" else square if site.groups == 1 else (site.groups, *square)
+        if tuple(evidence.shape) != expected:
+            raise SpecError(
+                f"init {self.name}: evidence of shape {tuple(evidence.shape)}, expected {expected}; "
+                "gather it with this model and this spec"
+            )
+
+
+def init_of(method: Method) -> Init | None:
+    """Return the initialisation of a method, or of the method it wraps, or None where it has no such choice."""
+    values = [getattr(method, f.name) for f in dataclasses.fields(method)]
+    inside = [init_of(value) for value in values if isinstance(value, Method)]
+    return next((value for value in (*values, *inside) if isinstance(value, Init)), None)
+
+
+def by_group(site: Site, tensor: Tensor) -> Float[Tensor, "groups rows columns"]:
+    """Return `(groups, rows / groups, columns)` of a weight or a factor: one matrix for each group of a convolution.
+
+    `up[i] @ down[i]` is then the update of `weight[i]`. A contiguous tensor is viewed, so writing fills it.
+    """
+    return tensor.reshape(site.groups, tensor.shape[0] // site.groups, -1)
+
+
+def leading(
+    matrix: Float[Tensor, "groups m n"], rank: int, iterations: int | None = None, rng: torch.Generator | None = None
+) -> tuple[Float[Tensor, "groups m r"], Float[Tensor, "groups r"], Float[Tensor, "groups r n"]]:
+    """Return the `rank` largest singular triplets `(U, S, V^T)` of each matrix, in fp32 or better.
+
+    Exact without `iterations`; else by that many rounds of randomised subspace iteration (Halko et al., arXiv
+    0909.4061, algorithm 4.4) with a sketch drawn from `rng` on the CPU, so that a seed means the same on every device.
+    """
+    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    if iterations is None:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        groups, m, n = matrix.shape
+        sketch = torch.randn(groups, n, min(rank + OVERSAMPLING, m, n), generator=rng, dtype=matrix.dtype)
+        basis = torch.linalg.qr(matrix @ sketch.to(matrix.device)).Q
+        for _ in range(iterations):
+            basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
+        inner, s, vh = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
+        u = basis @ inner
+    return u[..., :rank], s[..., :rank], vh[..., :rank, :]
+
+
+def check_iterations(iterations: int | None) -> None:
+    """Raise `SpecError` for a number of iterations that is neither None (an exact SVD) nor a whole number from 0."""
+    whole = isinstance(iterations, int) and not isinstance(iterations, bool) and iterations >= 0
+    if not (iterations is None or whole):
+        raise SpecError(
+            f"iterations must be a whole number from 0, or none for an exact SVD, not {iterations!r}; 16 is the usual"
+        )

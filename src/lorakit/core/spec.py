@@ -44,6 +44,9 @@ class Override:
     targets: Targets
     fields: tuple[tuple[str, Any], ...]
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fields", tuple((name, _field(name, value)) for name, value in self.fields))
+
     @classmethod
     def of(cls, pattern: Sequence[str] = "*", *, layers: str | None = None, **fields: Any) -> Override:
         """Return the override of `fields` (`rank=8, alpha=16`) at `pattern`, within `layers`."""
@@ -85,14 +88,14 @@ class AdapterSpec:
         """Return the method with an override's fields, or raise `SpecError` naming the field it has not."""
         if self.method is None:
             raise SpecError("an override changes fields of the method, and there is none")
-        known = [f.name for f in dataclasses.fields(self.method)]
+        known = fields_of(self.method)
         for name, _ in override.fields:
             if name not in known:
                 raise SpecError(
                     f"override of {'/'.join(override.targets.include)}: {self.method.name} has no field {name!r}"
                     f"{did_you_mean(name, known)}; its fields: {', '.join(known)}"
                 )
-        changed: Method = replace(self.method, **dict(override.fields))
+        changed: Method = replace(self.method, **{known[name].name: value for name, value in override.fields})
         return changed
 
     def to_json(self) -> dict[str, Any]:
@@ -103,7 +106,10 @@ class AdapterSpec:
             "targets": _targets_to_json(self.targets),
             "train": list(self.train),
             "dropout": self.dropout,
-            "overrides": [{"targets": _targets_to_json(o.targets), "fields": dict(o.fields)} for o in self.overrides],
+            "overrides": [
+                {"targets": _targets_to_json(o.targets), "fields": {k: _plain(v) for k, v in o.fields}}
+                for o in self.overrides
+            ],
             "seed": self.seed,
         }
 
@@ -127,11 +133,14 @@ class AdapterSpec:
         )
 
 
+def fields_of(method: Method | Init | type[Method | Init]) -> dict[str, dataclasses.Field[Any]]:
+    """Return the fields of a method or an initialisation, by the name files give them: Python's `init_` is `init`."""
+    return {f.name.rstrip("_"): f for f in dataclasses.fields(method)}
+
+
 def method_to_json(method: Method | Init) -> dict[str, Any]:
     """Return `{"name": ..., **fields}`, where a field may be a method or an initialisation itself."""
-    values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
-    plain = {k: method_to_json(v) if isinstance(v, Method | Init) else v for k, v in values.items()}
-    return {"name": method.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}}
+    return {"name": method.name, **{k: _plain(getattr(method, f.name)) for k, f in fields_of(method).items()}}
 
 
 def method_from_json(data: dict[str, Any]) -> Method:
@@ -142,7 +151,7 @@ def method_from_json(data: dict[str, Any]) -> Method:
     """
     fields = dict(data)
     cls = method_named(fields.pop("name"))
-    known = {f.name: f for f in dataclasses.fields(cls)}
+    known = fields_of(cls)
     if "inner" in known:
         passed = {name: fields.pop(name) for name in list(fields) if name not in known}
         inner = fields.get("inner", known["inner"].default)
@@ -150,21 +159,42 @@ def method_from_json(data: dict[str, Any]) -> Method:
             method_to_json(inner) if isinstance(inner, Method) else {"name": inner} if isinstance(inner, str) else inner
         )
         fields["inner"] = method_from_json({**inner, **passed})
-    if unknown := [name for name in fields if name not in known]:
-        raise SpecError(
-            f"method {cls.name} has no field {unknown[0]!r}{did_you_mean(unknown[0], known)}; "
-            f"its fields: {', '.join(known)}"
-        )
-    made: Method = cls(**{name: _field(name, value) for name, value in fields.items()})
+    _refuse_unknown("method", cls, fields)
+    made: Method = cls(**{known[name].name: _field(name, value) for name, value in fields.items()})
     return made
+
+
+def _init_from_json(given: dict[str, Any]) -> Init:
+    """Return the initialisation of `{"name": ..., **fields}`, or raise `SpecError` with the nearest name or field."""
+    fields = dict(given)
+    if "name" not in fields:
+        raise SpecError(f"init {given!r} names none; write init: pissa, or init: {{name: pissa, iterations: 16}}")
+    cls = init_named(fields.pop("name"))
+    _refuse_unknown("init", cls, fields)
+    return cls(**fields)
+
+
+def _refuse_unknown(what: str, cls: type[Method | Init], given: dict[str, Any]) -> None:
+    known = fields_of(cls)
+    if unknown := [name for name in given if name not in known]:
+        raise SpecError(
+            f"{what} {cls.name} has no field {unknown[0]!r}{did_you_mean(unknown[0], known)}; "
+            f"its fields: {', '.join(known) or 'none'}"
+        )
 
 
 def _field(name: str, value: Any) -> Any:
     """Return the value of a field: an initialisation by name or in full, a list as a tuple, anything else as it is."""
     if name == "init" and isinstance(value, str | dict):
-        given = {"name": value} if isinstance(value, str) else dict(value)
-        return init_named(given.pop("name"))(**given)
+        return _init_from_json({"name": value} if isinstance(value, str) else value)
     return tuple(value) if isinstance(value, list) else value
+
+
+def _plain(value: Any) -> Any:
+    """Return the value of a field as JSON has it: the inverse of `_field`."""
+    if isinstance(value, Method | Init):
+        return method_to_json(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _words(value: Sequence[str]) -> tuple[str, ...]:

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.adapters import Adapted, Adapter, Adapters, swap_in, swap_out
+from lorakit.core.init import init_of
 from lorakit.core.method import Method
 from lorakit.core.registry import hosts
 from lorakit.core.site import Site, Skeleton
 from lorakit.core.spec import AdapterSpec
 from lorakit.core.state import AdapterState, Base, Update, check_tensors
 from lorakit.core.targets import parameters_named, resolve
-from lorakit.errors import AdapterFileError, AttachError, did_you_mean, listing
+from lorakit.errors import AdapterFileError, AttachError, SpecError, did_you_mean, listing
 from lorakit.inject.ledger import Ledger, ledger_of, parameters_of
 from lorakit.inject.sites import sites
 
@@ -66,7 +67,7 @@ def attach(
 
     Raises:
         TargetError: a pattern matched nothing, or matched what cannot be adapted.
-        SpecError: a method or rank that does not fit a site.
+        SpecError: a method or rank that does not fit a site, an initialisation without the evidence it asks for.
         AttachError: a name in use, a layer whose forward was patched.
         AdapterFileError: a state whose tensors, paths or base do not fit this model.
     """
@@ -89,6 +90,8 @@ def attach(
     ledger.refuse_shared(name, brought)
     modules = dict(model.named_modules())
     _refuse_patched({site.path: modules[site.path] for site, _ in placed})
+    if isinstance(what, AdapterSpec):
+        _check_evidence(modules, placed, evidence or {})
     ledger.freeze(model)
     held: dict[str, nn.Parameter] = {}
     for site, method in placed:
@@ -244,6 +247,25 @@ def _refuse_patched(modules: dict[str, nn.Module]) -> None:
             "something replaced `forward` on these layers, so an adapter there would never be called; "
             f"attach before that, or undo it:\n{listing(patched)}"
         )
+
+
+def _check_evidence(
+    modules: Mapping[str, nn.Module], placed: list[tuple[Site, Method]], evidence: Mapping[str, Tensor]
+) -> None:
+    """Raise `SpecError` naming the sites whose start needs evidence that is missing or does not fit."""
+    problems: dict[str, list[str]] = {}
+    for site, method in placed:
+        init = init_of(method)
+        if init is None or init.needs is None or (weight := _weight(modules[site.path], site)).is_meta:
+            continue
+        try:
+            init.check_evidence(site, weight, evidence.get(site.key))
+        except SpecError as problem:
+            problems.setdefault(str(problem), []).append(site.key)
+    if problems:
+        lines = [f"{', '.join(at[:3])}{', ...' * (len(at) > 3)}: {what}" for what, at in problems.items()]
+        count = sum(map(len, problems.values()))
+        raise SpecError(f"{count} of {len(placed)} updates cannot start:\n{listing(lines)}")
 
 
 def _place(

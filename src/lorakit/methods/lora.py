@@ -2,6 +2,10 @@
 
 `dW = s B A` with `down (r, in)` = A and `up (out, r)` = B of arXiv 2106.09685, eq. 3, and `s = alpha / r`. The
 rank-stabilised form of arXiv 2312.03732 changes one thing, `s = alpha / sqrt(r)`, so that high ranks keep learning.
+
+Where the pair starts is a choice of its own (`inits/`). A start `B0 A0` that is not 0 is kept beside the pair and taken
+off, `dW = s (B A - B0 A0)`: a LoRA of rank 2r on the untouched base. Written as `s (B - B0) A + s B0 (A - A0)` it is 0
+to the bit at the start, and no small difference of two large products later.
 """
 
 from __future__ import annotations
@@ -10,12 +14,18 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from lorakit.core.init import Init
 from lorakit.core.method import LowRank, Start, Tensors, down_up
-from lorakit.core.site import Decl, Site
+from lorakit.core.registry import init as init_named
+from lorakit.core.site import Decl, Role, Site
 from lorakit.errors import SpecError
+
+_KAIMING = init_named("kaiming")()
+_STARTS = {"down_start": "down", "up_start": "up"}
 
 
 @dataclass(frozen=True)
@@ -25,6 +35,8 @@ class LoRA(LowRank):
     rank: int = 16
     alpha: float = 32.0
     stabilised: bool = False
+    init_: Init = _KAIMING
+    """Where the pair starts; `init` in recipes and files, where no method of that name is in the way."""
 
     name: ClassVar[str] = "lora"
     paper: ClassVar[str] = "arXiv 2106.09685 (LoRA), 2312.03732 (rsLoRA)"
@@ -37,25 +49,43 @@ class LoRA(LowRank):
             raise SpecError(f"rank must be a whole number of at least 1, not {self.rank!r}; exclude a layer to skip it")
         if not (isinstance(self.alpha, int | float) and math.isfinite(self.alpha) and self.alpha > 0):
             raise SpecError(f"alpha must be a positive number, not {self.alpha!r}; the usual choice is 2 * rank")
+        if not isinstance(self.init_, Init):
+            raise SpecError(f"init must be an initialisation such as Kaiming() or Pissa(), not {self.init_!r}")
 
     @property
     def scale(self) -> float:
         """Return s."""
         return self.alpha / (math.sqrt(self.rank) if self.stabilised else self.rank)
 
+    def check(self, site: Site) -> None:
+        """Raise `SpecError` for a rank the weight cannot have, or one that cannot start as `init` says."""
+        super().check(site)
+        self.init_.check(self.rank, site)
+
     def tensors(self, site: Site) -> dict[str, Decl]:
-        """Declare r (in + out) parameters."""
-        return down_up(self.rank, site)
+        """Declare r (in + out) parameters, and as many frozen values where the start is kept."""
+        pair = down_up(self.rank, site)
+        kept = {name: Decl(pair[own].shape, Role.BANK, trainable=False) for name, own in _STARTS.items()}
+        return pair | kept if self.init_.keeps_start else pair
 
     def init(self, p: Tensors, start: Start) -> None:
-        """Start at dW = 0: A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0; an embedding the other way round, B ~ N(0, 1)."""
-        if start.site.kind == "embedding":
-            nn.init.zeros_(p["down"])
-            nn.init.normal_(p["up"], generator=start.rng)
-        else:
-            nn.init.kaiming_uniform_(p["down"].flatten(1), a=math.sqrt(5), generator=start.rng)
-            nn.init.zeros_(p["up"])
+        """Start as `init` says, and keep a copy of a start that will be taken off."""
+        self.init_.fill(p["down"], p["up"], self.scale, start)
+        if self.init_.keeps_start:
+            for name, own in _STARTS.items():
+                p[name].copy_(p[own])
 
     def factors(self, p: Tensors) -> tuple[Float[Tensor, "r in *kernel"], Float[Tensor, "out rg"]]:
-        """Return `(A, s B)`."""
-        return p["down"], self.scale * p["up"]
+        """Return `(A, s B)`, or the same of rank 2r where the start is taken off."""
+        down, up = self._pair(p)
+        return down, self.scale * up
+
+    def _pair(self, p: Tensors) -> tuple[Tensor, Tensor]:
+        """Return `(A, B)`, or `([A; A - A0], [B - B0, B0])`, whose product is `B A - B0 A0`."""
+        down, up = p["down"], p["up"]
+        if not self.init_.keeps_start:
+            return down, up
+        groups = down.shape[0] // up.shape[1]
+        by_group = [t.reshape(groups, -1, *down.shape[1:]) for t in (down, down - p["down_start"])]
+        stacked = torch.cat(by_group, dim=1).flatten(0, 1)  # each group's rows stay together
+        return stacked, torch.cat([up - p["up_start"], p["up_start"]], dim=1)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 
-from lorakit.core.spec import Override
+from lorakit.core.init import Init
+from lorakit.core.method import Method
+from lorakit.core.spec import Override, fields_of
 from lorakit.core.state import AdapterState
 
 _MARK = "<!-- written by lorakit; a README.md without this line is left as it is -->"
@@ -14,7 +15,7 @@ _MARK = "<!-- written by lorakit; a README.md without this line is left as it is
 def card(state: AdapterState) -> str:
     """Return the model card of an adapter as Markdown with the front matter model hubs read."""
     base, spec = state.base.name, state.spec
-    method = spec.method and ", ".join(f"{f.name} {getattr(spec.method, f.name)}" for f in fields(spec.method))
+    method = spec.method and ", ".join(_fields(spec.method))
     whole = sum(t.numel() for t in state.trained.values())
     own = state.parameters - whole
     rows = [
@@ -61,6 +62,13 @@ def is_ours(readme: Path) -> bool:
         return _MARK in readme.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return not readme.exists()
+
+
+def _fields(method: Method) -> list[str]:
+    """Return each field with its value; an initialisation by its name, and only where it is not the usual one."""
+    values = {name: (getattr(method, f.name), f.default) for name, f in fields_of(method).items()}
+    shown = {k: v for k, (v, usual) in values.items() if not (isinstance(v, Init) and v == usual)}
+    return [f"{name} {value.name if isinstance(value, Init) else value}" for name, value in shown.items()]
 
 
 def _override(override: Override) -> str:

@@ -35,6 +35,13 @@ def summed_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return loss, trained.sum()
 
 
+def mean_of_batch(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """Return the loss of one batch per trained token (or row)."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    loss, trained = summed_loss(model(**inputs).logits, batch["labels"])
+    return loss / trained
+
+
 def trained_labels(labels: Tensor) -> Tensor:
     """Return how many labels `summed_loss` will sum over."""
     return ((labels[:, 1:] if labels.dim() == 2 else labels) != IGNORE).sum()

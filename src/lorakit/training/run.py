@@ -25,12 +25,16 @@ from lorakit.training import folder
 from lorakit.training.folder import SUMMARY
 
 if TYPE_CHECKING:
+    from lorakit.inject.attach import Handle
     from lorakit.training.events import EventLog, Listen
     from lorakit.training.recipe import Recipe
     from lorakit.training.stage import Stage
     from lorakit.training.trainer import AdapterTrainer
 
 SUMMARY = "run.json"
+
+EVIDENCE_BATCHES = 8
+"""Training batches an initialisation such as EVA or LoRA-GA measures; at 16 rows each, LoRA-GA's 128 examples."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,6 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
     from transformers import set_seed
 
     from lorakit.data.preview import example
-    from lorakit.inject.attach import attach
     from lorakit.training.checkpoints import Memory, checkpoints, fingerprint, refuse_changes
     from lorakit.training.flow import Interrupt
     from lorakit.training.progress import Progress
@@ -154,7 +157,7 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
     if saved is None:
         log.append("example", runs=[list(run) for run in example(stage.train, stage.tokenizer)])
     patterns = target_counts(stage)
-    handle = attach(stage.model, stage.spec)
+    handle = _attached(recipe, stage, saved)
     trainable = sum(p.numel() for p in handle.parameters())
     base = sum(p.numel() for p in stage.model.parameters()) - trainable
     log.append("targets", patterns=patterns, trainable_parameters=trainable, base_parameters=base,
@@ -172,6 +175,30 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
     run = _finish(recipe, stage, trainer, output, trainable)
     log.append("end", run.steps, **run.to_json())
     return run
+
+
+def _attached(recipe: Recipe, stage: Stage, saved: Path | None) -> Handle:
+    """Attach the adapter; an initialisation that asks for evidence gets it from the first batches of the training.
+
+    They are the rows the seed puts first, read in evaluation mode, so no random number is drawn and the same recipe
+    starts the same. A checkpoint holds what it led to, so a resumed run measures nothing.
+    """
+    from itertools import islice
+
+    from lorakit.inject.attach import attach
+    from lorakit.inject.evidence import gather, needs
+    from lorakit.persist.native import load_native
+    from lorakit.training.loss import batches, mean_of_batch
+    from lorakit.training.trainer import Shuffled
+
+    if not needs(stage.spec):
+        return attach(stage.model, stage.spec)
+    if saved is not None:
+        return attach(stage.model, load_native(saved))
+    order = Shuffled(len(stage.train.dataset), recipe.train.seed)
+    first = stage.train.dataset.select(list(islice(order, EVIDENCE_BATCHES * stage.batch_rows)))
+    few = batches(first, stage.batch_rows, stage.tokenizer.pad_token_id, stage.model.device)
+    return attach(stage.model, stage.spec, evidence=gather(stage.model, stage.spec, few, loss=mean_of_batch))
 
 
 def _trainer(
