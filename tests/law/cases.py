@@ -25,8 +25,11 @@ from lorakit.inits.pissa import Pissa
 from lorakit.methods import dora
 from lorakit.methods.dora import DoRA
 from lorakit.methods.ia3 import IA3
+from lorakit.methods.krona import KronA
 from lorakit.methods.loha import LoHa
+from lorakit.methods.lokr import LoKr
 from lorakit.methods.lora import LoRA
+from lorakit.methods.mixture import Mixture
 
 
 class Net(nn.Module):
@@ -86,7 +89,13 @@ METHODS: dict[str, Method] = {
     "dora of ia3": DoRA(IA3("input")),
     "ia3": IA3(),
     "ia3, input": IA3("input"),
+    "krona": KronA(a1=2, a2=3),
     "loha": LoHa(rank=4, alpha=8.0),
+    "lokr": LoKr(rank=1, alpha=2.0),
+    "lokr, both factored": LoKr(rank=1, alpha=2.0, factor=4, decompose_both=True),
+    "lokr, whole": LoKr(rank=4, alpha=8.0, zero="w2"),
+    "mixture": Mixture(experts=3, rank=2, alpha=4.0, balance=0.1),
+    "mixture, top 2": Mixture(experts=3, rank=2, alpha=4.0, top=2),
 }
 
 PAIRS = [(kind, name) for kind in KINDS for name, method in METHODS.items() if kind.split(",")[0] in method.kinds]

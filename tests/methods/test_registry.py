@@ -15,8 +15,9 @@ SITES = {"linear": Site("layer", 8, 12), "module": Site("layer", 12, 12, kind="m
 
 
 def expected(method: Method, site: Site) -> int:
-    """Evaluate the count of a method, and of the method it wraps, at a site."""
+    """Evaluate the count of a method, and of the method it wraps, at a site; `letters` are sizes it works out there."""
     fields: dict[str, Any] = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    fields |= method.letters(site) if hasattr(method, "letters") else {}
     if isinstance(inner := fields.get("inner"), Method):
         fields["inner"] = expected(inner, site)
     return int(eval(method.count, {"m": site.out, "n": site.in_, **fields}))

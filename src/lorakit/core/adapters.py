@@ -82,7 +82,7 @@ class Adapter(nn.Module):
         p = {name: t.to(y.dtype) for name, t in kept.items()}
         call = Call(self.host, module, x, y, self.site.rows, kept=kept)
         branch = self.method.branch(p, call)
-        if call.notes:
+        if call.notes and not torch.compiler.is_exporting():  # an exported program's values are no numbers to keep
             self.notes = call.notes
         return branch if self.site.rows is None else _place(branch, self.host.op.axis, self.site.rows, y)
 

@@ -1,17 +1,19 @@
 """The way from a name to a method and from a module to its host; higher rooms reach both through here.
 
 The folders are the registry: a file with one final `Method` in `methods/` or `context/`, or with one final `Init` in
-`inits/`, is all a new one needs.
+`inits/`, is all a new one needs. A method that lives elsewhere enters by `register`, or, for every process, by an entry
+point of its package in the group `lorakit.methods`.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import inspect
 import pkgutil
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -20,11 +22,42 @@ from lorakit.core.init import Init
 from lorakit.core.method import Method
 from lorakit.errors import SpecError, did_you_mean
 
+GROUP = "lorakit.methods"
+"""The entry points of installed packages that name a method each."""
+_WORDS = ("name", "paper", "formula", "count")
 
-@cache
+M = TypeVar("M", bound=Method)
+_registered: dict[str, type[Method]] = {}
+
+
 def methods() -> dict[str, type[Method]]:
-    """Return every method by name, in alphabetical order."""
-    return dict(sorted([*_found("lorakit.methods", Method), *_found("lorakit.context", Method)]))
+    """Return every method by name, in alphabetical order: lorakit's own, installed ones and registered ones."""
+    _load_installed()
+    return dict(sorted({**_own(), **_registered}.items()))
+
+
+def register(cls: type[M]) -> type[M]:
+    """Make a method of your own known by its name, to recipes and adapter files in this process; returns it.
+
+    Usable as a decorator, above `@dataclass(frozen=True)`. The same class may come again, as it does in a notebook, or
+    from a file that is run as a script and imported as well.
+
+    Raises:
+        SpecError: no final method, one that does not say what it is, or a name another method has.
+    """
+    if not (inspect.isclass(cls) and issubclass(cls, Method)) or inspect.isabstract(cls):
+        raise SpecError(f"{cls!r} is no method that could be used; write what its rung leaves open")
+    if "__dataclass_fields__" not in vars(cls):
+        raise SpecError(f"{cls.__name__} is no dataclass; write @dataclass(frozen=True) between it and @register")
+    if unsaid := [word for word in _WORDS if not isinstance(getattr(cls, word, None), str)]:
+        raise SpecError(f"{cls.__name__} does not say its {', '.join(unsaid)}; add each as a ClassVar[str]")
+    other = {**_own(), **_registered}.get(cls.name, cls)
+    if other.__qualname__ != cls.__qualname__ or len({other.__module__, cls.__module__} - {"__main__"}) > 1:
+        raise SpecError(
+            f"{cls.__name__} cannot be called {cls.name!r}: {other.__module__}.{other.__qualname__} is; rename it"
+        )
+    _registered[cls.name] = cls
+    return cls
 
 
 @cache
@@ -35,7 +68,7 @@ def inits() -> dict[str, type[Init]]:
 
 def method(name: str) -> type[Method]:
     """Return the method called `name`, or raise `SpecError` with the nearest names."""
-    found: type[Method] = _named("method", name, methods())
+    found: type[Method] = _own()[name] if name in _own() else _named("method", name, methods())
     return found
 
 
@@ -43,6 +76,25 @@ def init(name: str) -> type[Init]:
     """Return the initialisation called `name`, or raise `SpecError` with the nearest names."""
     found: type[Init] = _named("initialisation", name, inits())
     return found
+
+
+@cache
+def _own() -> dict[str, type[Method]]:
+    return dict([*_found("lorakit.methods", Method), *_found("lorakit.context", Method)])
+
+
+@cache
+def _load_installed() -> None:
+    """Register the methods of installed packages; a package that cannot be imported is named."""
+    for point in importlib.metadata.entry_points(group=GROUP):
+        try:
+            register(point.load())
+        except Exception as error:
+            package = point.dist.name if point.dist else "its package"
+            raise SpecError(
+                f"the method {point.name!r} of {package} ({point.value}) cannot be used: {error}; "
+                f"mend {package} or uninstall it"
+            ) from error
 
 
 def _named(what: str, name: str, known: Mapping[str, Any]) -> Any:

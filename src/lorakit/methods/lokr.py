@@ -1,0 +1,96 @@
+"""LoKr: an update that is a Kronecker product, its larger factor of low rank.
+
+`dW = s (W1 kron W2)` with `W1 (a, c)`, `W2 (b, e)`, `m = a b`, `n = c e` (LyCORIS, arXiv 2309.14859, after FedPara,
+2108.06098). Where `r < max(b, e) / 2`, `W2 = W2a W2b`; with `decompose_both`, `W1 = W1a W1b` where `r < max(a, c) / 2`.
+
+Two things are done otherwise than in PEFT 0.21. Where both factors are whole, `s = 1` as in LyCORIS: no factor has rank
+r there, so PEFT's `alpha / r` would scale the update by a number that means nothing. And a one-dimensional convolution
+with a whole W2 gets the Kronecker product of its channels, where PEFT's mixes channels and positions up.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from lorakit.core.method import Call, Start, Static, Tensors
+from lorakit.core.site import Decl, Role, Site
+from lorakit.errors import SpecError
+from lorakit.methods.kronecker import factorization, kron_branch, kron_like
+
+
+@dataclass(frozen=True)
+class LoKr(Static):
+    """Add `s (W1 kron W2)`, W2 a product of rank r where that is smaller.
+
+    `factor` is the first of the two numbers each width is cut into; None cuts as near the root as the width allows.
+    `zero` is the factor that starts at 0: w1 as in PEFT, w2 as in LyCORIS.
+    """
+
+    rank: int = 8
+    alpha: float = 8.0
+    factor: int | None = None
+    decompose_both: bool = False
+    zero: Literal["w1", "w2"] = "w1"
+
+    name: ClassVar[str] = "lokr"
+    paper: ClassVar[str] = "arXiv 2309.14859 (LyCORIS), 2108.06098 (FedPara)"
+    formula: ClassVar[str] = "dW = s (W1 kron W2), W2 = W2a W2b, s = alpha / rank (1 where W1 and W2 are whole)"
+    count: ClassVar[str] = (
+        "(rank * (a + c) if decompose_both and rank < max(a, c) / 2 else a * c)"
+        " + (rank * (b + e) if rank < max(b, e) / 2 else b * e)"
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise SpecError(f"rank must be a whole number of at least 1, not {self.rank!r}; exclude a layer to skip it")
+        if not (isinstance(self.alpha, int | float) and math.isfinite(self.alpha) and self.alpha > 0):
+            raise SpecError(f"alpha must be a positive number, not {self.alpha!r}; alpha = rank makes the scale 1")
+        whole = isinstance(self.factor, int) and not isinstance(self.factor, bool) and self.factor >= 1
+        if not (self.factor is None or whole):
+            raise SpecError(f"factor must be a whole number of at least 1, or left out, not {self.factor!r}")
+        if self.zero not in ("w1", "w2"):
+            raise SpecError(f"zero must be w1 (as in PEFT) or w2 (as in LyCORIS), not {self.zero!r}")
+
+    def letters(self, site: Site) -> dict[str, int]:
+        """Return a, b, c, e: `m = a b` and `n = c e`."""
+        (a, b), (c, e) = factorization(site.out, self.factor), factorization(site.in_, self.factor)
+        return {"a": a, "b": b, "c": c, "e": e}
+
+    def tensors(self, site: Site) -> dict[str, Decl]:
+        """Declare each factor whole, or as its pair; UP is what starts at 0, as in LoRA."""
+        (a, b, c, e), r = self.letters(site).values(), self.rank
+        first, second = (Role.UP, Role.DOWN) if self.zero == "w1" else (Role.DOWN, Role.UP)
+        if self.decompose_both and r < max(a, c) / 2:
+            w1 = {"w1_a": Decl((a, r), first), "w1_b": Decl((r, c), Role.DOWN)}
+        else:
+            w1 = {"w1": Decl((a, c), first)}
+        if r < max(b, e) / 2:
+            kernel = site.fan_in // site.in_
+            return {**w1, "w2_a": Decl((b, r), Role.DOWN), "w2_b": Decl((r, e * kernel), second)}
+        return {**w1, "w2": Decl((b, e, *site.kernel), second)}
+
+    def init(self, p: Tensors, start: Start) -> None:
+        """Start at dW = 0: w1 (or its first factor) or w2 (or its second) is 0, the rest U(-1/sqrt(in), 1/sqrt(in))."""
+        for name in p:
+            if name in (("w1", "w1_a") if self.zero == "w1" else ("w2", "w2_b")):
+                nn.init.zeros_(p[name])
+            else:
+                nn.init.kaiming_uniform_(p[name], a=math.sqrt(5), generator=start.rng)
+
+    def delta(self, p: Tensors, weight: Tensor) -> Tensor:
+        """Return `s (W1 kron W2)`."""
+        return kron_like(weight, *self._factors(p))
+
+    def branch(self, p: Tensors, call: Call) -> Tensor:
+        """Return `s vec(W1 X W2^T)`; dW is formed for convolutions and embeddings alone."""
+        return kron_branch(call, *self._factors(p))
+
+    def _factors(self, p: Tensors) -> tuple[Tensor, ...]:
+        """Return `s W1` and the one or two factors of W2."""
+        whole = "w1" in p and "w2" in p
+        w1 = p["w1"] if "w1" in p else p["w1_a"] @ p["w1_b"]
+        return w1 if whole else self.alpha / self.rank * w1, *([p["w2"]] if "w2" in p else [p["w2_a"], p["w2_b"]])
