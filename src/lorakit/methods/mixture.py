@@ -51,8 +51,11 @@ class Mixture(Method):
                 raise SpecError(f"{name} must be a whole number of at least 1, not {number!r}")
         if not (isinstance(self.alpha, int | float) and math.isfinite(self.alpha) and self.alpha > 0):
             raise SpecError(f"alpha must be a positive number, not {self.alpha!r}; the usual choice is 2 * rank")
-        if self.top is not None and self.top not in range(1, self.experts + 1):
-            raise SpecError(f"top must be 1 to {self.experts}, the number of experts, or left out, not {self.top!r}")
+        if self.top is not None and self.top not in range(2, self.experts + 1):
+            raise SpecError(
+                f"top must be 2 to {self.experts}, the number of experts, or left out, not {self.top!r}; "
+                "a single choice has weight 1 whatever the router says, so the loss could not teach it"
+            )
         if not (isinstance(self.balance, int | float) and 0 <= self.balance < math.inf):
             raise SpecError(f"balance must be a number of at least 0, not {self.balance!r}; MixLoRA's is 0.01")
         if self.balance and self.experts == 1:
@@ -61,9 +64,8 @@ class Mixture(Method):
     def check(self, site: Site) -> None:
         """Raise `SpecError` for a layer that is not linear, or a rank it cannot have."""
         super().check(site)
-        if self.rank > site.max_rank:
-            most = f"min(out, in) = {site.max_rank}"
-            raise SpecError(f"rank {self.rank} exceeds {most}; lower the rank or exclude this path")
+        if self.rank > (most := site.max_rank):
+            raise SpecError(f"rank {self.rank} exceeds min(out, in) = {most}; lower the rank or exclude this path")
 
     def tensors(self, site: Site) -> dict[str, Decl]:
         """Declare the experts' A and B, stacked along the rank, and the router W_g."""
@@ -75,8 +77,8 @@ class Mixture(Method):
 
     def init(self, p: Tensors, start: Start) -> None:
         """Start every expert at 0 as LoRA does: A and W_g ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0."""
-        nn.init.kaiming_uniform_(p["down"], a=math.sqrt(5), generator=start.rng)
-        nn.init.kaiming_uniform_(p["router"], a=math.sqrt(5), generator=start.rng)
+        for name in ("down", "router"):
+            nn.init.kaiming_uniform_(p[name], a=math.sqrt(5), generator=start.rng)
         nn.init.zeros_(p["up"])
 
     def branch(self, p: Tensors, call: Call) -> Tensor:
@@ -92,10 +94,8 @@ class Mixture(Method):
         gated = hidden.reshape(*gates.shape, self.rank) * gates.to(hidden.dtype).unsqueeze(-1)
         return call.mix(gated.flatten(-2), self.alpha / self.rank * p["up"])
 
-    def route(
-        self, likely: Float[Tensor, "*tokens e"]
-    ) -> tuple[Float[Tensor, "*tokens e"], Float[Tensor, "*tokens e"]]:
-        """Return g, and the share each expert has in a token's choice: g itself, or 1 / top for those chosen."""
+    def route(self, likely: Float[Tensor, "*tokens e"]) -> tuple[Tensor, Tensor]:
+        """Return g `(*tokens, e)`, and each expert's share of a token's choice: g too, or 1 / top for those chosen."""
         if self.top is None:
             return likely, likely.detach()
         highest, which = likely.topk(self.top, dim=-1)
@@ -117,7 +117,7 @@ class Mixture(Method):
         likely = notes["likelihood"]
         if torch.is_grad_enabled() and p["router"].requires_grad and not likely.requires_grad:
             raise AliveError(
-                "the last forward kept no gradient for the mixture's router, so its balance would not be trained; "
+                "the last forward kept no gradient for the mixture's router, so balance would not act on it; "
                 "with gradient checkpointing use use_reentrant=False"
             )
         even = self.experts * (notes["share"] * likely).sum() if self.top else self.experts**2 * likely.var()
