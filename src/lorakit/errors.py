@@ -22,6 +22,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+_LONGEST = 60  # characters of a value that is shown
+
 
 class LorakitError(Exception):
     """Root of the errors a user can cause and repair."""
@@ -76,6 +78,29 @@ def did_you_mean(word: str, known: Iterable[str], limit: int = 3) -> str:
 def looked_in(path: Path) -> str:
     """Return `; looked for /where/it/would/be` for a relative path: it counts from the current directory."""
     return "" if path.is_absolute() else f"; looked for {Path.cwd() / path}"
+
+
+def shown(value: object) -> str:
+    """Return a value as an error shows it: in one line of readable length."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**_LONGEST:
+        return f"an integer of about {int(value.bit_length() * 0.30103):,} digits"
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]} ..."
+
+
+def grouped(problems: Sequence[str], fewest: int = 4) -> list[str]:
+    """Join problems `place: what` that are the same at `fewest` places or more into one, `what: place, place ...`."""
+    places: dict[str, list[str]] = {}
+    for problem in problems:
+        place, _, what = problem.partition(": ")
+        places.setdefault(what or problem, []).append(place)
+    joined = []
+    for what, found in places.items():
+        if len(found) < fewest:
+            joined += [place if place == what else f"{place}: {what}" for place in found]
+        else:
+            joined.append(f"{what}: {', '.join(found[:2])} and {len(found) - 2} more")
+    return joined
 
 
 def listing(lines: Sequence[str], limit: int = 12) -> str:

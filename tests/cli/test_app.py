@@ -25,6 +25,10 @@ def test_help_lists_the_verbs_in_the_order_of_use() -> None:
     assert [line.split()[0] for line in result.stdout.split("Commands:\n")[1].splitlines()] == list(VERBS)
 
 
+def test_no_verb_s_line_in_the_help_is_cut_off() -> None:
+    assert "..." not in invoke("--help").stdout.partition("Commands:")[2]
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself_and_answers_json(verb: str) -> None:
     result = invoke(verb, "--help")

@@ -77,3 +77,11 @@ def test_alpha_and_enabled_are_refused_where_the_adapter_stores_them(run: Path, 
             "loralib's files\n"
         )
     assert not (tmp_path / "new").exists()
+
+
+def test_a_base_is_no_adapter(base: Path, tmp_path: Path) -> None:
+    for source in (base, "lorakit/tales"):
+        result = invoke("convert", source, "--to", "native", "--output", tmp_path / "new")
+        assert (result.exit_code, result.stderr) == (
+            2, f"error: {source} is a base without an adapter; give the folder of a run or an adapter\n",
+        )  # fmt: skip

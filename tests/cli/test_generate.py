@@ -80,3 +80,52 @@ def test_a_prompt_too_long_for_the_model_says_by_how_much(base: Path) -> None:
     result = invoke("generate", base, "--prompt", "abc " * 60)
     assert result.exit_code == 2
     assert "exceed the model's 128 positions" in result.stderr
+
+
+def test_a_prompt_that_cannot_be_read_is_named_with_its_file_and_line(run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a ="}\n\n{"promt": "b"}\n{"prompt": null}\n')
+    result = invoke("generate", run, "--prompts", file)
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "error: prompts that cannot be read as prompt+completion:\n"
+        f"  - {file} line 3: field 'prompt' is missing or null, expected a string; found 'prompt', 'promt'\n"
+        f"  - {file} line 4: field 'prompt' is missing or null, expected a string; found 'prompt', 'promt'\n"
+    )
+    file.write_text('{"prompt": 5}\n')
+    assert (
+        f"{file} line 1: field 'prompt' is a number, expected a string"
+        in invoke("generate", run, "--prompts", file).stderr
+    )
+
+
+def test_an_empty_prompt_is_counted_from_one(run: Path) -> None:
+    result = invoke("generate", run, "--prompt", "a =", "--prompt", "")
+    assert (result.exit_code, result.stderr) == (
+        2, "error: prompt 2 is empty, and a model needs something to go on from; write at least one word\n",
+    )  # fmt: skip
+
+
+def test_a_format_that_contradicts_the_adapter_is_refused(run: Path) -> None:
+    result = invoke("generate", run, "--prompt", "a", "--format", "messages")
+    assert (result.exit_code, result.stderr) == (
+        2, f"error: {run} was trained on rows of the format prompt+completion, not messages; leave --format out\n",
+    )  # fmt: skip
+    assert (
+        invoke("generate", run, "--prompt", "a", "--format", "prompt+completion", "--max-new-tokens", 1).exit_code == 0
+    )
+
+
+def test_the_help_names_every_format_that_can_be_answered() -> None:
+    from lorakit.data import FORMATS
+
+    said = " ".join(invoke("generate", "--help").stdout.split())
+    assert all(name in said for name in FORMATS.keys() - {"classification"})
+
+
+def test_a_file_of_an_adapter_sends_to_its_folder(run: Path) -> None:
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        result = invoke("generate", run / "adapter" / name, "--prompt", "a")
+        assert (result.exit_code, result.stderr) == (
+            2, f"error: {run / 'adapter' / name} is one file of an adapter; give its folder, {run / 'adapter'}\n",
+        )  # fmt: skip

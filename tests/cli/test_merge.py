@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -42,6 +43,13 @@ def test_a_narrow_dtype_is_written_with_its_rounding_said(run: Path, tmp_path: P
     assert said["dtype"] == kept
     assert 0 < said["max_abs_diff"] <= TOLERANCES[kept] * said["largest_logit"]
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == kept
+
+
+def test_a_16_bit_merge_says_that_its_difference_is_rounding_and_what_is_closer(run: Path, tmp_path: Path) -> None:
+    said = invoke("merge", run, "--output", tmp_path / "narrow", "--dtype", "bf16").stdout
+    assert re.search(r"^that is within the rounding of bf16 \(up to [\d.e-]+ for logits up to [\d.]+\); "
+                     r"--dtype fp32 is closer, and twice the size$", said, re.MULTILINE), said  # fmt: skip
+    assert "rounding" not in invoke("merge", run, "--output", tmp_path / "wide").stdout
 
 
 def test_a_merge_that_changes_the_answers_writes_nothing(

@@ -112,3 +112,54 @@ def test_ctrl_c_saves_and_says_how_to_go_on(base: Path, tmp_path: Path) -> None:
     assert "Traceback" not in err
     stopped = next(event for event in read_events(events) if event["event"] == "interrupted")
     assert Path(stopped["path"]).is_dir()
+
+
+def test_resuming_a_finished_run_says_that_nothing_was_done(run: Path) -> None:
+    result = invoke("train", run.parent / "recipe.yaml", "--resume")
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"{run} is already finished; nothing done\n6 steps in ")
+
+
+def test_one_step_is_not_called_steps(base: Path, tmp_path: Path) -> None:
+    result = invoke("train", write_recipe(tmp_path, base, steps=1))
+    assert result.stdout.startswith("1 step in ")
+    assert "1 step of 8 rows" in result.stderr
+
+
+def test_an_adapter_that_does_not_fit_the_base_is_told_with_the_recipe(base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, base)
+    result = invoke("train", recipe, "--set", "adapter.targets=[q_prj]")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-2].startswith(f"error: {recipe}: adapter: 1 target pattern(s) cannot be used")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_beyond_every_layer_is_one_line_a_size(base: Path, tmp_path: Path) -> None:
+    result = invoke("train", write_recipe(tmp_path, base), "--set", "adapter.rank=100000")
+    assert result.exit_code == 2
+    told = [line for line in result.stderr.splitlines() if "exceeds" in line]
+    assert told == [
+        "  - rank 100000 exceeds min(out, in) = 32; lower the rank or exclude this path: "
+        "model.layers.0.self_attn.q_proj, model.layers.0.self_attn.o_proj and 8 more",
+        "  - rank 100000 exceeds min(out, in) = 16; lower the rank or exclude this path: "
+        "model.layers.0.self_attn.k_proj, model.layers.0.self_attn.v_proj and 2 more",
+    ]
+
+
+def test_a_run_s_own_recipe_resumed_from_elsewhere_says_where_to_go(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_recipe(tmp_path, base, steps=1)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert invoke("train", "recipe.yaml", "--output", "runs/mine").exit_code == 0
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    result = invoke("train", "../runs/mine/recipe.yaml", "--resume")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "error: ../runs/mine/recipe.yaml lies in a run's folder, and its output runs/mine would be "
+        f"{tmp_path}/elsewhere/runs/mine here. Paths in a recipe count from the current directory: run it in "
+        f"{tmp_path}, or give --output {tmp_path}/runs/mine\n"
+    )
+    again = invoke("train", "../runs/mine/recipe.yaml", "--resume", "--output", "../runs/mine")
+    assert again.exit_code == 0, again.stderr

@@ -239,3 +239,16 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("pyarrow.parquet.read_table", refused)
     with pytest.raises(DataError, match=rf"^{path}: cannot be read: Permission denied$"):
         read_rows(str(path))
+
+
+def test_what_is_neither_a_file_nor_a_folder_is_said_so() -> None:
+    with pytest.raises(DataError, match="^/dev/null is not a regular file; give a file of rows"):
+        read_rows("/dev/null")
+
+
+def test_a_relative_file_that_is_not_there_says_where_it_was_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=rf"^train\.jsonl: no such file or folder; looked for {tmp_path}/train\.jsonl$"):
+        read_rows("train.jsonl")

@@ -310,3 +310,25 @@ def test_a_missing_weights_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors is missing"):
         load(tmp_path)
+
+
+def test_a_huge_rank_in_the_configuration_is_one_line(tmp_path: Path) -> None:
+    update = adapter().updates[0]
+    many = [replace(update, site=replace(update.site, path=f"h.{i}.q")) for i in range(20)]
+    save(AdapterState(AdapterSpec(LoRA(4, 8.0), Targets("q")), tuple(many)), tmp_path)
+    (tmp_path / "lorakit.json").unlink()
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "r": 100_000}))
+    with pytest.raises(AdapterFileError) as caught:
+        load(tmp_path)
+    assert len(str(caught.value).splitlines()) <= 3, str(caught.value)
+    for value, said in ((10**400, "an integer of about 400 digits"), ("x", "'x'")):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "r": value}))
+        with pytest.raises(AdapterFileError, match=f"r must be a whole number, not {said}$"):
+            load(tmp_path)
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": value}))
+        with pytest.raises(AdapterFileError, match=f"lora_alpha must be a number, not {said}$"):
+            load(tmp_path)
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "lora_dropout": value}))
+        with pytest.raises(AdapterFileError, match=f"lora_dropout must be a number, not {said}$"):
+            load(tmp_path)

@@ -46,7 +46,7 @@ def test_an_unknown_name_is_refused_in_both_readings_with_the_near_ones(
     with pytest.raises(LorakitError, match=r"did you mean '.*llama'"):
         load_base(str(base.with_name("lama")))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(LorakitError, match="holds no model that can be loaded"):
+    with pytest.raises(LorakitError, match="is no model: it has no config.json, it is empty"):
         load_base(str(tmp_path / "empty"))
 
 
@@ -103,3 +103,29 @@ def test_a_classifier_of_other_labels_is_refused(encoder: Path, tmp_path: Path) 
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(LorakitError, match="holds no model that can be loaded"):
         load_base(str(tmp_path), task="classification", labels=("a", "b"))
+
+
+def test_a_name_that_is_plainly_local_and_no_model_says_why(base: Path, tmp_path: Path) -> None:
+    rows, empty, data, adapter = (tmp_path / name for name in ("train.jsonl", "empty", "data", "adapter"))
+    rows.write_text("{}\n")
+    for folder, file in ((empty, None), (data, "a.jsonl"), (adapter, "adapter_config.json")):
+        folder.mkdir()
+        if file:
+            (folder / file).write_text("{}")
+    for name, said in {
+        rows: f"{rows} is a file; a base is a directory in the Hugging Face layout, or the name of one",
+        empty: f"the directory {empty} is no model: it has no config.json, it is empty",
+        data: f"the directory {data} is no model: it has no config.json, it holds a.jsonl",
+        adapter: f"the directory {adapter} is no model: it has no config.json, it holds adapter_config.json; it is an "
+        "adapter, which `lorakit generate` and `evaluate` take as it is",
+        tmp_path / "dota": f"there is no directory {tmp_path / 'dota'}; did you mean 'data'?",
+    }.items():
+        with pytest.raises(LorakitError) as error:
+            load_base(str(name))
+        assert str(error.value) == said
+
+
+def test_a_relative_place_says_where_it_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LorakitError, match=f"there is no directory none; looked for {tmp_path}/none$"):
+        load_base("./none")

@@ -217,12 +217,45 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(
         real(*args, **kwargs)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(AdapterFileError, match=r"checkpoint-3: could not save.*earlier checkpoints are intact"):
+    with pytest.raises(
+        AdapterFileError,
+        match=r"checkpoint-3: could not save: No space left on device; earlier checkpoints are intact$",
+    ):
         train(recipe)
     monkeypatch.undo()
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-2"]
     assert read_events(tmp_path / "run" / "events.jsonl")[-1]["event"] == "error"
     assert_same_run(train(recipe, resume=True), tmp_path, whole)
+
+
+def test_a_full_disk_at_the_first_checkpoint_promises_no_earlier_one(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 22")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(AdapterFileError, match=r"checkpoint-2: could not save: No space left on device$"):
+        train(demanding(base, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter.lorakit.safetensors", "optimizer.pt", "trainer_state.json", "checkpoint.json"]
+)
+def test_a_checkpoint_that_is_cut_off_says_what_to_delete(base: Path, tmp_path: Path, name: str) -> None:
+    recipe = demanding(base, tmp_path)
+    with pytest.raises(Stopped):
+        train(recipe, listen=stop_at(5))
+    older, newest = checkpoints(tmp_path / "run")
+    file = newest / name
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(RecipeError) as refused:
+        train(recipe, resume=True)
+    assert str(file) in str(refused.value)
+    assert str(refused.value).endswith(f"; delete {newest} to go on from {older.name}")
+    shutil.rmtree(older)
+    with pytest.raises(RecipeError, match=f"delete {newest} to start from the beginning$"):
+        train(recipe, resume=True)
 
 
 def test_a_checkpoint_holds_the_adapter_alone_and_its_recipe(base: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from lorakit.cli.screen import screen, size
+from lorakit.cli.sources import is_base
 from lorakit.errors import AdapterFileError, RecipeError
 
 
@@ -28,6 +29,8 @@ def convert(
 
         inside = Path(source) / "adapter"
         place = inside if (Path(source) / "recipe.yaml").is_file() and inside.is_dir() else Path(source)
+        if is_base(place):
+            raise AdapterFileError(f"{source} is a base without an adapter; give the folder of a run or an adapter")
         _refuse_to_overwrite(Path(output))
         state = load(place, alpha=alpha, enabled=_switches(enabled))
         save(state, output, to)

@@ -22,7 +22,9 @@ def evaluate(
     compare: Annotated[bool, typer.Option("--compare/--no-compare", help="Score the bare base as well.")] = True,
     bleu: Annotated[bool, typer.Option("--bleu", help="Also generate answers and compare them (sacrebleu).")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 16,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Rows scored at once; more is faster and takes more memory.")
+    ] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of each answer generated for BLEU.")] = 128,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

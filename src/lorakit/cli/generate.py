@@ -13,6 +13,11 @@ from lorakit.errors import DataError, RecipeError, did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from lorakit.data import Format
+    from lorakit.data.formats import Value
+
+_FORMATS = "text, prompt+completion, messages, alpaca or sharegpt"  # importing them would slow every --help
+
 
 def generate(
     source: Annotated[str, typer.Argument(help=SOURCE_HELP)],
@@ -21,12 +26,16 @@ def generate(
     base: Annotated[str | None, typer.Option(help=BASE_HELP)] = None,
     format: Annotated[
         str | None,
-        typer.Option(help="How to read prompts where no run says it: text, messages, ..."),
+        typer.Option(help=f"How prompts are read where no adapter says it: {_FORMATS}; text by default."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="An answer ends here at the latest.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the draws, where --temperature is above 0.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 16,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="The seed of the draws, where --temperature is above 0.")
+    ] = 0,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Prompts answered at once; more is faster and takes more memory.")
+    ] = 16,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write answers to prompts."""
@@ -39,11 +48,12 @@ def generate(
         found = find(source, base)
         if found.labels:
             raise RecipeError(f"{source} is a classifier, which writes no answers; score it: lorakit evaluate {source}")
+        form = _format(found, source, format)
         rows: list[Any] = list(prompt) if prompt else _rows(str(prompts))
         model, tokenizer = found.load_base()
         if found.state is not None:
             attach(model, found.state)
-        ids = _rendered(rows, tokenizer, found, format)
+        ids = _rendered(rows, tokenizer, form, found, prompts)
         answers = answers_of(model, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
                              batch_size=batch_size)  # fmt: skip
         for answer in answers:
@@ -64,14 +74,56 @@ def _rows(file: str) -> list[Any]:
     return list(read_rows(file))
 
 
-def _rendered(
-    rows: list[Any], tokenizer: PreTrainedTokenizerBase, found: Source, format: str | None
-) -> list[list[int]]:
-    """Return the token ids of each prompt, as training would have made them."""
-    from lorakit.data import FORMATS, render_prompt
+def _format(found: Source, source: str, given: str | None) -> Format:
+    """Return how prompts are read: as the adapter remembers, else as `--format` says, else as plain text.
 
-    name = format or (found.purpose.format if found.purpose is not None else "text")
-    if name not in FORMATS:
-        raise DataError(f"unknown format {name!r}{did_you_mean(name, FORMATS)}; one of {', '.join(FORMATS)}")
-    separator = found.data.separator
-    return [render_prompt(row, tokenizer, FORMATS[name], "" if separator is None else separator) for row in rows]
+    Raises:
+        DataError: an unknown format, or another one than the adapter was trained on.
+    """
+    from lorakit.data import FORMATS
+
+    if given is not None and given not in FORMATS:
+        raise DataError(f"unknown format {given!r}{did_you_mean(given, FORMATS)}; one of {', '.join(FORMATS)}")
+    own = found.purpose.format if found.purpose is not None else None
+    if own is not None and given not in (None, own):
+        raise RecipeError(f"{source} was trained on rows of the format {own}, not {given}; leave --format out")
+    return FORMATS[own or given or "text"]
+
+
+def _rendered(
+    rows: list[Any], tokenizer: PreTrainedTokenizerBase, form: Format, found: Source, file: str | None
+) -> list[list[int]]:
+    """Return the token ids of each prompt, as training would have made them; a bad one is named by its place."""
+    from lorakit.data import render_prompt
+    from lorakit.data.formats import at_rows
+    from lorakit.data.readers import locate
+
+    separator, asks = found.data.separator or "", next(iter(form.needs.items()))
+    made: list[list[int]] = []
+    faults: dict[int, str] = {}
+    for number, row in enumerate(rows):
+        try:
+            made.append(render_prompt(_checked(row, *asks), tokenizer, form, separator))
+        except DataError as fault:
+            faults[number] = str(fault)
+    if faults:
+        where = [f"--prompt {number + 1}" for number in range(len(rows))]
+        places = (lambda numbers: locate(file, None, numbers)) if file else (lambda n: [where[i] for i in n])
+        raise DataError(f"prompts that cannot be read as {form.name}:\n{at_rows(faults, places)}")
+    return made
+
+
+def _checked(row: Any, name: str, value: Value) -> Any:
+    """Return a row whose prompt is what the format says, or raise `DataError`."""
+    if isinstance(row, str):
+        try:
+            row.encode()
+        except UnicodeEncodeError:
+            raise DataError("is not UTF-8 text") from None
+        return row
+    if row.get(name) is None:
+        known = ", ".join(map(repr, row))
+        raise DataError(f"field '{name}' is missing or null, expected {value.says}; found {known}")
+    if complaint := value.complaint(row[name]):
+        raise DataError(f"field '{name}' {complaint}")
+    return row

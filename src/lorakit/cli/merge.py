@@ -78,6 +78,7 @@ def merge(
             f"merged {proof.layers} layers into {found.base}, in {kind}",
             f"logits: the adapter moved them by up to {proof.changed_from_base:.3g}; "
             f"merged and adapted differ by at most {proof.max_abs_diff:.2g}",
+            *_rounding(kind, proof),
             f"wrote {output} ({size(written)}); it loads with AutoModelForCausalLM.from_pretrained"
             if not found.labels
             else f"wrote {output} ({size(written)}); it loads with AutoModelForSequenceClassification.from_pretrained",
@@ -137,6 +138,17 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
         tokenizer.save_pretrained(folder)
 
 
+def _rounding(kind: str, proof: Proof) -> list[str]:
+    """Say of a 16-bit merge how much of the difference its rounding explains, and what would be closer."""
+    if kind == "float32":
+        return []
+    short, allowed = {"bfloat16": "bf16", "float16": "fp16"}.get(kind, kind), TOLERANCES[kind] * proof.largest_logit
+    return [
+        f"that is within the rounding of {short} (up to {allowed:.2g} for logits up to {proof.largest_logit:.2g}); "
+        "--dtype fp32 is closer, and twice the size"
+    ]
+
+
 def _load(found: Source, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the base in the dtype to write; fp16 is loaded wide first, because few CPUs compute in it."""
     if dtype == "auto":
@@ -149,11 +161,13 @@ def _load(found: Source, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
 
 def _own_dtype(base: str) -> str:
     """Return the dtype a base's files are kept in; fp32 where its configuration says nothing."""
+    from lorakit.core.hub import hub_at_hand
     from lorakit.core.lazy import need
     from lorakit.training.base import resolve
 
     try:
-        config = need("transformers", "train").AutoConfig.from_pretrained(resolve(base))
+        with hub_at_hand():
+            config = need("transformers", "train").AutoConfig.from_pretrained(resolve(base))
     except (OSError, ValueError):
         return "fp32"  # loading the model is about to fail too, and says why
     kept = str(getattr(config, "dtype", None)).removeprefix("torch.")

@@ -78,7 +78,8 @@ class Progress:
         packed = "packed" if event["packed"] else "one example a row"
         self._steps = event["steps"]
         self._print(
-            f"{'plan':<11} {event['steps']:,} steps of {event['batch_rows'] * event['accumulation']} rows ({packed}), "
+            f"{'plan':<11} {_counted(event['steps'], 'step')} of "
+            f"{_counted(event['batch_rows'] * event['accumulation'], 'row')} ({packed}), "
             f"lr {event['lr']:.2g}, on {event['device']} in {event['dtype']}"
         )
         if sys.stderr.isatty():
@@ -122,6 +123,10 @@ class Progress:
             self._live.console.print(line, soft_wrap=True)
         else:
             self._out.note(line)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}" + ("" if count == 1 else "s")
 
 
 def _shortened(runs: list[Run]) -> list[Run]:

@@ -61,11 +61,11 @@ def quickstart(
         "runs/quickstart"
     ),
     seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="Of the records, the adapter and the order of the rows.")
+        int, typer.Option(min=0, max=2**32 - 1, help="The seed of the records, the adapter and the order of the rows.")
     ] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Teach the bundled model a new task, and see it before and after."""
+    """Teach the bundled model a new task in two minutes."""
     with screen(json) as out:
         from lorakit.data.fables import fables
 

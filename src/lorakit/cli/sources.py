@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,6 +100,13 @@ def need_adapter(source: Source, given: str) -> AdapterState:
     return source.state
 
 
+def is_base(place: Path) -> bool:
+    """Return whether a place is a bundled base, or a directory with a model and no adapter."""
+    from lorakit.training.base import bundled
+
+    return str(place) in bundled() or ((place / "config.json").is_file() and not _is_adapter(place))
+
+
 def _run_of(place: Path) -> Path | None:
     """Return the run's folder when `place` is one, or the adapter in one."""
     for folder in (place, place.parent) if place.name == "adapter" else (place,):
@@ -113,8 +121,8 @@ def _from_run(run: Path, base: str | None) -> Source:
 
     recipe = load_recipe(run / "recipe.yaml")
     if not (run / "adapter").is_dir():
-        raise RecipeError(f"{run} is a run without its adapter: it has not ended; go on with\n"
-                          f"  lorakit train {run / 'recipe.yaml'} --resume")  # fmt: skip
+        again = shlex.join(["lorakit", "train", str(run / "recipe.yaml"), "--resume"])
+        raise RecipeError(f"{run} is a run without its adapter: it has not ended; go on with\n  {again}")
     state = load(run / "adapter")
     return Source(base or recipe.model, state, recipe, state.purpose)
 

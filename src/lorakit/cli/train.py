@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lorakit.cli.screen import Screen, duration, screen, size
-from lorakit.errors import LorakitError, RecipeError
+from lorakit.errors import LorakitError, RecipeError, SpecError
+from lorakit.training.folder import SUMMARY
 
 if TYPE_CHECKING:
     from lorakit.training.recipe import Recipe
@@ -33,9 +35,17 @@ def train(
         if output is not None:
             changes["output"] = output
         made = load_recipe(recipe, changes)
+        if resume:
+            _refuse_elsewhere(Path(recipe), made)
         again = shlex.join(["lorakit", "train", recipe, *(word for one in set or [] for word in ("--set", one)),
                             *(["--output", output] if output else []), "--resume"])  # fmt: skip
-        run = train_shown(made, out, resume=resume, hint=f"the run is saved; go on with: {again}")
+        finished = resume and (Path(made.output) / SUMMARY).exists()
+        try:
+            run = train_shown(made, out, resume=resume, hint=f"the run is saved; go on with: {again}")
+        except SpecError as error:
+            raise type(error)(f"{recipe}: adapter: {error}") from error
+        if finished:
+            out.say(f"{run.output} is already finished; nothing done")
         _summary(run, out)
         out.result(run.to_json())
 
@@ -67,6 +77,22 @@ def train_shown(recipe: Recipe, out: Screen, *, resume: bool, hint: str, beside:
             raise
 
 
+def _refuse_elsewhere(file: Path, recipe: Recipe) -> None:
+    """Raise `RecipeError` where a run's own recipe is resumed from a directory its paths do not count from."""
+    from lorakit.training.folder import EVENTS
+
+    folder, output = file.resolve().parent, Path(recipe.output)
+    if not (folder / EVENTS).is_file() or output.resolve() == folder or (output / EVENTS).is_file():
+        return
+    steps = output.parts
+    root = Path(*folder.parts[: -len(steps)]) if folder.parts[-len(steps) :] == steps else None
+    there = "; " if root is None else f": run it in {root}, or "
+    raise RecipeError(
+        f"{file} lies in a run's folder, and its output {output} would be {Path.cwd() / output} here. Paths in a "
+        f"recipe count from the current directory{there}give --output {shlex.quote(str(folder))}"
+    )
+
+
 def _changes(given: list[str]) -> dict[str, Any]:
     from lorakit.training.recipe import scalar
 
@@ -89,7 +115,7 @@ def _summary(run: Run, out: Screen) -> None:
     if run.validation_loss is not None:
         losses += f", validation loss {run.validation_loss:.4f} (best, at step {run.best_step})"
     out.say(
-        f"{run.steps:,} steps in {duration(run.seconds)}: {losses}",
+        f"{run.steps:,} {'step' if run.steps == 1 else 'steps'} in {duration(run.seconds)}: {losses}",
         f"{run.tokens_per_second:,.0f} tokens/s, peak memory {size(run.peak_memory_bytes)}",
         f"the adapter is in {run.adapter_dir} ({run.trainable_parameters:,} parameters)",
         "",

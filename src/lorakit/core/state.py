@@ -11,7 +11,7 @@ from torch import Tensor
 from lorakit.core.method import Method
 from lorakit.core.site import Site
 from lorakit.core.spec import AdapterSpec
-from lorakit.errors import AdapterFileError, listing
+from lorakit.errors import AdapterFileError, grouped, listing
 
 
 @dataclass(frozen=True)
@@ -98,4 +98,4 @@ def check_tensors(updates: tuple[Update, ...]) -> None:
             elif not update.tensors[name].isfinite().all():
                 problems.append(f"{where}: holds NaN or infinity")
     if problems:
-        raise AdapterFileError(f"{len(problems)} adapter tensor(s) do not fit:\n{listing(problems)}")
+        raise AdapterFileError(f"{len(problems)} adapter tensor(s) do not fit:\n{listing(grouped(problems))}")

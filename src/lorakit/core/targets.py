@@ -21,7 +21,7 @@ from itertools import pairwise
 from lorakit.core.method import Method, Settled
 from lorakit.core.site import Site, Skeleton, layer_of
 from lorakit.core.spec import AdapterSpec, Targets
-from lorakit.errors import SpecError, TargetError, did_you_mean, listing
+from lorakit.errors import SpecError, TargetError, did_you_mean, grouped, listing
 
 LINEAR_KINDS = ("linear", "transposed-linear")
 _SLICE = re.compile(r"(?P<pattern>.+)\[(?P<parts>[\w:, ]+)\]")
@@ -65,7 +65,7 @@ def resolve(spec: AdapterSpec, skeleton: Skeleton) -> tuple[Match, ...]:
             problems.append(f"{site.key}: {problem}")
         matches.append(Match(site, method, pattern))
     if problems:
-        raise SpecError(f"{len(problems)} of {len(chosen)} targets do not fit:\n{listing(problems)}")
+        raise SpecError(f"{len(problems)} of {len(chosen)} targets do not fit:\n{listing(grouped(problems))}")
     return tuple(matches)
 
 

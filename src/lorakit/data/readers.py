@@ -15,9 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorakit.core.hub import hub_at_hand
 from lorakit.core.jsontext import JsonFault, parse_json
 from lorakit.core.lazy import need
-from lorakit.errors import DataError, did_you_mean, listing
+from lorakit.errors import DataError, did_you_mean, listing, looked_in
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -85,7 +86,9 @@ def data_files(source: str, split: str | None) -> list[Path]:
     known = ", ".join(_READERS)
     if not path.exists():
         near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"{source}: no such file or folder{did_you_mean(path.name, near)}")
+        raise DataError(f"{source}: no such file or folder{did_you_mean(path.name, near)}{looked_in(path)}")
+    if not (path.is_file() or path.is_dir()):
+        raise DataError(f"{source} is not a regular file; give a file of rows ({known}) or a folder of them")
     if path.is_file():
         if path.suffix not in _READERS:
             raise DataError(
@@ -122,11 +125,13 @@ def _looks_local(source: str) -> bool:
 def _from_hub(source: str, split: str | None) -> Dataset:
     datasets = need("datasets", "train")
     try:
-        found = datasets.load_dataset(source, split=split)
+        with hub_at_hand():
+            found = datasets.load_dataset(source, split=split)
     except Exception as error:  # the hub's client raises a dozen unrelated types
+        near = did_you_mean(source, [p.name for p in Path().iterdir() if not _hidden(p)])
         raise DataError(
-            f"'{source}' is neither a local file or folder (looked in {Path.cwd()}) nor a dataset the hub could give: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+            f"'{source}' is neither a local file or folder (looked in {Path.cwd()}{near}) nor a dataset the hub could "
+            f"give: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
         ) from error
     if isinstance(found, dict):
         if len(found) > 1:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lorakit.errors import AdapterFileError, did_you_mean
+from lorakit.errors import AdapterFileError, did_you_mean, looked_in
 
 if TYPE_CHECKING:
     from lorakit.core.state import AdapterState
@@ -57,7 +57,7 @@ def load(path: str | Path, *, alpha: float | None = None, enabled: Sequence[bool
 
     place = resting(path)
     if not place.exists():
-        raise AdapterFileError(f"{path} does not exist{_near(Path(path))}")
+        raise AdapterFileError(f"{path} does not exist{_near(Path(path))}{looked_in(Path(path))}")
     if place.is_file():
         if place.name == native.NATIVE:
             if given := _given(alpha, enabled):
@@ -65,6 +65,8 @@ def load(path: str | Path, *, alpha: float | None = None, enabled: Sequence[bool
             return native.load_native(place)
         if place.suffix in LORALIB:
             return load_loralib(place, alpha=alpha, enabled=enabled)
+        if place.name in (peft.CONFIG, peft.WEIGHTS, peft.NOTE):
+            raise AdapterFileError(f"{path} is one file of an adapter; give its folder, {place.parent}")
         raise AdapterFileError(f"{path} is a file; give the adapter's directory, or a loralib .bin or .pt file")
     has_native = (place / native.NATIVE).exists()
     has_peft = (place / peft.CONFIG).exists() or any(place.glob(f"*/{peft.CONFIG}"))

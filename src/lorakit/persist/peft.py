@@ -19,7 +19,7 @@ from lorakit.core.registry import method as method_named
 from lorakit.core.spec import AdapterSpec, method_from_json, method_to_json
 from lorakit.core.state import AdapterState, Base, Purpose, Update, check_tensors
 from lorakit.core.targets import modules_named
-from lorakit.errors import AdapterFileError, SpecError, TargetError, did_you_mean, listing
+from lorakit.errors import AdapterFileError, SpecError, TargetError, did_you_mean, grouped, listing
 from lorakit.persist import files
 from lorakit.persist.card import card, is_ours
 from lorakit.persist.peft_config import Settings, config_of
@@ -109,7 +109,7 @@ def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapt
     problems = reading.problems
     problems += [f"{name}: holds NaN or infinity" for name, t in reading.trained.items() if not t.isfinite().all()]
     if problems:
-        raise AdapterFileError(f"{len(problems)} tensor(s) of the adapter do not fit:\n{listing(problems)}")
+        raise AdapterFileError(f"{len(problems)} tensor(s) of the adapter do not fit:\n{listing(grouped(problems))}")
     updates = tuple(update for update in found if update is not None)
     if not updates:
         raise AdapterFileError(f"none of its {len(tensors)} tensors is a LoRA factor (lora_A, lora_B)")

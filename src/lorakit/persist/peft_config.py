@@ -15,7 +15,7 @@ from lorakit.core.registry import method as method_named
 from lorakit.core.site import Site
 from lorakit.core.spec import AdapterSpec, Override, Targets
 from lorakit.core.state import Update
-from lorakit.errors import AdapterFileError, SpecError, listing
+from lorakit.errors import AdapterFileError, SpecError, listing, shown
 from lorakit.persist.slices import alpha_for
 
 # Fields with no bearing on what the saved tensors compute: how they were found, drawn or tied, and bookkeeping.
@@ -25,6 +25,7 @@ _NO_BEARING = frozenset(
     "fan_in_fan_out megatron_core qalora_group_size eva_config".split()
 )
 _READ = frozenset("r lora_alpha lora_dropout use_rslora rank_pattern alpha_pattern init_lora_weights bias".split())
+_MOST = 10**9  # a rank or an alpha beyond it is a mistake
 _MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -60,7 +61,10 @@ class Settings:
         self.ranks: dict[str, Any] = config.get("rank_pattern") or {}
         self.alphas: dict[str, Any] = config.get("alpha_pattern") or {}
         self.r, self.alpha, self.stabilised = config["r"], config["lora_alpha"], bool(config.get("use_rslora"))
-        self.dropout = float(config.get("lora_dropout") or 0.0)
+        dropout = config.get("lora_dropout") or 0.0
+        if not isinstance(dropout, int | float) or abs(dropout) > _MOST:
+            raise AdapterFileError(f"the configuration is wrong: lora_dropout must be a number, not {shown(dropout)}")
+        self.dropout = float(dropout)
         self.whole = tuple(config.get("modules_to_save") or ())
         self.method = self._lora(self.r, self.alpha)
 
@@ -70,10 +74,10 @@ class Settings:
 
     def _lora(self, rank: Any, alpha: Any) -> Any:
         lora: Any = method_named("lora")
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-            raise AdapterFileError(f"the configuration is wrong: lora_alpha must be a number, not {alpha!r}")
-        if isinstance(rank, bool) or not isinstance(rank, int):
-            raise AdapterFileError(f"the configuration is wrong: r must be a whole number, not {rank!r}")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or abs(alpha) > _MOST:
+            raise AdapterFileError(f"the configuration is wrong: lora_alpha must be a number, not {shown(alpha)}")
+        if isinstance(rank, bool) or not isinstance(rank, int) or abs(rank) > _MOST:
+            raise AdapterFileError(f"the configuration is wrong: r must be a whole number, not {shown(rank)}")
         try:
             return lora(rank=rank, alpha=float(alpha), stabilised=self.stabilised)
         except SpecError as bad:

@@ -7,7 +7,7 @@ has rows. Padding never touches the end-of-sequence token's training, because la
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from lorakit.core.hub import hub_at_hand
 from lorakit.core.lazy import need
-from lorakit.errors import DataError, DeviceError, LorakitError, RecipeError, did_you_mean
+from lorakit.errors import DataError, DeviceError, LorakitError, RecipeError, did_you_mean, looked_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,6 +63,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Nothing is lost by that: labels are masked by position, never by looking for the padding id.
     """
     transformers = need("transformers", "train")
+    _check_place(name, "tokenizer*")
     with quiet(), _explained(name):
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(resolve(name))
     if tokenizer.pad_token_id is None:
@@ -80,6 +82,7 @@ def load_model(
 ) -> Loaded:
     """Return the model of `name` for a task, checked against its tokenizer."""
     transformers = need("transformers", "train")
+    _check_place(name, "config.json")
     place = choose_device(device)
     options: dict[str, Any] = {"dtype": choose_dtype(dtype, place)}
     auto = transformers.AutoModelForCausalLM
@@ -104,8 +107,10 @@ def load_model(
 
 
 def resolve(name: str) -> str:
-    """Return the directory of a bundled base, or the name as it is."""
-    return str(ASSETS / name.removeprefix("lorakit/")) if name in bundled() else name
+    """Return the directory of a bundled base, or the name as it is, with `~` as the home directory."""
+    if name in bundled():
+        return str(ASSETS / name.removeprefix("lorakit/"))
+    return str(Path(name).expanduser()) if name.startswith("~") else name
 
 
 def bundled() -> list[str]:
@@ -174,14 +179,34 @@ def quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
+def _check_place(name: str, needed: str) -> None:
+    """Raise `LorakitError` for a name that is plainly local and plainly no model, before anybody asks a hub for it."""
+    place = Path(resolve(name))
+    near = did_you_mean(place.name, [p.name for p in place.parent.glob("*/")] if place.parent.is_dir() else [])
+    if place.is_file():
+        raise LorakitError(f"{name} is a file; a base is a directory in the Hugging Face layout, or the name of one")
+    if not place.exists() and (place.is_absolute() or name.startswith(".")):
+        raise LorakitError(f"there is no directory {place}{near}{looked_in(place)}")
+    if place.is_dir() and not any(place.glob(needed)) and not (place / "config.json").is_file():
+        found = sorted(p.name for p in place.iterdir())
+        holds = ", ".join(found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
+        adapter = "; it is an adapter, which `lorakit generate` and `evaluate` take as it is"
+        is_adapter = any(file in found for file in ("adapter_config.json", "adapter.lorakit.safetensors"))
+        raise LorakitError(
+            f"the directory {place} is no model: it has no config.json, it "
+            f"{f'holds {holds}' if found else 'is empty'}{adapter if is_adapter else ''}"
+        )
+
+
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
     """Turn what the hub's client raises into one sentence that names both readings of the name."""
     try:
-        yield
+        with nullcontext() if Path(resolve(name)).is_dir() else hub_at_hand():
+            yield
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: weights of other shapes
         near = did_you_mean(name, [*bundled(), *(str(p) for p in Path(name).parent.glob("*/") if p.is_dir())])
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         if Path(resolve(name)).is_dir():
             raise LorakitError(f"the directory {resolve(name)} holds no model that can be loaded: {reason}") from error
         raise LorakitError(

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import shutil
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +19,13 @@ import torch
 from torch import nn
 
 from lorakit import __version__
+from lorakit.core.jsontext import JsonFault, parse_json
 from lorakit.core.lazy import need
 from lorakit.core.state import AdapterState
 from lorakit.errors import AdapterFileError, RecipeError, listing
 from lorakit.inject.attach import adapters_named
 from lorakit.inject.ledger import parameters_of
-from lorakit.persist.native import NATIVE
+from lorakit.persist.native import NATIVE, load_native
 from lorakit.training.progress import Progress
 from lorakit.training.recipe import Recipe
 
@@ -70,6 +72,31 @@ def checkpoints(output: str | Path) -> list[Path]:
     """Return the whole checkpoints of a run, oldest first; what lacks one of its files is no checkpoint."""
     found = [(int(named[1]), path) for path in Path(output).glob("*") if (named := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found) if all((path / name).is_file() for name in (MEMORY, STATE, NATIVE))]
+
+
+def refuse_damaged(checkpoint: Path) -> None:
+    """Raise `RecipeError` for a checkpoint with a file that is cut off or not what it should be, and say what to do."""
+    try:
+        for file in sorted(checkpoint.iterdir()):
+            if file.name == NATIVE:
+                load_native(file)
+            elif file.suffix == ".json":
+                parse_json(file.read_bytes())
+            elif file.suffix in (".pt", ".pth"):
+                zipfile.ZipFile(file).close()  # its table of contents comes last, so a cut file has none
+        Memory.read(checkpoint)
+        return
+    except JsonFault as fault:
+        what = f"{file} is damaged: {fault}"
+    except (zipfile.BadZipFile, OSError) as fault:
+        what = f"{file} is damaged or cut off ({fault})"
+    except (KeyError, TypeError, ValueError):
+        what = f"{checkpoint / MEMORY} is damaged or of another version"
+    except AdapterFileError as fault:
+        what = str(fault)
+    before = [one.name for one in checkpoints(checkpoint.parent) if one != checkpoint]
+    rest = f"go on from {before[-1]}" if before else "start from the beginning"
+    raise RecipeError(f"{what}; delete {checkpoint} to {rest}")
 
 
 def prune(output: str | Path, keep: int, best_step: int | None) -> None:

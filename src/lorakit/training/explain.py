@@ -12,9 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from lorakit.errors import did_you_mean
-
-LONGEST = 60  # characters of a value that is shown
+from lorakit.errors import did_you_mean, shown
 
 _EXPECTED: dict[str, str] = {
     **dict.fromkeys(("float_type", "float_parsing"), "a number"),
@@ -58,16 +56,6 @@ def explain(
     return lines
 
 
-def shown(value: Any) -> str:
-    """Return a value as an error shows it: in one line of readable length."""
-    if value is None:
-        return "nothing"
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**LONGEST:
-        return f"an integer of about {int(value.bit_length() * 0.30103):,} digits"
-    text = repr(value)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 4]} ..."
-
-
 def _key(loc: tuple[int | str, ...], values: Any, kind: str) -> list[str]:
     """Return the steps of a location that are keys of the recipe; the rest name the reading that was tried."""
     key: list[str] = []
@@ -98,7 +86,7 @@ def _lines(key: str, complaints: list[Any], sections: Mapping[str, type[BaseMode
         expected = {"a list of words": None}
     if first["type"] == "missing":
         return [(key, "is missing")]
-    return [(key, f"expected {' or '.join(expected)}, given {shown(given)}{hint}")]
+    return [(key, f"expected {' or '.join(expected)}, given {'nothing' if given is None else shown(given)}{hint}")]
 
 
 def _placed(key: str, line: str, given: Any) -> tuple[str, str]:

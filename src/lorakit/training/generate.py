@@ -82,9 +82,11 @@ def _settings(model: Any, tokenizer: Any, max_new_tokens: int, temperature: floa
 
 
 def _check(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    empty = [str(i) for i, prompt in enumerate(prompts) if not prompt]
+    empty = [str(i) for i, prompt in enumerate(prompts, 1) if not prompt]
     if empty:
-        raise DataError(f"prompts without a single token cannot be answered: numbers {', '.join(empty[:12])}")
+        more = f" and {len(empty) - 12} more" if len(empty) > 12 else ""
+        which = f"prompt {empty[0]} is" if len(empty) == 1 else f"prompts {', '.join(empty[:12])}{more} are"
+        raise DataError(f"{which} empty, and a model needs something to go on from; write at least one word")
     room = getattr(model.config, "max_position_embeddings", None)
     longest = max(map(len, prompts), default=0)
     if room is not None and longest + max_new_tokens > room:

@@ -18,8 +18,8 @@ from lorakit.core.layerwise import PROFILES
 from lorakit.core.method import Method
 from lorakit.core.spec import AdapterSpec, Override, Targets, method_from_json
 from lorakit.core.targets import parse_layers
-from lorakit.errors import RecipeError, SpecError, did_you_mean, listing, looked_in
-from lorakit.training.explain import explain, shown
+from lorakit.errors import RecipeError, SpecError, did_you_mean, listing, looked_in, shown
+from lorakit.training.explain import explain
 from lorakit.training.yamltext import parse_yaml
 
 VERSION = 1

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from lorakit.training.stage import Stage
     from lorakit.training.trainer import AdapterTrainer
 
-SUMMARY = "run.json"
-
 EVIDENCE_BATCHES = 8
 """Training batches an initialisation such as EVA or LoRA-GA measures; at 16 rows each, LoRA-GA's 128 examples."""
 
@@ -85,9 +83,9 @@ def train(recipe: Recipe, *, resume: bool = False, listen: Listen | None = None,
         recipe: from `load_recipe` or `Recipe(...)`.
         resume: go on from the last whole checkpoint in the output folder; a finished run is returned as it was.
         listen: called with every event (a dict, see events.py) as it happens.
+        beside: names of what the caller put into the output folder; anything else there is refused.
 
     Raises:
-        beside: names of what the caller put into the output folder; anything else there is refused.
         RecipeError: the output holds a run already, or foreign files, or nothing to resume, or another recipe's
             checkpoint.
         LorakitError: whatever is wrong with base, data or adapter; or a run stopped by Ctrl-C, saved, resumable.
@@ -136,12 +134,14 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
     from transformers import set_seed
 
     from lorakit.data.preview import example
-    from lorakit.training.checkpoints import Memory, checkpoints, fingerprint, refuse_changes
+    from lorakit.training.checkpoints import Memory, checkpoints, fingerprint, refuse_changes, refuse_damaged
     from lorakit.training.flow import Interrupt
     from lorakit.training.progress import Progress
     from lorakit.training.stage import build_stage, decided, target_counts
 
     saved = next(reversed(checkpoints(output)), None)
+    if saved is not None:
+        refuse_damaged(saved)
     progress, interrupt = Progress(), Interrupt()
     changed = {} if saved is None else Memory.read(saved).versions_changed()
     log.append("start", model=recipe.model, resumed_from_step=_step(saved), versions_changed=changed)

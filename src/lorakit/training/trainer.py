@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -25,7 +27,7 @@ from lorakit.inject.alive import alive
 from lorakit.inject.attach import state
 from lorakit.persist.atomic import atomic_directory
 from lorakit.persist.native import NATIVE, load_native, to_native
-from lorakit.training.checkpoints import STATE, Memory, prune, restore
+from lorakit.training.checkpoints import STATE, Memory, checkpoints, prune, restore
 from lorakit.training.finite import FiniteCheck, refuse_exploded
 from lorakit.training.groups import param_groups
 from lorakit.training.loss import mean_loss, summed_loss, trained_labels
@@ -165,8 +167,11 @@ class AdapterTrainer(Trainer):
                 self._save_rng_state(str(draft))
                 self.state.save_to_json(str(draft / STATE))
                 Memory.of(self._recipe, self._data, self.progress).write(draft)
-        except RuntimeError as failed:  # what torch.save makes of a full disk
-            raise AdapterFileError(f"{folder}: could not save: {failed}; earlier checkpoints are intact") from failed
+        except RuntimeError as failed:
+            full = "inline_container" in str(failed) or "PytorchStreamWriter" in str(failed)
+            reason = os.strerror(errno.ENOSPC) if full else str(failed)  # torch.save's words for a full disk
+            intact = "; earlier checkpoints are intact" if checkpoints(self.folder) else ""
+            raise AdapterFileError(f"{folder}: could not save: {reason}{intact}") from failed
         prune(self.folder, self._recipe.train.keep, self.state.best_global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
