@@ -23,13 +23,18 @@ from lorakit.inits.gaussian import Gaussian
 from lorakit.inits.olora import OLoRA
 from lorakit.inits.pissa import Pissa
 from lorakit.methods import dora
+from lorakit.methods.block import BlockDiagonal
 from lorakit.methods.dora import DoRA
+from lorakit.methods.hierarchical import Hierarchical
 from lorakit.methods.ia3 import IA3
 from lorakit.methods.krona import KronA
 from lorakit.methods.loha import LoHa
 from lorakit.methods.lokr import LoKr
 from lorakit.methods.lora import LoRA
+from lorakit.methods.lora_fa import LoRAFA
 from lorakit.methods.mixture import Mixture
+from lorakit.methods.per_head import PerHead
+from lorakit.methods.vera import VeRA
 
 
 class Net(nn.Module):
@@ -85,8 +90,12 @@ METHODS: dict[str, Method] = {
     "lora, olora": LoRA(rank=4, alpha=8.0, init_=OLoRA()),
     "lora, pissa": LoRA(rank=4, alpha=8.0, init_=Pissa()),
     "lora, pissa, randomised": LoRA(rank=4, alpha=8.0, init_=Pissa(iterations=4)),
+    "block-diagonal": BlockDiagonal(rank=4, alpha=8.0, blocks=2),
+    "block-diagonal, down": BlockDiagonal(rank=4, alpha=8.0, blocks=2, side="down"),
+    "block-diagonal, up": BlockDiagonal(rank=4, alpha=8.0, blocks=2, side="up"),
     "dora": DoRA(LoRA(rank=4, alpha=8.0)),
     "dora of ia3": DoRA(IA3("input")),
+    "hierarchical": Hierarchical(rank=4, alpha=8.0, group_rank=4, global_rank=4),
     "ia3": IA3(),
     "ia3, input": IA3("input"),
     "krona": KronA(a1=2, a2=3),
@@ -94,8 +103,12 @@ METHODS: dict[str, Method] = {
     "lokr": LoKr(rank=1, alpha=2.0),
     "lokr, both factored": LoKr(rank=1, alpha=2.0, factor=4, decompose_both=True),
     "lokr, whole": LoKr(rank=4, alpha=8.0, zero="w2"),
+    "lora-fa": LoRAFA(rank=4, alpha=8.0),
     "mixture": Mixture(experts=3, rank=2, alpha=4.0, balance=0.1),
     "mixture, top 2": Mixture(experts=3, rank=2, alpha=4.0, top=2),
+    "per-head": PerHead(rank=2, alpha=4.0, heads=2),
+    "per-head, down": PerHead(rank=2, alpha=4.0, heads=2, side="down"),
+    "vera": VeRA(rank=10),
 }
 
 PAIRS = [(kind, name) for kind in KINDS for name, method in METHODS.items() if kind.split(",")[0] in method.kinds]

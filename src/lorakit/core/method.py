@@ -218,6 +218,14 @@ class Trimmed(Protocol):
         """Return the smaller method and its tensors; the update they give is the same."""
 
 
+@runtime_checkable
+class Preconditioned(Protocol):
+    """A method that corrects its gradients before each optimizer step."""
+
+    def precondition(self, p: Tensors) -> None:
+        """Replace the gradients of one site's live tensors, in place; a tensor may have none."""
+
+
 def down_up(rank: int, site: Site) -> dict[str, Decl]:
     """Declare the pair `down (r, in, *kernel)`, `up (out, r / groups)` every low-rank method starts from."""
     return {

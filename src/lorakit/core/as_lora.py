@@ -1,0 +1,79 @@
+"""Every low-rank update as a plain LoRA: one form that every file format and every engine knows.
+
+VeRA, block-diagonal, per-head, hierarchical and their kin train other tensors, but what they add is `up @ down`.
+Written out, it is a LoRA of rank `down.shape[0]` with `s = 1` (alpha = rank), at the price of storing what they shared.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lorakit.core.method import LowRank
+from lorakit.core.spec import AdapterSpec, Override, Targets, method_from_json
+from lorakit.core.state import AdapterState, Update
+from lorakit.errors import SpecError, listing
+
+
+def as_lora(state: AdapterState) -> AdapterState:
+    """Return the same adapter with every update as a LoRA of the same dW: same paths, rows, trained tensors and base.
+
+    A product of more ranks than its weight can have is multiplied out to as many, so every rank is one LoRA takes.
+
+    Raises:
+        SpecError: updates that are no low-rank product, all of them.
+    """
+    if misfits := [f"{u.site.key}: {u.method.name}" for u in state.updates if not isinstance(u.method, LowRank)]:
+        raise SpecError(
+            f"{len(misfits)} update(s) are no low-rank product, so no LoRA equals them; merge them, or truncate their "
+            f"dW to a LoRA that comes near:\n{listing(misfits)}"
+        )
+    if not state.updates:
+        return state
+    updates = tuple(_plain(update) for update in state.updates)
+    return replace(state, spec=_spec(state.spec, updates), updates=updates)
+
+
+@torch.no_grad()
+def _plain(update: Update) -> Update:
+    assert isinstance(update.method, LowRank)
+    wide = {k: t.to(torch.promote_types(t.dtype, torch.float32)) for k, t in update.tensors.items()}
+    down, up = _within_the_weight(*update.method.factors(wide))
+    return Update(update.site, _lora(down.shape[0]), {"down": down.contiguous(), "up": up.contiguous()})
+
+
+def _within_the_weight(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the pair, or, where its rank exceeds what a weight `(out, in, *kernel)` can have, its product and ones."""
+    groups = down.shape[0] // up.shape[1]
+    right, left = down.reshape(groups, up.shape[1], -1), up.reshape(groups, -1, up.shape[1])
+    high, wide = left.shape[1], right.shape[2]
+    if up.shape[1] <= min(high, wide):
+        return down, up
+    product = left @ right
+    eye = torch.eye(min(high, wide), dtype=up.dtype, device=up.device).repeat(groups, 1)
+    if high <= wide:
+        return product.reshape(-1, *down.shape[1:]), eye
+    return eye.reshape(-1, *down.shape[1:]), product.flatten(0, 1)
+
+
+def _spec(spec: AdapterSpec, updates: tuple[Update, ...]) -> AdapterSpec:
+    """Return the spec with LoRA at the commonest rank, and an override for each other rank, at exactly its sites."""
+    ranks = {update.site.key: update.tensors["down"].shape[0] for update in updates}
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    other: dict[int, list[str]] = {}
+    for update in updates:
+        if (rank := ranks[update.site.key]) != usual:
+            exact = f"re:{re.escape(update.site.path)}" if update.site.rows is None else update.site.key
+            other.setdefault(rank, []).append(exact)
+    overrides = [Override(Targets(at), (("alpha", float(rank)), ("rank", rank))) for rank, at in other.items()]
+    return replace(spec, method=_lora(usual), overrides=overrides)
+
+
+def _lora(rank: int) -> LowRank:
+    method = method_from_json({"name": "lora", "rank": rank, "alpha": float(rank)})
+    assert isinstance(method, LowRank)
+    return method
