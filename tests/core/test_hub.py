@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from huggingface_hub import constants
 
@@ -33,3 +36,9 @@ def test_what_is_offline_already_and_what_has_a_proxy_is_not_asked(monkeypatch: 
 
 def test_a_place_where_nobody_listens_is_not_reachable() -> None:
     assert not hub._reachable("http://127.0.0.1:9")
+
+
+def test_it_works_before_anything_of_the_hub_is_imported() -> None:
+    code = "from lorakit.core.hub import hub_at_hand\nwith hub_at_hand(): pass"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

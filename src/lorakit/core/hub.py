@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -20,9 +21,9 @@ SECONDS = 3  # to wait for an answer of any kind
 @contextmanager
 def hub_at_hand() -> Iterator[None]:
     """Keep to what is cached inside the block where the hub cannot be reached (a proxy is left to the client)."""
-    holders = [need("huggingface_hub", "train").constants]
+    holders: list[Any] = [need("huggingface_hub.constants", "train")]
     if "datasets" in sys.modules:
-        holders.append(sys.modules["datasets"].config)
+        holders.append(need("datasets.config", "train"))
     before = [holder.HF_HUB_OFFLINE for holder in holders]
     if not before[0] and not getproxies() and not _reachable(holders[0].ENDPOINT):
         for holder in holders:
