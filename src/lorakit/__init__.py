@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorakit.core.spec import AdapterSpec, Override, Targets
-    from lorakit.core.state import AdapterState
+    from lorakit.core.state import AdapterState, trim
     from lorakit.errors import LorakitError
     from lorakit.inject.activate import active, use
     from lorakit.inject.alive import alive
     from lorakit.inject.attach import Handle, attach, detach, state
     from lorakit.inject.evidence import gather
     from lorakit.inject.merge import merge
+    from lorakit.inject.penalty import penalty
     from lorakit.inject.sites import sites
     from lorakit.methods.lora import LoRA
     from lorakit.persist import load, save
@@ -46,10 +47,12 @@ _WINDOW = {
     "load_recipe": "lorakit.training.recipe",
     "merge": "lorakit.inject.merge",
     "param_groups": "lorakit.training.groups",
+    "penalty": "lorakit.inject.penalty",
     "save": "lorakit.persist",
     "sites": "lorakit.inject.sites",
     "state": "lorakit.inject.attach",
     "train": "lorakit.training.run",
+    "trim": "lorakit.core.state",
     "use": "lorakit.inject.activate",
 }
 
@@ -72,10 +75,12 @@ __all__ = [
     "load_recipe",
     "merge",
     "param_groups",
+    "penalty",
     "save",
     "sites",
     "state",
     "train",
+    "trim",
     "use",
 ]
 

@@ -23,6 +23,8 @@ from lorakit.inits.gaussian import Gaussian
 from lorakit.inits.olora import OLoRA
 from lorakit.inits.pissa import Pissa
 from lorakit.methods import dora
+from lorakit.methods.adalora import AdaLoRA
+from lorakit.methods.adaptive import Adaptive
 from lorakit.methods.block import BlockDiagonal
 from lorakit.methods.dora import DoRA
 from lorakit.methods.hierarchical import Hierarchical
@@ -86,6 +88,9 @@ KINDS: dict[str, Kind] = {
 METHODS: dict[str, Method] = {
     "lora": LoRA(rank=4, alpha=8.0),
     "lora, rank-stabilised": LoRA(rank=4, alpha=8.0, stabilised=True),
+    "adalora": AdaLoRA(target_rank=2, init_rank=4, alpha=16.0),
+    "adalora, trimmed": AdaLoRA(target_rank=4, init_rank=6, alpha=16.0, kept=4),
+    "adaptive": Adaptive(target_rank=3, high=4, alpha=6.0),
     "lora, gaussian": LoRA(rank=4, alpha=8.0, init_=Gaussian()),
     "lora, olora": LoRA(rank=4, alpha=8.0, init_=OLoRA()),
     "lora, pissa": LoRA(rank=4, alpha=8.0, init_=Pissa()),

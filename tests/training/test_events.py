@@ -54,5 +54,6 @@ def test_totals_go_on_after_a_resume() -> None:
     ("losses", "since"), [([], 0), ([3.0], 0), ([3.0, 2.0], 0), ([2.0, 3.0, 3.0], 2), ([2.0, 2.0], 1), ([2, 1, 3], 1)]
 )
 def test_patience_counts_evaluations_since_the_best(losses: list[float], since: int) -> None:
-    history = [{"loss": 9.0}, *({"eval_loss": loss} for loss in losses), {"train_loss": 1.0}]
+    told = [{"eval_loss": loss, "step": step} for step, loss in enumerate(losses, 1)]
+    history = [{"loss": 9.0, "step": 1}, *told, {"train_loss": 1.0, "step": 6}]
     assert evaluations_since_best(history) == since

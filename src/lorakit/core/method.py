@@ -197,6 +197,11 @@ class Scheduled(Protocol):
 class Schedule(ABC):
     """What acts on the tensors after each optimizer step, before the gradients are cleared; resumable."""
 
+    @property
+    @abstractmethod
+    def settled(self) -> int:
+        """Return the step after which no part starts or stops acting any more: only then the budget holds."""
+
     @abstractmethod
     def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Act after optimizer step `step`, counted from 1."""
@@ -214,8 +219,8 @@ class Schedule(ABC):
 class Trimmed(Protocol):
     """A method that may hold parts which no longer act: `trimmed` is the same update without them."""
 
-    def trimmed(self, site: Site, p: Tensors) -> tuple[Method, Tensors]:
-        """Return the smaller method and its tensors; the update they give is the same."""
+    def trimmed(self, site: Site, p: Tensors) -> tuple[Method, Tensors] | None:
+        """Return the smaller method and its tensors, which give the same update; None where nothing acts at all."""
 
 
 @runtime_checkable

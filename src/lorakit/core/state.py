@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from lorakit.core.method import Method
+from lorakit.core.method import Method, Trimmed
 from lorakit.core.site import Site
 from lorakit.core.spec import AdapterSpec
 from lorakit.errors import AdapterFileError, grouped, listing
@@ -78,6 +78,21 @@ class AdapterState:
         """Return the number of stored values; a tensor that several sites share counts once."""
         stored = sum({id(t): t.numel() for u in self.updates for t in u.tensors.values()}.values())
         return stored + sum(t.numel() for t in self.trained.values())
+
+
+def trim(state: AdapterState) -> AdapterState:
+    """Return the same adapter without the parts that no longer act, such as triplets AdaLoRA pruned.
+
+    An update of which nothing acts is left out; updates of methods without such parts stay as they are. The spec says
+    how the adapter was trained, so it stays too.
+    """
+    updates = []
+    for update in state.updates:
+        if not isinstance(update.method, Trimmed):
+            updates.append(update)
+        elif (smaller := update.method.trimmed(update.site, update.tensors)) is not None:
+            updates.append(Update(update.site, *smaller))
+    return replace(state, updates=tuple(updates))
 
 
 def check_tensors(updates: tuple[Update, ...]) -> None:

@@ -10,9 +10,9 @@ behind the last checkpoint are told again; the later line counts.
     targets     patterns {pattern: modules}, trainable_parameters, base_parameters, trained_whole
     plan        task, device, dtype, steps, steps_per_epoch, batch_rows, accumulation, lr, evaluate_every_steps,
                 save_every_steps, packed and why
-    step        loss, lr, gradient_norm (null in a step that fp16's scaler skipped), epoch, steps, tokens,
-                tokens_per_second, eta_seconds, peak_memory_bytes
-    evaluate    loss, perplexity, best_loss, best_step
+    step        loss (of the data; a method's penalty is not in it), lr, gradient_norm (null in a step that fp16's
+                scaler skipped), epoch, steps, tokens, tokens_per_second, eta_seconds, peak_memory_bytes
+    evaluate    loss, perplexity, best_loss, best_step (both null while a rank schedule is at work)
     checkpoint  path
     early_stop  best_step, best_loss, evaluations_since_best
     interrupted path
@@ -70,8 +70,9 @@ def read_events(file: str | Path) -> list[Event]:
 class Narrator(TrainerCallback):
     """Tells the event log what the Trainer does."""
 
-    def __init__(self, log: EventLog, progress: Progress) -> None:
-        self._log, self._progress = log, progress
+    def __init__(self, log: EventLog, progress: Progress, settled: int = 0) -> None:
+        """Tell a best evaluation from step `settled` on, when a rank schedule is done."""
+        self._log, self._progress, self._settled = log, progress, settled
         self._began = self._busy = 0.0  # of this sitting, so that the estimate is of this machine
         self._steps = self._tokens = 0
 
@@ -125,7 +126,8 @@ class Narrator(TrainerCallback):
     ) -> None:
         """Tell one evaluation."""
         loss = (metrics or {})["eval_loss"]
-        is_best = state.best_metric is None or loss < state.best_metric
+        counts = state.global_step >= self._settled
+        is_best = counts and (state.best_metric is None or loss < state.best_metric)
         self._log.append(
             "evaluate",
             state.global_step,

@@ -17,14 +17,19 @@ from lorakit.training.events import EventLog
 
 
 class KeepBest(TrainerCallback):
-    """Saves a checkpoint at every new best validation loss, and stops after `patience` evaluations without one."""
+    """Saves a checkpoint at every new best validation loss, and stops after `patience` evaluations without one.
 
-    def __init__(self, patience: int | None, log: EventLog) -> None:
-        self.patience, self._log = patience, log
+    Only evaluations from step `settled` on count, when a rank schedule is done.
+    """
+
+    def __init__(self, patience: int | None, log: EventLog, settled: int = 0) -> None:
+        self.patience, self._log, self._settled = patience, log, settled
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Decide after one evaluation, which stands last in the history."""
-        since = evaluations_since_best(state.log_history)
+        if state.global_step < self._settled:
+            return
+        since = evaluations_since_best(state.log_history, self._settled)
         if since == 0:
             control.should_save = True
         if self.patience is not None and since >= self.patience:
@@ -33,9 +38,12 @@ class KeepBest(TrainerCallback):
                              best_loss=state.best_metric, evaluations_since_best=since)  # fmt: skip
 
 
-def evaluations_since_best(history: list[dict[str, float]]) -> int:
-    """Return how many evaluations came after the one with the lowest loss; the first counts where two are equal."""
-    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+def evaluations_since_best(history: list[dict[str, float]], settled: int = 0) -> int:
+    """Return how many evaluations came after the one with the lowest loss; the first counts where two are equal.
+
+    Those before step `settled` are left out.
+    """
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry and entry["step"] >= settled]
     return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 

@@ -3,7 +3,7 @@
 <output>/recipe.yaml      the whole recipe, every default written out
 <output>/events.jsonl     what happened, line by line (events.py)
 <output>/checkpoint-N/    whole or absent, resumable (checkpoints.py)
-<output>/adapter/         the best adapter, in the PEFT format where the method has one
+<output>/adapter/         the best adapter, trimmed to what acts, in the PEFT format where the method has one
 <output>/run.json         the summary, written last: a run that has it is finished
 """
 
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.core.jsontext import JsonFault, parse_json
 from lorakit.core.lazy import need
-from lorakit.core.state import Purpose
+from lorakit.core.state import Purpose, trim
 from lorakit.errors import LorakitError, RecipeError
 from lorakit.training import folder
 from lorakit.training.folder import SUMMARY
@@ -207,14 +207,16 @@ def _trainer(
     from lorakit.training.arguments import arguments, make_plan
     from lorakit.training.events import Narrator
     from lorakit.training.flow import KeepBest
+    from lorakit.training.rank_schedule import RankSchedules
     from lorakit.training.trainer import AdapterTrainer
 
     plan = make_plan(recipe, stage)
     log.append("plan", **plan.to_json(), packed=stage.packed, why=stage.why, task=stage.task,
                device=str(stage.model.device), dtype=str(stage.model.dtype).removeprefix("torch."))  # fmt: skip
-    callbacks = [Narrator(log, progress), interrupt]
+    ranks = RankSchedules(stage.model, plan.steps)
+    callbacks = [Narrator(log, progress, ranks.settled), interrupt]
     if stage.validation is not None:
-        callbacks.append(KeepBest(recipe.train.patience, log))
+        callbacks.append(KeepBest(recipe.train.patience, log, ranks.settled))
     return AdapterTrainer(
         stage.model,
         arguments(recipe, stage, plan, output),
@@ -224,6 +226,7 @@ def _trainer(
         pad_id=stage.tokenizer.pad_token_id,
         data=data,
         progress=progress,
+        ranks=ranks,
         callbacks=callbacks,
     )
 
@@ -238,7 +241,7 @@ def _go(trainer: AdapterTrainer, saved: Path | None, recipe: Recipe) -> None:
 
     if saved is not None and recipe.train.patience is not None:
         state = TrainerState.load_from_json(str(saved / STATE))
-        if evaluations_since_best(state.log_history) >= recipe.train.patience:
+        if evaluations_since_best(state.log_history, trainer.ranks.settled) >= recipe.train.patience:
             trainer._load_from_checkpoint(str(saved))
             trainer.state = state
             return
@@ -252,14 +255,15 @@ def _go(trainer: AdapterTrainer, saved: Path | None, recipe: Recipe) -> None:
 
 
 def _finish(recipe: Recipe, stage: Stage, trainer: AdapterTrainer, output: Path, trainable: int) -> Run:
-    """Restore the best adapter, save it, and write the summary last."""
+    """Restore the best adapter, save what of it acts, and write the summary last."""
     from lorakit.inject.attach import state
     from lorakit.persist import save
     from lorakit.training.events import peak_memory_bytes
 
     trainer._load_best_model()
-    adapter = replace(state(stage.model), purpose=_purpose(recipe, stage))
-    save(adapter, output / "adapter", "peft" if stage.spec.method and stage.spec.method.peft else "native")
+    adapter = trim(replace(state(stage.model), purpose=_purpose(recipe, stage)))
+    in_peft = bool(adapter.updates) and all(update.method.peft for update in adapter.updates)
+    save(adapter, output / "adapter", "peft" if in_peft else "native")
     progress, history = trainer.progress, trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     run = Run(

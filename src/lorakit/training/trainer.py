@@ -1,10 +1,12 @@
-"""transformers' Trainer, taught five things it does not do for an adapter that lives inside the model.
+"""transformers' Trainer, taught six things it does not do for an adapter that lives inside the model.
 
 1. A checkpoint holds the adapter alone, is whole or absent, and remembers its recipe.
 2. The loss is a sum over trained tokens, divided once by their number in the whole accumulated batch.
 3. Parameter groups go by the roles the method declared.
 4. The first step is watched: every adapter must be called and reached by a gradient.
 5. The order of the rows is a plain function of seed and epoch, and evaluation draws no random number.
+6. A method's penalty counts once an optimizer step, its rank schedule acts after it, and no adapter from before the
+   schedule is done is ever the best.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +28,7 @@ from lorakit.data import Collator
 from lorakit.errors import AdapterFileError, AliveError
 from lorakit.inject.alive import alive
 from lorakit.inject.attach import state
+from lorakit.inject.penalty import penalty
 from lorakit.persist.atomic import atomic_directory
 from lorakit.persist.native import NATIVE, load_native, to_native
 from lorakit.training.checkpoints import STATE, Memory, checkpoints, prune, restore
@@ -32,6 +36,7 @@ from lorakit.training.finite import FiniteCheck, refuse_exploded
 from lorakit.training.groups import param_groups
 from lorakit.training.loss import mean_loss, summed_loss, trained_labels
 from lorakit.training.progress import Progress
+from lorakit.training.rank_schedule import RankSchedules
 from lorakit.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -72,6 +77,7 @@ class AdapterTrainer(Trainer):
         pad_id: int,
         data: str,
         progress: Progress,
+        ranks: RankSchedules,
         callbacks: list[TrainerCallback],
     ) -> None:
         super().__init__(
@@ -80,11 +86,12 @@ class AdapterTrainer(Trainer):
             data_collator=Collator(pad_id),
             train_dataset=train,
             eval_dataset=validation,
-            callbacks=callbacks,
+            callbacks=[*callbacks, ranks],
         )
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True
         self.adapted, self.folder, self.rows, self.progress = model, Path(str(args.output_dir)), train, progress
+        self.ranks = ranks
         self._recipe, self._data, self._pad_id = recipe, data, pad_id
         self._proven, self._check_finite = False, FiniteCheck(args.learning_rate)
 
@@ -111,22 +118,25 @@ class AdapterTrainer(Trainer):
         return samples, trained
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Run one micro-batch forward and backward; the first one proves the adapter alive."""
-        if self._proven:
-            return super().training_step(model, inputs, num_items_in_batch)
-        with alive(self.adapted):
-            loss = super().training_step(model, inputs, num_items_in_batch)
+        """Run one micro-batch forward and backward; the first one proves the adapter alive.
+
+        Returned, and told as the loss, is the loss of the data alone.
+        """
+        with nullcontext() if self._proven else alive(self.adapted):
+            super().training_step(model, inputs, num_items_in_batch)
         self._proven = True
-        return loss
+        return self._data_loss
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """Return this micro-batch's share of the mean loss over the whole accumulated batch."""
+        """Return this micro-batch's share of the mean loss over the whole accumulated batch, and of the penalty."""
         labels = inputs.pop("labels")
-        loss, _ = summed_loss(model(**inputs).logits, labels)
+        loss, trained = summed_loss(model(**inputs).logits, labels)
         share: Tensor = loss / num_items_in_batch
-        return share
+        self._data_loss = share.detach()
+        term = penalty(self.adapted)
+        return share if term is None else share + term * (trained / num_items_in_batch)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -166,6 +176,7 @@ class AdapterTrainer(Trainer):
                 self._save_scaler(str(draft))
                 self._save_rng_state(str(draft))
                 self.state.save_to_json(str(draft / STATE))
+                self.ranks.write(draft)
                 Memory.of(self._recipe, self._data, self.progress).write(draft)
         except RuntimeError as failed:
             full = "inline_container" in str(failed) or "PytorchStreamWriter" in str(failed)
@@ -176,6 +187,11 @@ class AdapterTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         restore(self.adapted, load_native(resume_from_checkpoint))
+        self.ranks.read(Path(resume_from_checkpoint))
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Leave out what was measured before the ranks were settled."""
+        return self.state.global_step >= self.ranks.settled and super()._determine_best_metric(metrics, trial)
 
     def _load_best_model(self) -> None:
         """Put the adapter with the lowest validation loss back, if it is not the last one."""

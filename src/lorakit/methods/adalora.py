@@ -1,0 +1,129 @@
+"""AdaLoRA: as many triplets at each weight as they are worth, under one budget over all of them.
+
+`dW = s P Lambda Q` with `up (out, r)` = P, `gain (r,)` = the diagonal of Lambda and `down (r, in)` = Q of arXiv
+2303.10512, eq. 3; `s = alpha / (init_rank + 1e-5)` stays what it was when triplets are pruned, as in the authors' code.
+A pruned triplet has gain 0. `pruning.py` decides which; steps are numbered from 1, so that a run without final steps
+ends on its target too (numbered from 0, as examples of PEFT do, the last choice is never made).
+
+Differing from PEFT 0.21: `target_rank == init_rank` is refused in words (there: kthvalue fails), a weight without a
+gradient keeps its importance (there: a crash), of triplets with equal scores exactly the budget survives (there: none
+of them), and s is a constant (there: on a 16-bit base its denominator is trained, and not saved).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lorakit.core.method import LowRank, Schedule, Start, Tensors, down_up
+from lorakit.core.site import Decl, Role, Site
+from lorakit.errors import SpecError
+from lorakit.methods.pruning import Budget, Pruning
+
+
+@dataclass(frozen=True)
+class AdaLoRA(LowRank):
+    """Add `s P Lambda Q`, from `init_rank` triplets a site down to `target_rank` on average over the sites.
+
+    `tinit` steps prune nothing, `tfinal` steps at the end keep the choice, every `delta_t`-th step between prunes.
+    `orthogonal_weight` weighs the penalty. `kept` is the number of triplets that `trimmed` left, None before.
+    """
+
+    target_rank: int = 8
+    init_rank: int = 12
+    alpha: float = 24.0
+    tinit: int = 0
+    tfinal: int = 0
+    delta_t: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orthogonal_weight: float = 0.5
+    kept: int | None = None
+
+    name: ClassVar[str] = "adalora"
+    paper: ClassVar[str] = "arXiv 2303.10512"
+    formula: ClassVar[str] = "dW = s P diag(lambda) Q, s = alpha / (init_rank + 1e-5)"
+    count: ClassVar[str] = "(kept or init_rank) * (m + n + 1)"
+
+    def __post_init__(self) -> None:
+        least = {"target_rank": 1, "init_rank": 1, "tinit": 0, "tfinal": 0, "delta_t": 1}
+        for name, low in least.items() if self.kept is None else [*least.items(), ("kept", 1)]:
+            if type(value := getattr(self, name)) is not int or value < low:
+                raise SpecError(f"{name} must be a whole number of at least {low}, not {value!r}")
+        if self.target_rank >= self.init_rank:
+            raise SpecError(
+                f"target_rank {self.target_rank} must be below init_rank {self.init_rank}: ranks are pruned from one "
+                "to the other; raise init_rank (1.5 * target_rank is usual), or use method lora for a fixed rank"
+            )
+        if not (isinstance(self.alpha, int | float) and math.isfinite(self.alpha) and self.alpha > 0):
+            raise SpecError(f"alpha must be a positive number, not {self.alpha!r}; the usual choice is 2 * init_rank")
+        for name in ("beta1", "beta2"):
+            if not (isinstance(beta := getattr(self, name), int | float) and 0 < beta < 1):
+                raise SpecError(f"{name} must lie between 0 and 1, not {beta!r}; the paper's is 0.85")
+        weight = self.orthogonal_weight
+        if not (isinstance(weight, int | float) and math.isfinite(weight) and weight >= 0):
+            raise SpecError(f"orthogonal_weight must be at least 0, not {weight!r}; usual are 0.1 to 0.5")
+        object.__setattr__(self, "rank", self.kept or self.init_rank)  # what LowRank checks and others report
+
+    @property
+    def scale(self) -> float:
+        """Return s."""
+        return self.alpha / (self.init_rank + 1e-5)
+
+    def tensors(self, site: Site) -> dict[str, Decl]:
+        """Declare r (in + out + 1) parameters."""
+        return {**down_up(self.rank, site), "gain": Decl((self.rank,), Role.GAIN)}
+
+    def init(self, p: Tensors, start: Start) -> None:
+        """Start at dW = 0: P, Q ~ N(0, 0.02^2), lambda = 0."""
+        nn.init.normal_(p["down"], std=0.02, generator=start.rng)
+        nn.init.normal_(p["up"], std=0.02, generator=start.rng)
+        nn.init.zeros_(p["gain"])
+
+    def factors(self, p: Tensors) -> tuple[Float[Tensor, "r in *kernel"], Float[Tensor, "out rg"]]:
+        """Return `(Lambda Q, s P)`."""
+        gain = p["gain"].view(-1, *[1] * (p["down"].dim() - 1))
+        return gain * p["down"], self.scale * p["up"]
+
+    def penalty(self, p: Tensors, notes: Tensors) -> Tensor:
+        """Return `w (|P^T P - I|_F + |Q Q^T - I|_F) / 2`, which keeps P and Q near orthogonal.
+
+        The norm is not squared and, with the mean over sites, is a mean over all 2n matrices: so do the authors' code
+        (w = 0.1) and PEFT (w = 0.5); the paper's eq. 4 has the sum of squares. Grouped convolutions: per group's block.
+        """
+        groups = p["down"].shape[0] // p["up"].shape[1]
+        rank = p["up"].shape[1]
+        up, down = p["up"].reshape(groups, -1, rank), p["down"].reshape(groups, rank, -1)
+        eye = torch.eye(rank, dtype=up.dtype, device=up.device)
+        off = torch.stack([torch.linalg.vector_norm(gram - eye) for gram in (up.mT @ up, down @ down.mT)])
+        return self.orthogonal_weight * off.mean()
+
+    def schedule(self, adapters: Mapping[str, tuple[Site, Tensors]], steps: int) -> Schedule:
+        """Return the pruning of a run of `steps` to `target_rank` triplets a site on average."""
+        end = steps - self.tfinal
+        if self.tinit >= end:
+            raise SpecError(
+                f"a run of {steps} steps leaves none to prune in between tinit {self.tinit} and tfinal {self.tfinal}; "
+                "shorten them, or train longer"
+            )
+        first = sum(len(p["gain"]) for _, p in adapters.values())
+        budget = Budget(first, min(first, self.target_rank * len(adapters)), self.tinit, end, self.delta_t)
+        return Pruning(adapters, budget, self.beta1, self.beta2)
+
+    def trimmed(self, site: Site, p: Tensors) -> tuple[AdaLoRA, Tensors] | None:
+        """Return the update without its pruned triplets; a grouped convolution keeps as many in every group."""
+        acting = (p["gain"] != 0).reshape(site.groups, -1)
+        most = int(acting.sum(1).max())
+        if most == 0:
+            return None
+        chosen = acting.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+        offset = torch.arange(site.groups, device=chosen.device)[:, None] * acting.shape[1]
+        rows = (chosen + offset).flatten()
+        up = p["up"].reshape(site.groups, -1, acting.shape[1]).take_along_dim(chosen[:, None], 2).flatten(0, 1)
+        return replace(self, kept=len(rows)), {"down": p["down"][rows], "up": up, "gain": p["gain"][rows]}
