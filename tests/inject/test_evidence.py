@@ -110,6 +110,8 @@ def test_a_16_bit_base_is_summed_in_fp32() -> None:
     moment = gather(model, AdapterSpec(LoRA(1, init_=Eva()), Targets("0")), [x])["0"]
     assert moment.dtype == torch.float32
     assert_close(moment, x.float().T @ x.float())
+    gradient = gather(model, ga(include=["0"]), [x, x], loss=lambda model, x: model(x).square().mean())["0"]
+    assert gradient.dtype == torch.float32
 
 
 @pytest.mark.parametrize("batches", [[], [{"input_ids": IDS}]])

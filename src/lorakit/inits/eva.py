@@ -30,7 +30,8 @@ class Eva(Init):
         """Take the eigenvectors of the largest eigenvalues, the largest first."""
         assert start.evidence is not None
         n = start.site.fan_in
-        moment = start.evidence.reshape(-1, n, n).to(start.weight.device)
+        wide = torch.promote_types(start.evidence.dtype, torch.float32)
+        moment = start.evidence.reshape(-1, n, n).to(start.weight.device, wide)
         vectors = torch.linalg.eigh(moment).eigenvectors  # columns, the smallest first
         down.copy_(vectors.flip(-1)[..., : up.shape[1]].mT.reshape(down.shape))
         nn.init.zeros_(up)

@@ -15,6 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from lorakit import __version__
+from lorakit.core.as_lora import as_lora
+from lorakit.core.init import init_of
 from lorakit.core.registry import method as method_named
 from lorakit.core.spec import AdapterSpec, method_from_json, method_to_json
 from lorakit.core.state import AdapterState, Base, Purpose, Update, check_tensors
@@ -35,12 +37,14 @@ def save_peft(state: AdapterState, path: str | Path) -> None:
     """Write an adapter in PEFT's format, replacing an adapter that lies there in one step; other files stay.
 
     Args:
-        state: the adapter; its updates are LoRA or rsLoRA.
+        state: the adapter; its updates are LoRA or rsLoRA. Pairs that subtract their start (PiSSA) are written as the
+            LoRA of rank 2r that they equal.
         path: the directory.
 
     Raises:
         AdapterFileError: a method without a PEFT form, or a write that failed (the old one is intact).
     """
+    state = _without_starts(state)
     config, tensors = to_peft(state)
     old = frozenset({CONFIG, WEIGHTS, PICKLE, NOTE, "adapter.lorakit.safetensors"})
     with files.atomic_directory(path, drop=old) as draft:
@@ -80,7 +84,7 @@ def to_peft(state: AdapterState) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         AdapterFileError: an adapter without updates, a method without a PEFT form, rows of a grouped convolution.
     """
-    lora = method_named("lora")
+    state, lora = _without_starts(state), method_named("lora")
     if other := sorted({f"{u.site.key}: {u.method.name}" for u in state.updates if type(u.method) is not lora}):
         raise AdapterFileError(f"these updates have no PEFT form; save with format='native':\n{listing(other)}")
     if not state.updates:
@@ -116,6 +120,13 @@ def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapt
     check_tensors(updates)
     spec = settings.spec(updates, list(reading.trained))
     return AdapterState(spec, updates, reading.trained, Base(config.get("base_model_name_or_path")))
+
+
+def _without_starts(state: AdapterState) -> AdapterState:
+    """Return the adapter as plain LoRA, of rank 2r, where a pair keeps a start that it subtracts, as PiSSA's does."""
+    plain = all(type(u.method) is method_named("lora") for u in state.updates)
+    starts = [init.keeps_start for u in state.updates if (init := init_of(u.method)) is not None]
+    return as_lora(state) if plain and any(starts) else state
 
 
 def _modules_to_save(state: AdapterState, adapted: Sequence[str]) -> list[str]:
