@@ -23,6 +23,11 @@ def main() -> None:
         app()
     except KeyboardInterrupt:  # in the milliseconds before a verb begins or after it ends
         _stop()
+    except SystemExit as end:
+        if end.code == 130:  # said already; Python would end by the signal if it came inside an exec of some library
+            sys.stdout.flush()
+            os._exit(130)
+        raise
     finally:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, _stop)  # what is left is the interpreter's own end, which would complain
