@@ -27,7 +27,7 @@ DATA, WORK = ROOT.parent / "shared" / "data" / "e2e", ROOT / "runs" / "bench-e2e
 EPOCHS, BATCH_TOKENS = 1, 1024
 ADAPTER = {"method": "lora", "rank": 64, "alpha": 64, "targets": ["all-linear", "lm_head"]}
 UP_RATIO = 16.0  # LoRA+: how much faster B learns than A
-RATES = {"lora": (7e-4, 1e-3, 1.5e-3), "full": (1e-3, 2e-3, 4e-3)}
+RATES = {"lora": (5e-4, 7e-4, 1e-3), "full": (1e-3, 2e-3, 4e-3)}
 
 
 def recipe(lr: float, output: Path) -> Recipe:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig, Phi3Config
 
-from lorakit.core.site import Skeleton
+from lorakit.core.site import Site, Skeleton
 from lorakit.core.spec import AdapterSpec, Override, Targets
 from lorakit.core.targets import modules_named, parse_layers, resolve, select
 from lorakit.errors import SpecError, TargetError
@@ -122,6 +122,14 @@ def test_slices_of_fused_layers_go_by_name_or_number(gpt2: Skeleton) -> None:
         keys(gpt2, "c_attn[100:200]")
     with pytest.raises(TargetError, match="targets overlap on rows"):
         keys(gpt2, "c_attn[q]", "c_attn")
+
+
+def test_rows_of_a_grouped_convolution_are_not_sliced() -> None:
+    grouped = Skeleton((Site("conv", 8, 3, (3,), kind="conv1d", groups=2),))
+    with pytest.raises(
+        TargetError, match="a convolution of 2 groups, whose rows see different channels; adapt it whole"
+    ):
+        resolve(AdapterSpec(LoRA(2), Targets("conv[0:4]")), grouped)
 
 
 def test_grouped_query_slices_follow_the_configuration() -> None:

@@ -20,6 +20,7 @@ from lorakit.cli.convert import convert
 from lorakit.cli.evaluate import evaluate
 from lorakit.cli.generate import generate
 from lorakit.cli.merge import merge
+from lorakit.cli.methods import methods
 from lorakit.cli.quickstart import quickstart
 from lorakit.cli.screen import print_error
 from lorakit.cli.train import train
@@ -83,7 +84,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (quickstart, train, evaluate, generate, merge, convert):
+for verb in (quickstart, train, evaluate, generate, merge, convert, methods):
     app.command()(verb)
 
 

@@ -1,0 +1,173 @@
+"""Does every method learn? The quickstart's task, the same 150 steps, each method at a learning rate of its own.
+
+The rate is chosen by the loss on records that are neither trained on nor scored; the score is the share of held-out
+records whose facts are all told. Also: parameters, adapter bytes, time of a step, and the bytes autograd saves in one.
+Runs are kept in runs/bench-methods, so a stopped bench goes on; docs/results/methods.json is written after each.
+Run: python bench/methods.py [method ...]
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from record import RESULTS, record
+
+from lorakit import attach, load
+from lorakit.cli.quickstart import HELD_OUT, ROWS, STRANGERS, TRAIN, Task, measure
+from lorakit.data import Collator
+from lorakit.data.fables import fables
+from lorakit.training.base import load_base
+from lorakit.training.events import read_events
+from lorakit.training.loss import summed_loss
+from lorakit.training.recipe import Recipe, load_recipe, make_recipe
+from lorakit.training.run import train
+from lorakit.training.stage import build_stage
+
+ROOT = Path(__file__).parents[1]
+WORK, EXAMPLES = ROOT / "runs" / "bench-methods", ROOT / "examples" / "methods"
+SPREAD = (1 / 3, 1.0, 3.0)
+"""The candidates: the rate of the example's recipe, a third of it, three times it; and on while the end is the best."""
+WIDENED = 2
+
+
+def example(name: str) -> dict[str, Any]:
+    """Return a recipe of examples/methods as plain values."""
+    values: dict[str, Any] = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
+    load_recipe(EXAMPLES / f"{name}.yaml")  # refuses what no run would take
+    return values
+
+
+def recipe(name: str, lr: float, output: Path) -> Recipe:
+    """Return the recipe of one run: the example's adapter at another rate, on the quickstart's rows and steps."""
+    values = example(name)
+    return make_recipe(
+        {
+            "model": "lorakit/tales",
+            "data": {
+                "train": str(WORK / "data" / "train.jsonl"),
+                "validation": str(WORK / "data" / "validation.jsonl"),
+                "format": "prompt+completion",
+                "separator": "",
+            },
+            "adapter": values["adapter"],
+            "train": {
+                **TRAIN,
+                "up_ratio": values["train"].get("up_ratio", 1.0),
+                "lr": lr,
+                "evaluate_every": 1000,
+                "save_every": 1000,
+                "dtype": "fp32",
+            },
+            "output": str(output),
+        }
+    )
+
+
+def write_rows() -> Task:
+    """Write the quickstart's records of seed 0, and others to choose the rates by."""
+    task = Task(fables("train", ROWS, 0), fables("held-out", HELD_OUT, 0), fables("strangers", STRANGERS, 0))
+    (WORK / "data").mkdir(parents=True, exist_ok=True)
+    for part, told in {
+        "train": task.train,
+        "held-out": task.held_out,
+        "validation": fables("held-out", 200, 7),
+    }.items():
+        lines = "".join(json.dumps(fable.row) + "\n" for fable in told)
+        (WORK / "data" / f"{part}.jsonl").write_text(lines, encoding="utf-8")
+    return task
+
+
+def once(name: str, lr: float) -> dict[str, Any]:
+    """Train once, or take the finished run; return its validation loss and what it took."""
+    output = WORK / f"{name}-{lr:.2g}"
+    done = train(recipe(name, lr, output), resume=(output / "events.jsonl").exists())
+    times = [event["time"] for event in read_events(output / "events.jsonl") if event["event"] == "step"]
+    steps = [after - before for before, after in pairwise(times)]
+    return {
+        "lr": lr,
+        "validation_loss": done.validation_loss,
+        "step_seconds": round(statistics.median(steps), 4),
+        "parameters": done.trainable_parameters,
+    }
+
+
+def tuned(name: str) -> list[dict[str, Any]]:
+    """Return the runs at the candidate rates, widened while the best is at an end."""
+    middle = float(example(name)["train"]["lr"])
+    tried = {lr: once(name, lr) for lr in (middle * factor for factor in SPREAD)}
+    for _ in range(WIDENED):
+        best = min(tried, key=lambda lr: tried[lr]["validation_loss"])
+        if min(tried) < best < max(tried):
+            break
+        lr = best / 3 if best == min(tried) else best * 3
+        tried[lr] = once(name, lr)
+    return [tried[lr] for lr in sorted(tried)]
+
+
+def saved_bytes(wanted: Recipe) -> int:
+    """Return the bytes autograd keeps between forward and backward of one batch, parameters left out."""
+    stage = build_stage(wanted)
+    attach(stage.model, stage.spec)
+    kept: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in stage.model.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    batch = Collator(stage.tokenizer.pad_token_id)([stage.train.dataset[i] for i in range(stage.batch_rows)])
+    labels = batch.pop("labels")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss, _ = summed_loss(stage.model.train()(**batch).logits, labels)
+    loss.backward()
+    return sum(kept.values())
+
+
+def judged(name: str, task: Task) -> dict[str, Any]:
+    """Tune a method, then score its best run once."""
+    runs = tuned(name)
+    best = min(runs, key=lambda run: run["validation_loss"])
+    output = WORK / f"{name}-{best['lr']:.2g}"
+    model, tokenizer = load_base("lorakit/tales", dtype="fp32")
+    attach(model, load(output / "adapter"))
+    wanted = recipe(name, best["lr"], output)
+    (output / "data").mkdir(exist_ok=True)
+    (output / "data" / "held-out.jsonl").write_bytes((WORK / "data" / "held-out.jsonl").read_bytes())
+    scored = measure(model, tokenizer, wanted, task)
+    return {
+        "method": name,
+        "adapter": example(name)["adapter"],
+        **best,
+        "adapter_bytes": sum(file.stat().st_size for file in (output / "adapter").glob("adapter*.safetensors")),
+        "saved_bytes": saved_bytes(wanted),
+        "told": scored.told,
+        "told_of_strangers": scored.told_of_strangers,
+        "perplexity": scored.perplexity,
+        "runs": runs,
+    }
+
+
+def main() -> None:
+    file = RESULTS / "methods.json"
+    task = write_rows()
+    for name in sys.argv[1:] or sorted(path.stem for path in EXAMPLES.glob("*.yaml")):
+        found: list[dict[str, Any]] = json.loads(file.read_text())["methods"] if file.exists() else []
+        if any(made["method"] == name for made in found):
+            continue
+        made = judged(name, task)
+        print({key: value for key, value in made.items() if key != "runs"}, flush=True)
+        found = json.loads(file.read_text())["methods"] if file.exists() else []  # another process may have added some
+        record("methods", (__doc__ or "").splitlines()[0], ("torch", "transformers"), methods=[*found, made])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Every recipe of examples/methods runs: a few steps on the bundled base, or on a model that has what it needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lorakit import attach, load, load_recipe, train
+from lorakit.core.registry import methods
+from lorakit.data.fables import fables
+from lorakit.training.base import load_base
+from tests.training import samples
+
+ROOT = Path(__file__).parents[1]
+RECIPES = {file.stem: file for file in sorted((ROOT / "examples" / "methods").glob("*.yaml"))}
+NEED_BIASES = ("bitfit",)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The quickstart's records, fewer of them."""
+    folder = tmp_path_factory.mktemp("rows")
+    for part, count in (("train", 24), ("validation", 8)):
+        told = fables("train" if part == "train" else "held-out", count, 0)
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(one.row) + "\n" for one in told))
+    return {f"data.{part}": str(folder / f"{part}.jsonl") for part in ("train", "validation")}
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in NEED_BIASES])
+def test_a_method_s_recipe_trains_and_its_adapter_loads(name: str, rows: dict[str, str], tmp_path: Path) -> None:
+    small = {"train.steps": 3, "train.batch_size": 4, "train.dtype": "fp32", "output": str(tmp_path / "run")}
+    run = train(load_recipe(RECIPES[name], {**rows, **small}))
+    assert run.steps == 3
+    assert run.trainable_parameters > 0
+    model, _ = load_base("lorakit/tales", dtype="fp32")
+    adapter = load(run.adapter_dir)
+    attach(model, adapter)
+    if adapter.spec.method is not None:
+        assert adapter.spec.method.name == load_recipe(RECIPES[name]).adapter.method
+        assert adapter.updates
+
+
+def test_bitfit_trains_the_biases_of_a_model_that_has_some(tmp_path: Path) -> None:
+    encoder = samples.save_encoder(tmp_path / "bert")
+    rows = {"data.train": samples.write_rows(tmp_path / "train.jsonl", samples.labelled(16)), "data.validation": None}
+    small = {"model": str(encoder), "train.steps": 2, "train.batch_size": 4, "output": str(tmp_path / "run")}
+    run = train(load_recipe(RECIPES["bitfit"], {**rows, **small}))
+    trained = load(run.adapter_dir).trained
+    assert {name.rpartition(".")[2] for name in trained if not name.startswith("classifier")} == {"bias"}
+
+
+def test_every_method_has_a_recipe() -> None:
+    assert set(methods()) <= {load_recipe(file).adapter.method for file in RECIPES.values()}
