@@ -14,6 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lorakit.context.prefix_embedding import PrefixEmbedding
+from lorakit.context.prefix_layer import PrefixLayer
+from lorakit.context.prefix_tuning import PrefixTuning
+from lorakit.context.prompt_tuning import PromptTuning
 from lorakit.core.adapters import Adapter
 from lorakit.core.method import Method, Static
 from lorakit.core.registry import host_of
@@ -115,6 +119,16 @@ METHODS: dict[str, Method] = {
     "per-head, down": PerHead(rank=2, alpha=4.0, heads=2, side="down"),
     "vera": VeRA(rank=10),
 }
+
+CONTEXTS: dict[str, Context] = {
+    "prefix-embedding": PrefixEmbedding(before=3, after=2),
+    "prefix-layer": PrefixLayer(before=3, after=2),
+    "prefix-tuning": PrefixTuning(tokens=4),
+    "prefix-tuning, perceptron": PrefixTuning(tokens=4, hidden=5),
+    "prompt-tuning": PromptTuning(tokens=4),
+}
+"""What acts on what a model reads, on no layer: it has no dW and cannot start as the base does, so none of the laws of a
+layer holds; it has laws of its own, in tests/context/test_laws.py."""
 
 PAIRS = [(kind, name) for kind in KINDS for name, method in METHODS.items() if kind.split(",")[0] in method.kinds]
 STATIC = [(kind, name) for kind, name in PAIRS if isinstance(METHODS[name], Static)]

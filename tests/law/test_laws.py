@@ -24,6 +24,7 @@ from lorakit.inject.attach import adapters_named, attach, detach, state
 from lorakit.inject.merge import merge
 from lorakit.methods.lora import LoRA
 from tests.law.cases import (
+    CONTEXTS,
     HELD,
     KINDS,
     METHODS,
@@ -45,8 +46,8 @@ static = pytest.mark.parametrize(("kind", "method"), STATIC)
 
 
 def test_the_matrix_covers_the_registry() -> None:
-    assert {m.name for m in METHODS.values()} == set(methods())
-    assert {k.split(",")[0] for k in KINDS} == set(hosts())
+    assert {m.name for m in (*METHODS.values(), *CONTEXTS.values())} == set(methods())
+    assert {k.split(",")[0] for k in KINDS} | {"model"} == set(hosts())
 
 
 @pytest.mark.parametrize(("kind", "method"), MISFITS)

@@ -9,9 +9,13 @@ import pytest
 
 from lorakit.core.method import Method
 from lorakit.core.site import Site
-from tests.law.cases import METHODS
+from tests.law.cases import CONTEXTS, METHODS
 
-SITES = {"linear": Site("layer", 8, 12), "module": Site("layer", 12, 12, kind="module")}
+SITES = {
+    "linear": Site("layer", 8, 12),
+    "module": Site("layer", 12, 12, kind="module"),
+    "model": Site("", 12, 3, (2, 4), kind="model"),
+}
 
 
 def expected(method: Method, site: Site) -> int:
@@ -23,9 +27,9 @@ def expected(method: Method, site: Site) -> int:
     return int(eval(method.count, {"m": site.out, "n": site.in_, **fields}))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, *CONTEXTS])
 def test_the_count_a_method_states_is_what_it_trains(name: str) -> None:
-    method = METHODS[name]
+    method = (METHODS | CONTEXTS)[name]
     site = next((site for kind, site in SITES.items() if kind in method.kinds), None)
     if site is None:
         pytest.skip("acts on no layer")

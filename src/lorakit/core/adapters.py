@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakit.core.fronts import Front, put_in_front, take_from_front
 from lorakit.core.host import Host
 from lorakit.core.method import Call, Method, Start, Static
 from lorakit.core.site import Site
@@ -130,7 +131,7 @@ class Adapters(nn.Module):
         return total
 
 
-class Adapted:
+class Adapted(Front):
     """Mixin in front of a host's class: the base forward, then the updates."""
 
     adapters: Adapters
@@ -147,46 +148,27 @@ class Adapted:
         x = args[0] if args else next(iter(kwargs.values()))
         return self.adapters(self, x, y)  # type: ignore[no-any-return]
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickle and copy by the base class: the adapted class is made on demand and has no importable name."""
-        return _revive, (base_class(cast(nn.Module, self)),), self.__dict__.copy()
-
-
-_adapted_classes: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
-    """Return `base` with `Adapted` in front; one class per base, so compiled graphs are shared."""
-    if base not in _adapted_classes:
-        _adapted_classes[base] = type(f"Adapted{base.__name__}", (Adapted, base), {"__module__": __name__})
-    return _adapted_classes[base]
-
-
-def base_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class a module has, or had before it was adapted."""
-    cls = type(module)
-    return cls.__mro__[2] if isinstance(module, Adapted) else cls
-
 
 def swap_in(module: nn.Module, host: Host) -> Adapters:
     """Make `module` an adapted one (once) and return its updates."""
     if not isinstance(module, Adapted):
         module.adapters = Adapters(host).train(module.training)
-        module.__class__ = adapted_class(type(module))
+        for part, mixin in _fronts(host, module):
+            put_in_front(part, mixin)
     return cast(Adapters, module.adapters)
 
 
 def swap_out(module: nn.Module) -> None:
     """Give `module` its own class back, without updates: the inverse of `swap_in`."""
     if isinstance(module, Adapted):
-        base = base_class(module)
+        host = module.adapters.host
         del module.adapters
-        module.__class__ = base  # type: ignore[assignment]
+        for part, mixin in _fronts(host, cast(nn.Module, module)):
+            take_from_front(part, mixin)
 
 
-def _revive(base: type[nn.Module]) -> nn.Module:
-    cls = adapted_class(base)
-    return cls.__new__(cls)
+def _fronts(host: Host, module: nn.Module) -> list[tuple[nn.Module, type[Front]]]:
+    return [(module, Adapted)] if host.fronts is None else host.fronts(module)
 
 
 def _place(part: Tensor, axis: int, rows: tuple[int, int], like: Tensor) -> Tensor:
@@ -206,4 +188,4 @@ def _per_row(weight: Weight, y: Tensor, path: str) -> Weight:
     return weight.to(y.dtype).view(-1, *[1] * (y.dim() - 1))
 
 
-__all__ = ["Adapted", "Adapter", "Adapters", "Weight", "adapted_class", "base_class", "swap_in", "swap_out"]
+__all__ = ["Adapted", "Adapter", "Adapters", "Weight", "swap_in", "swap_out"]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from lorakit.core.fronts import Front
 from lorakit.core.site import Site
 
 
@@ -58,6 +59,8 @@ class Host:
     op: Op
     store: Store
     site: Callable[[str, nn.Module], Site]
+    fronts: Callable[[nn.Module], list[tuple[nn.Module, type[Front]]]] | None = None
+    """The mixin that goes in front of the module's class, and of which classes inside it; `Adapted` alone if None."""
 
     def __reduce__(self) -> tuple[Callable[[str], Host], tuple[str]]:
         """Copy and pickle as the name of a row: a host is a constant of the table."""

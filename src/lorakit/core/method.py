@@ -1,6 +1,7 @@
 """The method tower: what an update is, from "adds a term to y" up to "is a low-rank product".
 
     Method    branch(p, call) -> the term added to y       input-dependent updates stop here
+    Context   branch is what stands at virtual positions   acts on what a model reads, on no layer
     Static    + delta(p, W) -> dW in canonical layout      can be merged and analysed
     Dense     writes delta; branch follows
     LowRank   writes factors(p) -> (down, up); delta and branch follow; can be banked for serving
@@ -13,9 +14,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -93,7 +94,9 @@ class Method(ABC):
     formula: ClassVar[str]
     """The update in one line, in the paper's letters."""
     count: ClassVar[str]
-    """Trained parameters at an `(m, n)` weight, as an expression of m, n and the method's fields; tested against it."""
+    """Trained parameters at an `(m, n)` weight, as an expression of m, n and the method's fields; tested against it.
+
+    At a model (`Context`) m is its width and n its number of blocks."""
     kinds: ClassVar[frozenset[str]] = WEIGHT_KINDS
     peft: ClassVar[str | None] = None
 
@@ -168,6 +171,36 @@ class LowRank(Static):
                 f"rank {self.rank} is not a multiple of the convolution's {site.groups} groups; "
                 f"use rank {math.ceil(self.rank / site.groups) * site.groups} or exclude this path"
             )
+
+
+class Context(Method):
+    """An update of what a model reads: trained vectors at virtual positions beside the input.
+
+    What `branch` returns is not added to anything, it stands at those positions, for every row of the batch:
+
+        input    (t, d)                in the row of input embeddings
+        blocks   (L, t, d)             in what each of the L blocks reads
+        cache    (t, L * 2 * keys)     as the key and the value that each block finds in its cache
+    """
+
+    where: ClassVar[Literal["input", "blocks", "cache"]]
+    kinds: ClassVar[frozenset[str]] = frozenset({"model"})
+
+    @abstractmethod
+    def lengths(self) -> tuple[int, int]:
+        """Return how many virtual positions stand before a row, and how many after its prompt."""
+
+
+@runtime_checkable
+class Tokenized(Protocol):
+    """A method that starts from a text: it wants the text's token ids, which only a tokenizer knows."""
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Return the token ids it starts from; none before `tokenized`, or without a text."""
+
+    def tokenized(self, encode: Callable[[str], Sequence[int]]) -> Method:
+        """Return this method with the token ids of its text written into its fields."""
 
 
 @runtime_checkable

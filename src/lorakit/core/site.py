@@ -22,6 +22,7 @@ class Role(Enum):
     GAIN = "gain"
     GATE = "gate"
     BANK = "bank"
+    TOKEN = "token"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Site:
 
     `in_` counts the inputs one output sees (a grouped convolution: in_channels / groups). `rows` restricts the
     update to a slice of the outputs of a fused layer; `out` is then the height of the slice and `height` the layer's.
+
+    `bias` says whether the layer adds one, None where nobody looked.
+
+    A site of kind "model" is the stack of blocks a model reads with: `out` is its width, `in_` the number of blocks and
+    `kernel` the heads of a block's keys and the width of each.
     """
 
     path: str
@@ -95,7 +101,8 @@ class Skeleton:
 
     `others` maps the path of each module that has no host to `(class name, why it cannot be adapted)`; `heads` are the
     output layers `all-linear` leaves out; `parts` names the output slices of fused layers; `blocks` are modules such
-    as an MLP that hold layers and give back the width they take, for methods that work beside a whole module.
+    as an MLP that hold layers and give back the width they take, for methods that work beside a whole module. `reader`
+    is the part of a transformer that reads embeddings, for methods that change what is read.
     """
 
     sites: tuple[Site, ...]
@@ -103,6 +110,7 @@ class Skeleton:
     heads: frozenset[str] = frozenset()
     parts: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
     blocks: Mapping[str, Site] = field(default_factory=dict)
+    reader: Site | None = None
     total_parameters: int = 0
 
     @cached_property

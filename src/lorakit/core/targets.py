@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lorakit.core.method import Method, Settled
+from lorakit.core.method import Context, Method, Settled
 from lorakit.core.site import Site, Skeleton, layer_of
 from lorakit.core.spec import AdapterSpec, Targets
 from lorakit.errors import SpecError, TargetError, did_you_mean, grouped, listing
@@ -47,6 +47,8 @@ def resolve(spec: AdapterSpec, skeleton: Skeleton) -> tuple[Match, ...]:
     """
     if spec.method is None:
         return ()
+    if isinstance(spec.method, Context):
+        return (_read(spec, spec.method, skeleton),)
     chosen = select(spec.targets, skeleton, blocks="module" in spec.method.kinds)
     everywhere = [site for site, _ in chosen]
     usual = _settled(spec.method, everywhere)
@@ -67,6 +69,21 @@ def resolve(spec: AdapterSpec, skeleton: Skeleton) -> tuple[Match, ...]:
     if problems:
         raise SpecError(f"{len(problems)} of {len(chosen)} targets do not fit:\n{listing(grouped(problems))}")
     return tuple(matches)
+
+
+def _read(spec: AdapterSpec, method: Context, skeleton: Skeleton) -> Match:
+    """Return the one match of a method that acts on what the model reads."""
+    chosen = {"targets": spec.targets.include != Targets().include, "exclude": spec.targets.exclude,
+              "layers": spec.targets.layers, "overrides": spec.overrides, "dropout": spec.dropout}  # fmt: skip
+    if said := [name for name, value in chosen.items() if value]:
+        raise SpecError(f"{method.name} acts on what the model reads, on no layer; remove {', '.join(said)}")
+    if skeleton.reader is None:
+        raise TargetError(
+            f"{method.name} acts on what a transformer reads, and this model has no part that is known to read "
+            "embeddings: it takes a transformers decoder or encoder with inputs_embeds and one stack of blocks"
+        )
+    method.check(skeleton.reader)
+    return Match(skeleton.reader, method, "what the model reads")
 
 
 def select(targets: Targets, skeleton: Skeleton, *, blocks: bool = False) -> list[tuple[Site, str]]:

@@ -13,9 +13,10 @@ from torch import nn
 
 from lorakit.core.adapters import Adapted
 from lorakit.core.host import Host
+from lorakit.core.reading import fronts_of
 from lorakit.core.site import Site
 from lorakit.hosts.ops import Convolution, Lookup, MatrixProduct
-from lorakit.hosts.stores import Nothing, Plain, Transposed
+from lorakit.hosts.stores import Nothing, Plain, Transposed, Vocabulary
 
 
 def _keeps_forward_of(base: type[nn.Module]) -> Callable[[nn.Module], bool]:
@@ -84,4 +85,5 @@ ROWS: tuple[Host, ...] = (
     Host("conv2d", _keeps_forward_of(nn.Conv2d), Convolution(2), Plain(), _conv_site("conv2d")),
     Host("conv3d", _keeps_forward_of(nn.Conv3d), Convolution(3), Plain(), _conv_site("conv3d")),
     Host("module", lambda m: False, MatrixProduct(), Nothing(), _no_site),  # named by a target, never found by itself
+    Host("model", lambda m: False, MatrixProduct(), Vocabulary(), _no_site, fronts_of),  # the reader of a transformer
 )

@@ -1,4 +1,4 @@
-"""The ways a dense weight is kept: as it is, transposed, or not at all, where a whole module is the host."""
+"""The ways a dense weight is kept: as it is, transposed, or not at all, where a module or a model is the host."""
 
 from __future__ import annotations
 
@@ -47,3 +47,15 @@ class Nothing(Store):
     def write(self, module: nn.Module, weight: Tensor) -> None:
         """Refuse: an update beside a whole module is no change of a weight."""
         raise MergeError(f"{type(module).__name__} has no weight to write to")
+
+
+class Vocabulary(Store):
+    """The host is a model: what it has of vectors to read are its input embeddings, `(vocabulary, width)`."""
+
+    def read(self, module: nn.Module) -> Tensor:
+        """Return the table of input embeddings."""
+        return cast(Tensor, module.get_input_embeddings().weight)  # type: ignore[operator]
+
+    def write(self, module: nn.Module, weight: Tensor) -> None:
+        """Refuse: what is read beside the input is no change of a weight."""
+        raise MergeError(f"{type(module).__name__} reads an update beside its input; there is no weight to write to")

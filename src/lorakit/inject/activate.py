@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lorakit.core.adapters import Adapted, Weight
 from lorakit.errors import AttachError
+from lorakit.inject.context import contexts, refuse_two, refuse_weight
 from lorakit.inject.ledger import ledger_of
 
 
@@ -40,7 +41,8 @@ def use(model: nn.Module, weights: Mapping[str, Weight]) -> Using:
         weights: adapter name -> a number, or a `(batch,)` tensor with one number per row; `{}` is the bare base.
 
     Raises:
-        AttachError: a name that is not attached; a per-row weight for an adapter that trained modules whole.
+        AttachError: a name that is not attached; a weight other than 1 for an adapter that trained modules whole or
+            that the model reads; two of the latter at once.
     """
     ledger = ledger_of(model)
     for name, weight in weights.items():
@@ -53,6 +55,10 @@ def use(model: nn.Module, weights: Mapping[str, Weight]) -> Using:
                 f"{name!r} trained {ledger.trained[name][0]} whole, which is there or not for the whole batch; "
                 "use it with weight 1.0, or leave it out"
             )
+    read = [name for name in contexts(model) if name in weights]
+    for name in read:
+        refuse_weight(name, weights[name])
+    refuse_two(read)
     layers = [module for module in model.modules() if isinstance(module, Adapted)]
     using = Using(model, {cast(nn.Module, m): m.adapters.weights for m in layers}, set(ledger.swapped_in))
     for module in layers:

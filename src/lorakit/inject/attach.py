@@ -24,6 +24,7 @@ from lorakit.core.spec import AdapterSpec
 from lorakit.core.state import AdapterState, Base, Update, check_tensors
 from lorakit.core.targets import parameters_named, resolve
 from lorakit.errors import AdapterFileError, AttachError, SpecError, did_you_mean, listing
+from lorakit.inject.context import refuse_context
 from lorakit.inject.ledger import Ledger, ledger_of, parameters_of
 from lorakit.inject.sites import sites
 
@@ -79,7 +80,7 @@ def attach(
         placed = [(m.site, m.method) for m in resolve(spec, skeleton)]
     else:
         spec, values = what.spec, dict(what.trained)
-        updates = _fit(what, {**skeleton.by_path, **skeleton.blocks})
+        updates = _fit(what, skeleton)
         check_tensors(updates)
         _check_base(what.base, model)
         placed = [(u.site, u.method) for u in updates]
@@ -90,6 +91,7 @@ def attach(
     ledger.refuse_shared(name, brought)
     modules = dict(model.named_modules())
     _refuse_patched({site.path: modules[site.path] for site, _ in placed})
+    refuse_context(model, placed)
     if isinstance(what, AdapterSpec):
         _check_evidence(modules, placed, evidence or {})
     ledger.freeze(model)
@@ -176,8 +178,11 @@ def _check_name(name: str, ledger: Ledger) -> None:
         raise AttachError(f"an adapter named {name!r} is attached already; detach it first or give another name")
 
 
-def _fit(given: AdapterState, by_path: dict[str, Site]) -> tuple[Update, ...]:
+def _fit(given: AdapterState, skeleton: Skeleton) -> tuple[Update, ...]:
     """Return the state's updates on this model's own sites, or list the paths it does not have."""
+    by_path = {**skeleton.by_path, **skeleton.blocks}
+    if skeleton.reader is not None and any(u.site.kind == "model" for u in given.updates):
+        by_path[skeleton.reader.path] = skeleton.reader
     missing = [
         f"{u.site.path}{did_you_mean(u.site.path, by_path)}" for u in given.updates if u.site.path not in by_path
     ]

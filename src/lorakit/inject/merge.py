@@ -139,7 +139,8 @@ def _refuse(layers: dict[str, nn.Module], merging: dict[str, dict[str, Weight]],
     for path, module in layers.items():
         for name, adapter in cast(Adapters, module.adapters).named():
             if name in merging[path] and not isinstance(adapter.method, Static):
-                problems.append(f"{path}: {adapter.method.name} depends on the input, so no single weight equals it")
+                why = "acts on what the model reads" if adapter.site.kind == "model" else "depends on the input"
+                problems.append(f"{path}: {adapter.method.name} {why}, so no single weight equals it")
         for name, weight in merging[path].items():
             if isinstance(weight, Tensor) and weight.dim() > 0:
                 problems.append(f"{path}: {name!r} has one weight per row; choose a number with use() first")

@@ -15,6 +15,7 @@ from lorakit.core.adapters import Adapters
 from lorakit.core.lazy import need
 from lorakit.core.registry import host_of
 from lorakit.core.site import Site, Skeleton
+from lorakit.inject.context import reader
 
 READ_BY_PARENT: dict[str, frozenset[str]] = {
     "MultiheadAttention": frozenset({"out_proj"}),
@@ -53,6 +54,7 @@ def sites(model_or_config: Any) -> Skeleton:
         heads=_heads(model, found),
         parts={site.path: parts for site in found if (parts := _parts(site, model))},
         blocks=blocks,
+        reader=reader(model),
         total_parameters=sum(p.numel() for p in _base_parameters(model)),
     )
 

@@ -81,7 +81,7 @@ def _state(head: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState:
     shared = {key: tensors[key] for key in tensors if key.startswith(_SHARED)}
     for key, tensor in tensors.items():
         if key not in shared:
-            by_key.setdefault("" if key.startswith(_TRAINED) else key.rpartition(".")[0], {})[key] = tensor
+            by_key.setdefault(_TRAINED if key.startswith(_TRAINED) else key.rpartition(".")[0], {})[key] = tensor
     used: set[str] = set()
     updates = []
     for entry in head["sites"]:

@@ -15,7 +15,7 @@ from lorakit.data.formats import SPEAKERS, named
 from lorakit.errors import DataError, listing
 from lorakit.training.base import evaluating, quiet
 from lorakit.training.generate import generate
-from lorakit.training.loss import batches, mean_loss, summed_loss
+from lorakit.training.loss import batches, logits_of, mean_loss, summed_loss
 from lorakit.training.stage import longest_row, prepare_labelled, prepare_text, rows_of, task_named
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def _predictions(model: Any, rows: Dataset, batch_size: int, pad_id: int) -> tup
     with evaluating(model):
         for batch in batches(rows, batch_size, pad_id, model.device, by_length=True):
             labels = batch.pop("labels")
-            logits = model(**batch).logits
+            logits = logits_of(model, batch, labels)
             total += float(summed_loss(logits, labels)[0])
             actual.append(labels.cpu())
             predicted.append(logits.argmax(-1).cpu())

@@ -9,6 +9,7 @@ import torch
 
 from lorakit.core.lazy import need
 from lorakit.errors import DataError
+from lorakit.inject.context import virtual_positions
 from lorakit.training.base import evaluating, quiet
 
 if TYPE_CHECKING:
@@ -87,10 +88,11 @@ def _check(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) ->
         more = f" and {len(empty) - 12} more" if len(empty) > 12 else ""
         which = f"prompt {empty[0]} is" if len(empty) == 1 else f"prompts {', '.join(empty[:12])}{more} are"
         raise DataError(f"{which} empty, and a model needs something to go on from; write at least one word")
-    room = getattr(model.config, "max_position_embeddings", None)
+    room, read = getattr(model.config, "max_position_embeddings", None), sum(virtual_positions(model))
     longest = max(map(len, prompts), default=0)
-    if room is not None and longest + max_new_tokens > room:
+    if room is not None and longest + max_new_tokens + read > room:
+        taken = f"{room} positions, of which the adapter takes {read}" if read else f"{room} positions"
         raise DataError(
-            f"a prompt of {longest} tokens and an answer of {max_new_tokens} exceed the model's {room} positions; "
+            f"a prompt of {longest} tokens and an answer of {max_new_tokens} exceed the model's {taken}; "
             "shorten the prompt or lower max_new_tokens"
         )

@@ -6,14 +6,16 @@ added up do not. Whoever needs a mean divides at the end, once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorakit.core.layout import row_ends
 from lorakit.data import IGNORE, Collator
+from lorakit.inject.context import virtual_positions
 from lorakit.training.base import evaluating
 
 if TYPE_CHECKING:
@@ -38,8 +40,24 @@ def summed_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def mean_of_batch(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """Return the loss of one batch per trained token (or row)."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    loss, trained = summed_loss(model(**inputs).logits, batch["labels"])
+    loss, trained = summed_loss(logits_of(model, inputs, batch["labels"]), batch["labels"])
     return loss / trained
+
+
+def logits_of(model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+    """Return the model's logits; one that reads virtual positions after the prompt is told where that ends.
+
+    A row's prompt ends at its first trained label; a classifier's is the whole row.
+    """
+    told: dict[str, Tensor] = {}
+    if virtual_positions(model)[1]:
+        ends = row_ends(inputs.get("attention_mask"), inputs["input_ids"])
+        if labels.dim() == 2:
+            trained = labels != IGNORE
+            ends = torch.where(trained.any(1), trained.int().argmax(1), ends)
+        told["prompt_ends"] = ends
+    logits: Tensor = model(**inputs, **told).logits
+    return logits
 
 
 def trained_labels(labels: Tensor) -> Tensor:
@@ -69,7 +87,7 @@ def mean_loss(model: PreTrainedModel, rows: Dataset, size: int, pad_id: int) -> 
     with evaluating(model):
         for batch in batches(rows, size, pad_id, model.device, by_length=True):
             labels = batch.pop("labels")
-            loss, trained = summed_loss(model(**batch).logits, labels)
+            loss, trained = summed_loss(logits_of(model, batch, labels), labels)
             total += loss.double().cpu()
             count += int(trained)
     return float(total) / count, count

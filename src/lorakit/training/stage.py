@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lorakit.core.method import Context, Method, Tokenized
 from lorakit.core.spec import AdapterSpec
 from lorakit.core.targets import parameters_named, resolve, select
 from lorakit.data import (
@@ -19,6 +21,7 @@ from lorakit.data import (
 )
 from lorakit.data.formats import named
 from lorakit.errors import RecipeError
+from lorakit.inject.context import virtual_positions
 from lorakit.inject.sites import sites
 from lorakit.training.base import Task, load_model, load_tokenizer
 from lorakit.training.recipe import DataSection, Recipe
@@ -110,13 +113,25 @@ def fill(recipe: Recipe, task: Task, separator: str | None, labels: tuple[str, .
 def target_counts(stage: Stage) -> dict[str, int]:
     """Return how many modules each pattern of the targets caught, in the order of the patterns."""
     caught = Counter(match.pattern for match in resolve(stage.spec, sites(stage.model)))
-    return {pattern: caught[pattern] for pattern in stage.spec.targets.include}
+    patterns = caught if isinstance(stage.spec.method, Context) else stage.spec.targets.include
+    return {pattern: caught[pattern] for pattern in patterns}
 
 
-def longest_row(data: DataSection, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the longest row in tokens: what the recipe allows, and the model has positions for."""
-    positions = getattr(model.config, "max_position_embeddings", None) or data.max_length
-    return int(min(data.max_length, positions, tokenizer.model_max_length))
+def longest_row(
+    data: DataSection, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: Method | None = None
+) -> int:
+    """Return the longest row in tokens: what the recipe allows, and the model has positions for.
+
+    The virtual positions of the adapter that the model reads, or of the `method` it will get, are taken off.
+    """
+    taken = sum(method.lengths() if isinstance(method, Context) else virtual_positions(model))
+    positions = getattr(model.config, "max_position_embeddings", None) or data.max_length + taken
+    if taken >= positions:
+        raise RecipeError(
+            f"the {taken} virtual positions of the adapter leave nothing of the model's {positions} positions for the "
+            "rows; use fewer"
+        )
+    return int(min(data.max_length, positions - taken, tokenizer.model_max_length))
 
 
 def prepare_text(
@@ -178,7 +193,8 @@ def _language_model(recipe: Recipe) -> Stage:
     loaded = load_model(recipe.model, tokenizer, dtype=train.dtype, device=train.device)
     loaded.model.config.use_cache = False
     packed, why = _packing(recipe, loaded.model)
-    most = longest_row(data, loaded.model, tokenizer)
+    spec = _spec(recipe, loaded.model, tokenizer)
+    most = longest_row(data, loaded.model, tokenizer, spec.method)
     tokens = train.batch_tokens or BATCH_TOKENS
     most = min(most, tokens) if packed and train.batch_size is None else most
     assert data.train is not None
@@ -191,7 +207,7 @@ def _language_model(recipe: Recipe) -> Stage:
                                   separator=rows.report.separator_used, **shared)  # type: ignore[arg-type]  # fmt: skip
     longest = most if packed else min(most, rows.report.longest)
     size = train.batch_size or max(1, tokens // longest)
-    return Stage("causal-lm", loaded.model, tokenizer, _spec(recipe, loaded.model), rows, validation, size, packed, why)
+    return Stage("causal-lm", loaded.model, tokenizer, spec, rows, validation, size, packed, why)
 
 
 def _classifier(recipe: Recipe) -> Stage:
@@ -203,7 +219,7 @@ def _classifier(recipe: Recipe) -> Stage:
     labels = rows.labels or ()
     loaded = load_model(recipe.model, tokenizer, task="classification", labels=labels, dtype=train.dtype,
                         device=train.device)  # fmt: skip
-    most = longest_row(data, loaded.model, tokenizer)
+    most = longest_row(data, loaded.model, tokenizer, recipe.adapter.build_method())
     if rows.report.longest > most or rows_of(loaded.model) < len(tokenizer):
         rows = prepare_labelled(data, tokenizer, data.train, data.train_split, max_length=most, labels=labels,
                                 vocab_size=rows_of(loaded.model))  # fmt: skip
@@ -213,17 +229,22 @@ def _classifier(recipe: Recipe) -> Stage:
                                       labels=labels, vocab_size=rows_of(loaded.model))  # fmt: skip
     by_tokens = max(1, train.batch_tokens // min(most, rows.report.longest)) if train.batch_tokens else BATCH_ROWS
     heads = tuple(dict.fromkeys((*sorted(sites(loaded.model).heads), *loaded.fresh)))
-    spec = _spec(recipe, loaded.model, heads)
+    spec = _spec(recipe, loaded.model, tokenizer, heads)
     why = "a classifier reads one text a row"
     return Stage("classification", loaded.model, tokenizer, spec, rows, validation, train.batch_size or by_tokens,
                  False, why)  # fmt: skip
 
 
-def _spec(recipe: Recipe, model: PreTrainedModel, heads: tuple[str, ...] = ()) -> AdapterSpec:
+def _spec(
+    recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, heads: tuple[str, ...] = ()
+) -> AdapterSpec:
     """Return the recipe's spec; what is trained whole without the user's word for it is left out of the targets."""
     skeleton = sites(model)
     spec = recipe.adapter.spec(seed=recipe.train.seed, heads=heads, depth=max(skeleton.depths.values(), default=0))
-    if spec.method is None:
+    method = spec.method
+    if method is not None and isinstance(method, Tokenized):
+        spec = replace(spec, method=method.tokenized(partial(tokenizer.encode, add_special_tokens=False)))
+    if method is None or isinstance(method, Context):
         return spec
     own = (recipe.adapter.train,) if isinstance(recipe.adapter.train, str) else recipe.adapter.train
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
@@ -237,6 +258,10 @@ def _packing(recipe: Recipe, model: PreTrainedModel) -> tuple[bool, str]:
     """Return whether to pack, and why; `always` is refused where examples would see each other."""
     if recipe.data.packing == "never":
         return False, "data.packing is never"
+    if isinstance(method := recipe.adapter.build_method(), Context):
+        if recipe.data.packing == "always":
+            raise RecipeError(f"{method.name} puts virtual positions at the start of a row; set data.packing: never")
+        return False, f"{method.name} puts virtual positions at the start of a row, so each example has its own"
     if recipe.data.packing == "always":
         refuse_leaky_packing(model)
         return True, "data.packing is always"

@@ -34,7 +34,7 @@ from lorakit.persist.native import NATIVE, load_native, to_native
 from lorakit.training.checkpoints import STATE, Memory, checkpoints, prune, restore
 from lorakit.training.finite import FiniteCheck, refuse_exploded
 from lorakit.training.groups import param_groups
-from lorakit.training.loss import mean_loss, summed_loss, trained_labels
+from lorakit.training.loss import logits_of, mean_loss, summed_loss, trained_labels
 from lorakit.training.progress import Progress
 from lorakit.training.rank_schedule import RankSchedules
 from lorakit.training.recipe import Recipe
@@ -132,7 +132,7 @@ class AdapterTrainer(Trainer):
     ) -> Tensor:
         """Return this micro-batch's share of the mean loss over the whole accumulated batch, and of the penalty."""
         labels = inputs.pop("labels")
-        loss, trained = summed_loss(model(**inputs).logits, labels)
+        loss, trained = summed_loss(logits_of(model, inputs, labels), labels)
         share: Tensor = loss / num_items_in_batch
         self._data_loss = share.detach()
         term = penalty(self.adapted)
