@@ -30,16 +30,22 @@ from lorakit.methods import dora
 from lorakit.methods.adalora import AdaLoRA
 from lorakit.methods.adaptive import Adaptive
 from lorakit.methods.block import BlockDiagonal
+from lorakit.methods.compacter import Compacter
+from lorakit.methods.compacter_plus_plus import CompacterPlusPlus
 from lorakit.methods.dora import DoRA
 from lorakit.methods.hierarchical import Hierarchical
+from lorakit.methods.houlsby import Houlsby
 from lorakit.methods.ia3 import IA3
 from lorakit.methods.krona import KronA
+from lorakit.methods.lin import Lin
 from lorakit.methods.loha import LoHa
 from lorakit.methods.lokr import LoKr
 from lorakit.methods.lora import LoRA
 from lorakit.methods.lora_fa import LoRAFA
 from lorakit.methods.mixture import Mixture
+from lorakit.methods.parallel import Parallel
 from lorakit.methods.per_head import PerHead
+from lorakit.methods.pfeiffer import Pfeiffer
 from lorakit.methods.vera import VeRA
 
 
@@ -53,6 +59,19 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output."""
         y: Tensor = self.layer(x)
+        return y
+
+
+class MLP(nn.Module):
+    """A module that holds layers and gives back the width it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 8), nn.Linear(8, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `down gelu(up x)`."""
+        y: Tensor = self.down(nn.functional.gelu(self.up(x)))
         return y
 
 
@@ -86,7 +105,7 @@ KINDS: dict[str, Kind] = {
         lambda: torch.randn(3, 12, 5, 5),
     ),
     "conv3d": Kind(lambda: nn.Conv3d(12, 8, (1, 2, 2), groups=4), lambda: torch.randn(3, 12, 3, 4, 4)),
-    "module": Kind(lambda: nn.Sequential(nn.Linear(12, 8), nn.GELU(), nn.Linear(8, 12)), lambda: torch.randn(3, 5, 12)),
+    "module": Kind(MLP, lambda: torch.randn(3, 5, 12)),
 }
 
 METHODS: dict[str, Method] = {
@@ -102,12 +121,17 @@ METHODS: dict[str, Method] = {
     "block-diagonal": BlockDiagonal(rank=4, alpha=8.0, blocks=2),
     "block-diagonal, down": BlockDiagonal(rank=4, alpha=8.0, blocks=2, side="down"),
     "block-diagonal, up": BlockDiagonal(rank=4, alpha=8.0, blocks=2, side="up"),
+    "compacter": Compacter(reduction=2, terms=2),
+    "compacter++": CompacterPlusPlus(reduction=2, terms=2),
+    "compacter, rank 2": Compacter(reduction=1, terms=4, rank=2, activation="tanh"),
     "dora": DoRA(LoRA(rank=4, alpha=8.0)),
     "dora of ia3": DoRA(IA3("input")),
     "hierarchical": Hierarchical(rank=4, alpha=8.0, group_rank=4, global_rank=4),
+    "houlsby": Houlsby(reduction=2),
     "ia3": IA3(),
     "ia3, input": IA3("input"),
     "krona": KronA(a1=2, a2=3),
+    "lin": Lin(reduction=2),
     "loha": LoHa(rank=4, alpha=8.0),
     "lokr": LoKr(rank=1, alpha=2.0),
     "lokr, both factored": LoKr(rank=1, alpha=2.0, factor=4, decompose_both=True),
@@ -115,8 +139,10 @@ METHODS: dict[str, Method] = {
     "lora-fa": LoRAFA(rank=4, alpha=8.0),
     "mixture": Mixture(experts=3, rank=2, alpha=4.0, balance=0.1),
     "mixture, top 2": Mixture(experts=3, rank=2, alpha=4.0, top=2),
+    "parallel": Parallel(reduction=2, scale=0.5),
     "per-head": PerHead(rank=2, alpha=4.0, heads=2),
     "per-head, down": PerHead(rank=2, alpha=4.0, heads=2, side="down"),
+    "pfeiffer": Pfeiffer(reduction=2),
     "vera": VeRA(rank=10),
 }
 

@@ -77,8 +77,11 @@ class Adapter(nn.Module):
 
     def forward(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return the term this update adds to `y = op(x; W) + b`, zero outside its rows."""
-        if self.dropout and self.training and x.is_floating_point():
-            x = F.dropout(x, self.dropout)
+        if self.dropout and self.training:
+            if self.method.reads == "output":
+                y = F.dropout(y, self.dropout)
+            elif x.is_floating_point():
+                x = F.dropout(x, self.dropout)
         kept = {name: t.to(y.device) for name, t in self.tensors().items()}
         p = {name: t.to(y.dtype) for name, t in kept.items()}
         call = Call(self.host, module, x, y, self.site.rows, kept=kept)

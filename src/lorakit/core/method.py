@@ -99,6 +99,12 @@ class Method(ABC):
     At a model (`Context`) m is its width and n its number of blocks."""
     kinds: ClassVar[frozenset[str]] = WEIGHT_KINDS
     peft: ClassVar[str | None] = None
+    targets: ClassVar[Sequence[str]] = "all-linear"
+    """Where its authors put it: what a recipe takes that names no targets."""
+    train: ClassVar[Sequence[str]] = ()
+    """What of the base its authors train beside it: what a recipe takes that does not say."""
+    reads: ClassVar[Literal["input", "output"]] = "input"
+    """What its branch computes from, which is what dropout thins."""
 
     @abstractmethod
     def tensors(self, site: Site) -> dict[str, Decl]:

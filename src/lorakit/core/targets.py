@@ -5,6 +5,7 @@
     re:.*\\.(q|v)_proj        regular expression over the whole path
     all-linear               every linear layer but the output head
     attention, mlp           the linear layers of the attention, or the other linear layers, of each block
+    attention-out, mlp-out   the layer of each that leads back to the stream; mlp-module: the MLP around it
     c_attn[q,v], w[0:768]    rows of a fused layer, by part name or by number
 
 Refuse rather than guess: a pattern that matched nothing, and a match that cannot be adapted, are errors that name the
@@ -21,11 +22,12 @@ from itertools import pairwise
 from lorakit.core.method import Context, Method, Settled
 from lorakit.core.site import Site, Skeleton, layer_of
 from lorakit.core.spec import AdapterSpec, Targets
+from lorakit.core.sublayers import KEYWORDS, LINEAR_KINDS
 from lorakit.errors import SpecError, TargetError, did_you_mean, grouped, listing
 
-LINEAR_KINDS = ("linear", "transposed-linear")
+__all__ = ["LINEAR_KINDS", "Match", "modules_named", "parameters_named", "parse_layers", "resolve", "select"]
+
 _SLICE = re.compile(r"(?P<pattern>.+)\[(?P<parts>[\w:, ]+)\]")
-_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,11 @@ def select(targets: Targets, skeleton: Skeleton, *, blocks: bool = False) -> lis
         except TargetError as problem:
             problems.append(str(problem))
     for pattern in targets.exclude:
-        gone = set(_paths(pattern, skeleton, (*skeleton.by_path, *skeleton.others)))
+        try:
+            gone = set(_paths(pattern, skeleton, (*skeleton.by_path, *skeleton.others)))
+        except TargetError as problem:
+            problems.append(f"exclude {problem}")
+            continue
         if not gone:
             problems.append(f"exclude {_nothing(pattern, skeleton)}")
         found = {key: hit for key, hit in found.items() if hit[0].path not in gone}
@@ -130,11 +136,14 @@ def modules_named(patterns: Iterable[str], paths: Iterable[str]) -> dict[str, li
     return hits
 
 
-def parameters_named(patterns: Iterable[str], parameters: Iterable[str], skeleton: Skeleton) -> dict[str, list[str]]:
+def parameters_named(
+    patterns: Iterable[str], parameters: Iterable[str], skeleton: Skeleton, layers: str | None = None
+) -> dict[str, list[str]]:
     """Return, for each pattern of `train`, the base's parameters it means.
 
     `*` is everything, `biases` every bias (those of norms included), `norms` every parameter of a normalisation layer,
-    `heads` the output layers; any other pattern names modules, as in `modules_named`.
+    `heads` the output layers; any other pattern names modules, as in `modules_named`. `layers` keep the first three to
+    those layers, so that the others stay untouched.
 
     Raises:
         TargetError: a pattern that means no parameter, with near misses.
@@ -145,9 +154,14 @@ def parameters_named(patterns: Iterable[str], parameters: Iterable[str], skeleto
     for pattern in patterns:
         if pattern in _PARTS:
             means = _PARTS[pattern]
-            found[pattern] = [name for name in known if means(name, skeleton)]
-            if not found[pattern]:
+            meant = [name for name in known if means(name, skeleton)]
+            if not meant:
                 raise TargetError(f"train {pattern!r}: this model has none{_WITHOUT.get(pattern, '')}")
+            if layers is not None and pattern != "heads":
+                meant = [name for name in meant if _in_layers(name, layers, skeleton)]
+            found[pattern] = meant
+            if not meant:
+                raise TargetError(f"train {pattern!r}: there is none in layers {layers}")
         else:
             inside = tuple(f"{path}." for path in modules_named((pattern,), paths)[pattern])
             found[pattern] = [name for name in known if name.startswith(inside)]
@@ -201,12 +215,16 @@ def _expand(pattern: str, skeleton: Skeleton, blocks: bool = False) -> list[Site
 
 
 def _contains(path: str, sites: list[Site]) -> bool:
-    """Return whether a matched container only stands above matched sites, as `**` and `re:.*` make it."""
-    return any(site.path.startswith(f"{path}.") for site in sites)
+    """Return whether a matched container is a matched site, or only stands above some, as `**` and `re:.*` make it."""
+    return any(f"{site.path}.".startswith(f"{path}.") for site in sites)
 
 
 def _cut(site: Site, parts: str, skeleton: Skeleton) -> list[Site]:
     """Return the slices of a fused layer that `q,v` or `0:768` mean."""
+    if site.groups > 1:
+        raise TargetError(
+            f"{site.path} is a convolution of {site.groups} groups, whose rows see different channels; adapt it whole"
+        )
     named = skeleton.parts.get(site.path, {})
     cuts = []
     for part in (p.strip() for p in parts.split(",")):
@@ -224,9 +242,9 @@ def _cut(site: Site, parts: str, skeleton: Skeleton) -> list[Site]:
 
 
 def _paths(pattern: str, skeleton: Skeleton, candidates: Iterable[str]) -> list[str]:
-    """Return the paths a pattern without slice means; keywords mean sites only."""
-    if pattern in _KEYWORDS:
-        return [site.path for site in skeleton.sites if _KEYWORDS[pattern](site, skeleton)]
+    """Return the paths a pattern without slice means; a keyword means sites or blocks."""
+    if pattern in KEYWORDS:
+        return [site.path for site in KEYWORDS[pattern](skeleton)]
     matches = _matcher(pattern)
     return [path for path in candidates if matches(path)]
 
@@ -243,28 +261,6 @@ def _matcher(pattern: str) -> Callable[[str], bool]:
         glob = "".join(steps.get(t, re.escape(t)) for t in re.split(r"(\*\*|\*|\?)", pattern))
         return lambda path: re.fullmatch(glob, path) is not None
     return lambda path: path == pattern or path.endswith(f".{pattern}")
-
-
-def _all_linear(site: Site, skeleton: Skeleton) -> bool:
-    return site.kind in LINEAR_KINDS and site.path not in skeleton.heads
-
-
-def _attention(site: Site, skeleton: Skeleton) -> bool:
-    place = layer_of(site.path)
-    inside = site.path[len(place[0]) :] if place else ""
-    return _all_linear(site, skeleton) and _ATTENTION.search(inside) is not None
-
-
-def _mlp(site: Site, skeleton: Skeleton) -> bool:
-    inside_a_layer = layer_of(site.path) is not None
-    return _all_linear(site, skeleton) and inside_a_layer and not _attention(site, skeleton)
-
-
-_KEYWORDS: dict[str, Callable[[Site, Skeleton], bool]] = {
-    "all-linear": _all_linear,
-    "attention": _attention,
-    "mlp": _mlp,
-}
 
 
 _PARTS: dict[str, Callable[[str, Skeleton], bool]] = {
@@ -293,7 +289,7 @@ def _keys(targets: Targets, skeleton: Skeleton, chosen: list[tuple[Site, str]]) 
             paths -= set(_paths(pattern, skeleton, paths))
         hit = {site.key for site, _ in chosen if site.path in paths}
     else:
-        meant = [site for site, _ in select(targets, skeleton)]
+        meant = [site for site, _ in select(targets, skeleton, blocks=any(s.kind == "module" for s, _ in chosen))]
         whole = {site.path for site in meant if site.rows is None}
         hit = {site.key for site, _ in chosen if site.path in whole or site in meant}
     if not hit:
@@ -320,5 +316,5 @@ def _near(pattern: str, paths: Iterable[str]) -> str:
     """Return a hint: the nearest module names, as long as the pattern is."""
     length = pattern.count(".") + 1
     tails = {".".join(p.split(".")[-length:]) for p in paths}
-    words = {t for t in tails if not re.fullmatch(r"[\d.]*", t)} | set(_KEYWORDS)
+    words = {t for t in tails if not re.fullmatch(r"[\d.]*", t)} | set(KEYWORDS) - {pattern}
     return did_you_mean(pattern.removeprefix("re:"), words)

@@ -217,7 +217,9 @@ def _check_base(base: Base, model: nn.Module, tolerance: float = 0.02) -> None:
 def _trained_whole(model: nn.Module, spec: AdapterSpec, skeleton: Skeleton) -> list[str]:
     """Return the names of the base's parameters that `spec.train` means, each tied one once."""
     named = {key: p for key, p in parameters_of(model).items() if ".adapters.by_name." not in f".{key}"}
-    meant = {key for keys in parameters_named(spec.train, named, skeleton).values() for key in keys}
+    meant = {
+        key for keys in parameters_named(spec.train, named, skeleton, spec.targets.layers).values() for key in keys
+    }
     first = {id(named[key]): key for key in reversed(named) if key in meant}
     return [key for key in named if first.get(id(named[key])) == key]
 

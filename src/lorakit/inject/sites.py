@@ -60,9 +60,12 @@ def sites(model_or_config: Any) -> Skeleton:
 
 
 def _block(path: str, module: nn.Module, found: list[Site]) -> Site | None:
-    """Return the site of a module that holds layers and gives back the width it takes, or None."""
+    """Return the site of a module that holds layers and gives back the width it takes, or None.
+
+    A plain `nn.Sequential` is none: it would run an adapter inside it as one more of its layers.
+    """
     inside = [site for site in found if site.path.startswith(f"{path}.")]
-    callable_ = type(module).forward is not nn.Module.forward
+    callable_ = type(module).forward not in (nn.Module.forward, nn.Sequential.forward)
     flat = inside and {inside[0].kind, inside[-1].kind} <= {"linear", "transposed-linear"}
     if not (callable_ and flat and inside[0].in_ == inside[-1].out):
         return None

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lorakit.core.layerwise import PROFILES
 from lorakit.core.method import Method
+from lorakit.core.registry import methods
 from lorakit.core.spec import AdapterSpec, Override, Targets, method_from_json
 from lorakit.core.targets import parse_layers
 from lorakit.errors import RecipeError, SpecError, did_you_mean, listing, looked_in, shown
@@ -94,6 +95,14 @@ class AdapterSection(BaseModel):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     overrides: tuple[OverrideSection, ...] = ()
     layerwise: Literal["low", "middle", "high"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _starts_from_what_the_method_s_authors_chose(cls, given: Any) -> Any:
+        """Write the method's own targets and what it trains beside itself where the recipe names none."""
+        name = given.get("method") if isinstance(given, dict) else None
+        method = methods().get(name) if isinstance(name, str) else None
+        return given if method is None else {"targets": method.targets, "train": method.train, **given}
 
     @model_validator(mode="after")
     def _makes_sense_without_a_model(self) -> AdapterSection:

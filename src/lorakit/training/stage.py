@@ -250,7 +250,8 @@ def _spec(
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     named = {key.rpartition(".")[0] for keys in parameters_named(own, parameters, skeleton).values() for key in keys}
     added = tuple(f"{head}." for head in heads if head not in named)
-    both = dict.fromkeys(s.path for s, _ in select(spec.targets, skeleton) if f"{s.path}.".startswith(added))
+    found = select(spec.targets, skeleton, blocks="module" in method.kinds)
+    both = dict.fromkeys(site.path for site, _ in found if f"{site.path}.".startswith(added))
     return replace(spec, targets=replace(spec.targets, exclude=(*spec.targets.exclude, *both)))
 
 

@@ -1,0 +1,34 @@
+"""Houlsby's adapters: a bottleneck behind attention and one behind the MLP of every block, and the norms trained.
+
+`h <- h + W_up f(W_down h + b1) + b2` (arXiv 1902.00751, section 2.1) on the output of each sublayer, inside its
+residual. AdapterDrop (arXiv 2010.11918) is a target in upper layers, such as `layers: 5-11`: below, nothing is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from lorakit.core.method import Call, Tensors
+from lorakit.methods.bottleneck import TwoProjections, output
+
+
+@dataclass(frozen=True)
+class Houlsby(TwoProjections):
+    """Put a bottleneck behind attention and behind the MLP, and train the norms."""
+
+    activation: str = "swish"
+
+    name: ClassVar[str] = "houlsby"
+    paper: ClassVar[str] = "arXiv 1902.00751"
+    formula: ClassVar[str] = "h <- h + W_up f(W_down h + b1) + b2"
+    count: ClassVar[str] = "(2 * m + 1) * round(m / reduction) + m"
+    targets: ClassVar[Sequence[str]] = ("attention-out", "mlp-out")
+    train: ClassVar[Sequence[str]] = "norms"
+
+    def branch(self, p: Tensors, call: Call) -> Tensor:
+        """Return the bottleneck of the output."""
+        return self.through(p, output(call))
