@@ -123,6 +123,19 @@ def test_exactly_the_budget_survives_each_step_and_the_last_choice_stays() -> No
     assert all(torch.equal(p["gain"] != 0, m) for (_, p), m in zip(course.adapters.values(), last, strict=True))
 
 
+def test_the_last_choice_goes_by_the_gradients_before_it() -> None:
+    # as PEFT's: at step T - tfinal the importance is no longer updated
+    choices = []
+    for size in (0.0, 1e6):
+        course = Course(METHOD)
+        course.go(1, 14)
+        for w in course.parameters:
+            w.grad = size * torch.randn(w.shape, generator=torch.Generator().manual_seed(0))
+        course.schedule.after_step(15, course.optimizer)
+        choices.append([p["gain"] != 0 for _, p in course.adapters.values()])
+    assert all(torch.equal(a, b) for a, b in zip(*choices, strict=True))
+
+
 def test_of_equal_scores_exactly_the_budget_survives() -> None:
     course = Course(AdaLoRA(target_rank=2, init_rank=6), steps=2)
     for w in course.parameters:
