@@ -93,7 +93,8 @@ def test_slices_that_do_not_know_their_layer_are_refused() -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"use_dora": True}, "use_dora = True"),
+        ({"use_dora": True, "use_bdlora": {"nblocks": 2}}, "use_dora = True"),
+        ({"kasa_config": {"beta": 1.0}}, "kasa_config = {'beta': 1.0}"),
         ({"lora_bias": True}, "lora_bias = True"),
         ({"bias": "lora_only"}, "bias = 'lora_only'"),
         ({"target_parameters": ["experts.up"]}, "target_parameters = ['experts.up']"),
@@ -110,13 +111,15 @@ def test_what_lorakit_does_not_have_is_refused_by_name(more: dict[str, Any], sai
 
 
 def test_every_unknown_feature_is_listed_at_once() -> None:
-    text = refusal(config(use_dora=True, lora_bias=True), pair("q"))
-    assert "use_dora" in text
+    text = refusal(config(use_kasa=True, lora_bias=True), pair("q"))
+    assert "use_kasa" in text
     assert "lora_bias" in text
 
 
 def test_another_kind_of_adapter_is_refused_by_its_type() -> None:
-    assert "PEFT type 'ADALORA'; this lorakit reads LORA" in refusal(config(peft_type="ADALORA"), pair("q"))
+    said = refusal(config(peft_type="OFT"), pair("q"))
+    assert "PEFT type 'OFT'; this lorakit reads " in said
+    assert all(kind in said for kind in ("IA3", "LOHA", "LOKR", "LORA", "VERA"))
     assert "PEFT type None" in refusal({"r": 4}, pair("q"))
 
 

@@ -103,6 +103,9 @@ class Progress:
     def _on_early_stop(self, event: dict[str, Any]) -> None:
         self._print(f"stopped early: no better validation loss since step {event['best_step']}")
 
+    def _on_format(self, event: dict[str, Any]) -> None:
+        self._print(f"saved in lorakit's own format: {event['why']}")
+
     def _on_interrupted(self, event: dict[str, Any]) -> None:
         self.interrupted = True
 

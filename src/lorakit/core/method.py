@@ -26,6 +26,9 @@ from lorakit.core.host import Host
 from lorakit.core.site import Decl, Role, Site
 from lorakit.errors import SpecError
 
+if TYPE_CHECKING:
+    from lorakit.core.peft_form import PeftForm
+
 Tensors = Mapping[str, Tensor]
 
 WEIGHT_KINDS = frozenset({"linear", "transposed-linear", "embedding", "conv1d", "conv2d", "conv3d"})
@@ -98,7 +101,8 @@ class Method(ABC):
 
     At a model (`Context`) m is its width and n its number of blocks."""
     kinds: ClassVar[frozenset[str]] = WEIGHT_KINDS
-    peft: ClassVar[str | None] = None
+    peft: ClassVar[PeftForm | None] = None
+    """How it looks in PEFT's files, if it does."""
     targets: ClassVar[Sequence[str]] = "all-linear"
     """Where its authors put it: what a recipe takes that names no targets."""
     train: ClassVar[Sequence[str]] = ()

@@ -61,6 +61,7 @@ class Site:
     kind: str = "linear"
     groups: int = 1
     fused_out: int | None = None
+    bias: bool | None = field(default=None, compare=False)
 
     @property
     def height(self) -> int:

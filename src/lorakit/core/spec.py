@@ -187,6 +187,8 @@ def _field(name: str, value: Any) -> Any:
     """Return the value of a field: an initialisation by name or in full, a list as a tuple, anything else as it is."""
     if name == "init" and isinstance(value, str | dict):
         return _init_from_json({"name": value} if isinstance(value, str) else value)
+    if name == "inner" and isinstance(value, dict):
+        return method_from_json(value)
     return tuple(value) if isinstance(value, list) else value
 
 

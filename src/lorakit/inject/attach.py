@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lorakit.core.adapters import Adapted, Adapter, Adapters, swap_in, swap_out
 from lorakit.core.init import init_of
 from lorakit.core.method import Method
+from lorakit.core.peft_form import settle
 from lorakit.core.registry import hosts
 from lorakit.core.site import Site, Skeleton
 from lorakit.core.spec import AdapterSpec
@@ -191,9 +192,15 @@ def _fit(given: AdapterState, skeleton: Skeleton) -> tuple[Update, ...]:
             f"the adapter was made for another model: {len(missing)} of its {len(given.updates)} layers are not here:\n"
             f"{listing(missing)}"
         )
-    return tuple(
-        replace(u, site=by_path[u.site.path] if u.site.rows is None else by_path[u.site.path].slice(*u.site.rows))
-        for u in given.updates
+    here = [by_path[u.site.path] for u in given.updates]
+    if biased := [s.path for u, s in zip(given.updates, here, strict=True) if u.site.bias is False and s.bias]:
+        raise AdapterFileError(
+            "these layers have a bias, and the adapter is for layers without one (PEFT's IA3 multiplies the bias "
+            f"of an output too, which no change of the weight equals):\n{listing(biased)}"
+        )
+    return settle(
+        given.updates,
+        [s if u.site.rows is None else s.slice(*u.site.rows) for u, s in zip(given.updates, here, strict=True)],
     )
 
 

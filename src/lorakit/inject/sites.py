@@ -6,6 +6,7 @@ A configuration is enough: the model is then built on the meta device, where a 7
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def sites(model_or_config: Any) -> Skeleton:
         elif (parent := _reads_weight(parents[path], path)) is not None:
             others[path] = (name, f"whose weight {parent} reads directly, past the layer's forward")
         else:
-            found.append(host.site(path, module))
+            found.append(replace(host.site(path, module), bias=getattr(module, "bias", None) is not None))
     blocks = {path: block for path in others if (block := _block(path, model.get_submodule(path), found)) is not None}
     return Skeleton(
         sites=tuple(found),

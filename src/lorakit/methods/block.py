@@ -14,15 +14,18 @@ bound.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorakit.core.method import LowRank, Start, Tensors
+from lorakit.core.peft_form import LORA_NO_BEARING, PATTERNS, PeftForm
 from lorakit.core.site import Decl, Role, Site
+from lorakit.core.state import Update
 from lorakit.core.targets import LINEAR_KINDS
 from lorakit.errors import SpecError
 from lorakit.methods.lora import LoRA
@@ -43,6 +46,21 @@ class BlockDiagonal(LowRank):
     formula: ClassVar[str] = "dW = s B A, with B (side up), A (side down) or both block-diagonal"
     count: ClassVar[str] = "rank * (m if side == 'down' else m // blocks) + rank * (n if side == 'up' else n // blocks)"
     kinds: ClassVar[frozenset[str]] = frozenset(LINEAR_KINDS)
+    peft: ClassVar[PeftForm | None] = PeftForm(
+        "LORA",
+        {"r": "rank", "lora_alpha": "alpha", "use_rslora": "stabilised"},
+        {"down": "lora_A.weight", "up": "lora_B.weight"},
+        read=lambda method, q, embedding: _from_peft(method, q),
+        kinds=frozenset(LINEAR_KINDS),
+        patterns=PATTERNS,
+        flag="use_bdlora",
+        settings={"init_lora_weights": True, "bias": "none", "use_dora": False},
+        no_bearing=LORA_NO_BEARING,
+        dropout="lora_dropout",
+        config=lambda updates: _config(updates),
+        of_config=lambda config, path: _of_config(config, path),
+        refusal=lambda site, method: "PEFT has one side in blocks, not both" if method.side == "both" else None,
+    )
 
     def __post_init__(self) -> None:
         LoRA(self.rank, self.alpha, self.stabilised)  # refuses what LoRA refuses
@@ -98,3 +116,40 @@ def on_the_diagonal(stacked: Float[Tensor, "rows width"], blocks: int) -> Float[
     """Return the `blocks` equal blocks stacked in `stacked` side by side on the diagonal of a matrix of zeros."""
     full: Tensor = torch.block_diag(*stacked.chunk(blocks))  # type: ignore[no-untyped-call]
     return full
+
+
+def _config(updates: Sequence[Update]) -> dict[str, Any]:
+    """Return BD-LoRA's lists; PEFT looks for their entries anywhere in a path, so they are whole paths.
+
+    Raises:
+        SpecError: a path inside another path of the other side, several numbers of blocks.
+    """
+    sides = {update.site.path: cast(BlockDiagonal, update.method) for update in updates}
+    if len(counts := {method.blocks for method in sides.values()}) > 1:
+        raise SpecError(f"PEFT has one number of blocks for all layers, not {sorted(counts)}")
+    for path, method in sides.items():
+        if other := [p for p, m in sides.items() if m.side != method.side and path in p]:
+            raise SpecError(f"PEFT would read {other[0]} as side {method.side}, for {path} is a part of its name")
+    lists = {f"target_modules_bd_{f}": [p for p, m in sides.items() if m.side == side]
+             for f, side in (("a", "down"), ("b", "up"))}  # fmt: skip
+    return {"use_bdlora": {**lists, "nblocks": counts.pop(), "match_strict": True}}
+
+
+def _of_config(config: Mapping[str, Any], path: str) -> dict[str, Any]:
+    said = config["use_bdlora"]
+    hit = {side: any(name in path for name in said.get(f"target_modules_bd_{f}") or ())
+           for f, side in (("a", "down"), ("b", "up"))}  # fmt: skip
+    if hit["up"] == hit["down"]:
+        raise SpecError(f"use_bdlora names {'both sides' if hit['up'] else 'no side'} of {path} as block-diagonal")
+    return {"blocks": said.get("nblocks", 1), "side": "up" if hit["up"] else "down"}
+
+
+def _from_peft(method: BlockDiagonal, q: dict[str, Tensor]) -> Update:
+    down, up, n = q["down"], q["up"], method.blocks
+    rank = up.shape[-1] * (1 if method.side == "down" else n)
+    if down.dim() != 2 or up.dim() != 2 or not down.shape[0] == rank == method.rank:
+        raise SpecError(
+            f"lora_A {tuple(down.shape)}, lora_B {tuple(up.shape)} are no pair of rank {method.rank} with {n} blocks "
+            f"on side {method.side}"
+        )
+    return Update(Site("", up.shape[0], down.shape[1] * (n if method.side == "down" else 1)), method, dict(q))

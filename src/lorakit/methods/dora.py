@@ -18,7 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorakit.core.method import Call, LowRank, Method, Penalised, Scheduled, Settled, Start, Static, Tensors, Trimmed
+from lorakit.core.peft_form import LORA_NO_BEARING, PATTERNS, PeftForm, pair_from_peft, pair_to_peft
 from lorakit.core.site import Decl, Role, Site
+from lorakit.core.state import Update
 from lorakit.errors import SpecError
 from lorakit.methods.lora import LoRA
 
@@ -33,6 +35,20 @@ class DoRA(Static):
     paper: ClassVar[str] = "arXiv 2402.09353"
     formula: ClassVar[str] = "dW = g V - W, V = W + dW of inner, g = m / ||V|| per output"
     count: ClassVar[str] = "inner + m"
+    peft: ClassVar[PeftForm | None] = PeftForm(
+        "LORA",
+        {"r": "inner.rank", "lora_alpha": "inner.alpha", "use_rslora": "inner.stabilised"},
+        {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"},
+        read=lambda method, q, embedding: _from_peft(method, q, embedding),
+        write=lambda update: _to_peft(update),
+        patterns=PATTERNS,
+        flag="use_dora",
+        settings={"init_lora_weights": True, "bias": "none"},
+        no_bearing=LORA_NO_BEARING,
+        dropout="lora_dropout",
+        embedding={"down": "lora_embedding_A", "up": "lora_embedding_B", "magnitude": "lora_magnitude_vector"},
+        refusal=lambda site, method: _refusal(method),
+    )
 
     def __post_init__(self) -> None:
         inner: object = self.inner
@@ -106,3 +122,18 @@ def row_norms_of_sum(
     crossed = u * (w @ d.mT.to(w.dtype)).to(u.dtype)  # a wider product would need a wide copy of a 16-bit W
     squared = u * (u @ (d @ d.mT))
     return (row_norms(weight).square() + (2 * crossed + squared).sum(-1).flatten()).clamp_min(0).sqrt()
+
+
+def _to_peft(update: Update) -> Tensors:
+    """Return LoRA's pair and the lengths, `(1, out, 1, ...)` at a convolution."""
+    magnitude, kernel = update.tensors["magnitude"], update.site.kernel
+    return {**pair_to_peft(update), "magnitude": magnitude.view(1, -1, *[1] * len(kernel)) if kernel else magnitude}
+
+
+def _from_peft(method: DoRA, q: dict[str, Tensor], embedding: bool) -> Update:
+    read = pair_from_peft(method, q, embedding, method.inner.rank)  # type: ignore[attr-defined]
+    return Update(read.site, method, {**read.tensors, "magnitude": q["magnitude"].flatten()})
+
+
+def _refusal(method: DoRA) -> str | None:
+    return None if type(method.inner) is LoRA else f"PEFT has DoRA of lora alone, not of {method.inner.name}"

@@ -8,13 +8,17 @@ too, so with equal l its output is larger by `(l - 1) b`.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from torch import Tensor, nn
 
 from lorakit.core.method import Call, Start, Static, Tensors
+from lorakit.core.peft_form import PeftForm
 from lorakit.core.site import Decl, Role, Site
+from lorakit.core.state import Update
 from lorakit.errors import SpecError
 
 SIDES = ("output", "input")
@@ -30,6 +34,21 @@ class IA3(Static):
     paper: ClassVar[str] = "arXiv 2205.05638"
     formula: ClassVar[str] = "dW = diag(l - 1) W, or W diag(l - 1) at the input side"
     count: ClassVar[str] = "m if side == 'output' else n"
+    peft: ClassVar[PeftForm | None] = PeftForm(
+        "IA3",
+        {},
+        {"gain": "ia3_l"},
+        read=lambda method, q, embedding: _from_peft(method, q),
+        write=lambda update: {"gain": _shaped(update)},
+        kinds=frozenset({"linear", "transposed-linear", "conv2d", "conv3d"}),
+        grouped=True,
+        settings={"init_ia3_weights": True},
+        no_bearing=frozenset({"feedforward_modules"}),
+        plain=True,
+        config=lambda updates: _config(updates),
+        of_config=lambda config, path: {"side": "input" if _feeds_forward(config, path) else "output"},
+        refusal=lambda site, method: _refusal(site, method),
+    )
 
     def __post_init__(self) -> None:
         if self.side not in SIDES:
@@ -68,3 +87,38 @@ class IA3(Static):
         if not call.x.is_floating_point():
             return call.apply(self.delta(p, call.weight))
         return call.host.op.apply(call.module, call.scale(change, call.x), call.weight)
+
+
+def _shaped(update: Update) -> Tensor:
+    """Return PEFT's `(out, 1)` or `(1, in)`, at a convolution `(1, features, 1, ...)`."""
+    gain, kernel = update.tensors["gain"], update.site.kernel
+    down = not kernel and cast(IA3, update.method).side == "output"
+    return gain.view(-1, 1) if down else gain.view(1, -1, *[1] * len(kernel))
+
+
+def _config(updates: Sequence[Update]) -> dict[str, Any]:
+    fed = "|".join(re.escape(u.site.path) for u in updates if cast(IA3, u.method).side == "input")
+    return {"feedforward_modules": fed or []}
+
+
+def _feeds_forward(config: Mapping[str, Any], path: str) -> bool:
+    """Return whether PEFT scales the inputs of a path: one expression for all of it, or ends, with or without a dot."""
+    named = config.get("feedforward_modules") or []
+    return bool(re.fullmatch(named, path)) if isinstance(named, str) else path.endswith(tuple(named))
+
+
+def _refusal(site: Site, method: IA3) -> str | None:
+    if method.side == "input" or site.bias is False:
+        return None
+    has = "its bias" if site.bias else "a bias, which this layer may have,"
+    return f"PEFT's output side multiplies {has} too, which no change of the weight equals"
+
+
+def _from_peft(method: IA3, q: dict[str, Tensor]) -> Update:
+    """Return the update of one side; the other side's width is not in the file."""
+    gain = q["gain"].flatten()
+    if gain.numel() != max(q["gain"].shape, default=0):
+        raise SpecError(f"ia3_l of shape {tuple(q['gain'].shape)} is no vector")
+    if method.side == "input":
+        return Update(Site("", 0, 0), method, {"gain": gain})
+    return Update(Site("", len(gain), 0, bias=False), method, {"gain": gain})

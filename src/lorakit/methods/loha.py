@@ -16,7 +16,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorakit.core.method import LowRank, Start, Tensors, down_up
+from lorakit.core.peft_form import LYCORIS, LYCORIS_PATTERNS, PeftForm, matrices
 from lorakit.core.site import Decl, Site
+from lorakit.core.state import Update
 from lorakit.errors import SpecError
 
 
@@ -31,6 +33,19 @@ class LoHa(LowRank):
     paper: ClassVar[str] = "arXiv 2108.06098 (FedPara), 2309.14859 (LyCORIS)"
     formula: ClassVar[str] = "dW = s (B1 A1) * (B2 A2), s = alpha / rank"
     count: ClassVar[str] = "2 * rank * (m + n)"
+    peft: ClassVar[PeftForm | None] = PeftForm(
+        "LOHA",
+        {"r": "rank", "alpha": "alpha"},
+        {"up1": "hada_w1_a", "down1": "hada_w1_b", "up2": "hada_w2_a", "down2": "hada_w2_b"},
+        read=lambda method, q, embedding: _from_peft(method, q),
+        write=lambda update: {name: t.flatten(1) for name, t in update.tensors.items()},
+        kinds=frozenset({"linear", "conv1d", "conv2d"}),
+        patterns=LYCORIS_PATTERNS,
+        settings={"init_weights": True},
+        no_bearing=LYCORIS,
+        folds=True,
+        plain=True,
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
@@ -63,3 +78,10 @@ class LoHa(LowRank):
         rank, shape = p["up1"].shape[1], p["down1"].shape[1:]
         down1, down2 = (p[name].reshape(-1, rank, *shape) for name in ("down1", "down2"))
         return (down1.unsqueeze(2) * down2.unsqueeze(1)).flatten(0, 2), self.scale * up
+
+
+def _from_peft(method: LoHa, q: dict[str, Tensor]) -> Update:
+    matrices("hada_w1 and hada_w2", (q["up1"], q["down1"]), (q["up2"], q["down2"]))
+    if (rank := q["up1"].shape[1]) != method.rank:
+        raise SpecError(f"hada_w1_a has rank {rank}, the configuration says {method.rank} (r, or rank_pattern)")
+    return Update(Site("", q["up1"].shape[0], q["down1"].shape[1]), method, dict(q))

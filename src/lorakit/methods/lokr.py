@@ -11,15 +11,20 @@ with a whole W2 gets the Kronecker product of its channels, where PEFT's mixes c
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, cast
 
 from torch import Tensor, nn
 
 from lorakit.core.method import Call, Start, Static, Tensors
+from lorakit.core.peft_form import LYCORIS, LYCORIS_PATTERNS, PeftForm
 from lorakit.core.site import Decl, Role, Site
+from lorakit.core.state import Update
 from lorakit.errors import SpecError
 from lorakit.methods.kronecker import factorization, kron_branch, kron_like
+
+_MIXES = "PEFT's LoKr mixes channels and positions of a one-dimensional convolution whose W2 is whole"
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,23 @@ class LoKr(Static):
     count: ClassVar[str] = (
         "(rank * (a + c) if decompose_both and rank < max(a, c) / 2 else a * c)"
         " + (rank * (b + e) if rank < max(b, e) / 2 else b * e)"
+    )
+    peft: ClassVar[PeftForm | None] = PeftForm(
+        "LOKR",
+        {"r": "rank", "alpha": "alpha", "decompose_both": "decompose_both"},
+        {name: f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")},
+        read=lambda method, q, embedding: _from_peft(method, q),
+        kinds=frozenset({"linear", "conv1d", "conv2d"}),
+        patterns=LYCORIS_PATTERNS,
+        settings={"init_weights": True},
+        no_bearing=LYCORIS | {"decompose_factor", "rank_dropout_scale"},
+        optional=frozenset({"w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b"}),
+        folds=True,
+        plain=True,
+        config=lambda updates: _config(updates),
+        of_config=lambda config, path: _of_config(config),
+        refusal=lambda site, method: _refusal(site, method),
+        says=lambda update: {"alpha": float(update.method.rank)} if {"w1", "w2"} <= update.tensors.keys() else {},
     )
 
     def __post_init__(self) -> None:
@@ -94,3 +116,44 @@ class LoKr(Static):
         whole = "w1" in p and "w2" in p
         w1 = p["w1"] if "w1" in p else p["w1_a"] @ p["w1_b"]
         return w1 if whole else self.alpha / self.rank * w1, *([p["w2"]] if "w2" in p else [p["w2_a"], p["w2_b"]])
+
+
+def _config(updates: Sequence[Update]) -> dict[str, Any]:
+    factors = {cast(LoKr, update.method).factor for update in updates}
+    if len(factors) > 1:
+        raise SpecError(f"PEFT has one decompose_factor for all layers, not {sorted(map(str, factors))}")
+    factor = factors.pop()
+    return {"decompose_factor": -1 if factor is None else factor}
+
+
+def _of_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    factor = config.get("decompose_factor", -1)
+    return {"factor": None if factor == -1 else factor}
+
+
+def _refusal(site: Site, method: LoKr) -> str | None:
+    return _MIXES if site.kind == "conv1d" and "w2" in method.tensors(site) else None
+
+
+def _from_peft(method: LoKr, q: dict[str, Tensor]) -> Update:
+    """Return the update; where both factors are whole PEFT scales by alpha / r and this does not, so W1 takes it in."""
+    whole = [name for name in ("w1", "w2") if name in q]
+    pairs = [name for name in ("w1", "w2") if {f"{name}_a", f"{name}_b"} <= q.keys()]
+    if sorted(whole + pairs) != ["w1", "w2"] or len(q) != len(whole) + 2 * len(pairs):
+        raise SpecError(f"{', '.join(f'lokr_{name}' for name in q)} are not the factors of one Kronecker product")
+    if any(t.dim() < 2 for t in q.values()) or any(q[f"{w}_a"].shape[1] != q[f"{w}_b"].shape[0] for w in pairs):
+        raise SpecError(
+            "the factors " + ", ".join(f"lokr_{n} {tuple(t.shape)}" for n, t in q.items()) + " do not multiply"
+        )
+    if "w2" in q and q["w2"].dim() == 3:
+        raise SpecError(_MIXES)
+    if len(whole) == 2 and method.alpha != method.rank:
+        q = {**q, "w1": q["w1"] * (method.alpha / method.rank)}
+    (a, c), (b, e) = (
+        q[w].shape[:2] if w in whole else (q[f"{w}_a"].shape[0], q[f"{w}_b"].shape[1]) for w in ("w1", "w2")
+    )
+    site = Site("", a * b, c * e, tuple(q["w2"].shape[2:]) if "w2" in q else ())
+    fits = {name: decl.shape for name, decl in method.tensors(site).items()} == {
+        n: tuple(t.shape) for n, t in q.items()
+    }
+    return Update(site if fits else replace(site, in_=0), method, q)  # W2b may have a kernel folded in: attach knows

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lorakit.core.init import Init
 from lorakit.core.method import LowRank, Start, Tensors, down_up
+from lorakit.core.peft_form import LORA_NO_BEARING, PATTERNS, PeftForm, pair_from_peft, pair_to_peft
 from lorakit.core.registry import init as init_named
 from lorakit.core.site import Decl, Role, Site
 from lorakit.errors import SpecError
@@ -42,7 +43,20 @@ class LoRA(LowRank):
     paper: ClassVar[str] = "arXiv 2106.09685 (LoRA), 2312.03732 (rsLoRA)"
     formula: ClassVar[str] = "dW = s B A, s = alpha / rank (stabilised: alpha / sqrt(rank))"
     count: ClassVar[str] = "rank * (m + n)"
-    peft: ClassVar[str | None] = "LORA"
+    peft: ClassVar[PeftForm | None] = PeftForm(
+        "LORA",
+        {"r": "rank", "lora_alpha": "alpha", "use_rslora": "stabilised"},
+        {"down": "lora_A.weight", "up": "lora_B.weight"},
+        read=pair_from_peft,
+        write=pair_to_peft,
+        grouped=True,
+        patterns=PATTERNS,
+        settings={"init_lora_weights": True, "bias": "none", "use_dora": False},
+        no_bearing=LORA_NO_BEARING,
+        dropout="lora_dropout",
+        embedding={"down": "lora_embedding_A", "up": "lora_embedding_B"},
+        plain=True,
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorakit.core.method import WEIGHT_KINDS, LowRank, Start, Tensors, down_up
+from lorakit.core.peft_form import PeftForm
 from lorakit.core.site import Decl, Site
 from lorakit.methods.lora import LoRA
 
@@ -37,6 +38,7 @@ class LoRAFA(LowRank):
     formula: ClassVar[str] = "dW = s B A, s = alpha / rank (stabilised: alpha / sqrt(rank)), A frozen"
     count: ClassVar[str] = "rank * m"
     kinds: ClassVar[frozenset[str]] = WEIGHT_KINDS - {"embedding"}
+    peft: ClassVar[PeftForm | None] = replace(LoRA.peft, plain=False) if LoRA.peft else None  # to PEFT it is a LoRA
 
     def __post_init__(self) -> None:
         LoRA(self.rank, self.alpha, self.stabilised)  # refuses what LoRA refuses

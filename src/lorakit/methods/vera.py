@@ -18,7 +18,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorakit.core.method import LowRank, Method, Start, Tensors
+from lorakit.core.peft_form import PeftForm
 from lorakit.core.site import Decl, Role, Site
+from lorakit.core.state import Update
 from lorakit.core.targets import LINEAR_KINDS
 from lorakit.errors import SpecError
 
@@ -41,6 +43,17 @@ class VeRA(LowRank):
     formula: ClassVar[str] = "dW = diag(b) B diag(d) A, with A and B random, frozen and shared"
     count: ClassVar[str] = "m + rank"
     kinds: ClassVar[frozenset[str]] = frozenset(LINEAR_KINDS)
+    peft: ClassVar[PeftForm | None] = PeftForm(
+        "VERA",
+        {"r": "rank", "d_initial": "d_initial", "projection_prng_key": "key"},
+        {"d": "vera_lambda_d", "b": "vera_lambda_b"},
+        read=lambda method, q, embedding: _from_peft(method, q),
+        kinds=frozenset(LINEAR_KINDS),
+        settings={"bias": "none", "save_projection": True, "init_weights": True},
+        dropout="vera_dropout",
+        banks={"down": "vera_A", "up": "vera_B"},
+        plain=True,
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
@@ -91,3 +104,14 @@ class VeRA(LowRank):
     def _bank(self, site: Site) -> tuple[int, int]:
         """Return the bank's width and height; before `settled`, this layer is all it knows of."""
         return max(self.widest, site.in_), max(self.tallest, site.out)
+
+
+def _from_peft(method: VeRA, q: dict[str, Tensor]) -> Update:
+    """Return the update with the banks whole: which part of A the layer uses, its width tells, and no tensor of it."""
+    (out,), banks = q["b"].shape, (q["down"].shape, q["up"].shape)
+    if q["d"].shape != (method.rank,) or banks[0][0] != method.rank or banks[1][1] != method.rank or out > banks[1][0]:
+        raise SpecError(
+            f"vera_lambda_d {tuple(q['d'].shape)}, vera_lambda_b {(out,)}, vera_A {tuple(banks[0])} and vera_B "
+            f"{tuple(banks[1])} do not fit each other at r = {method.rank}"
+        )
+    return Update(Site("", out, 0), replace(method, widest=banks[0][1], tallest=banks[1][0]), q)

@@ -11,7 +11,7 @@ from lorakit.errors import AdapterFileError, did_you_mean, looked_in
 if TYPE_CHECKING:
     from lorakit.core.state import AdapterState
 
-__all__ = ["LORALIB", "load", "save"]
+__all__ = ["LORALIB", "load", "peft_refusal", "save"]
 
 LORALIB = (".bin", ".pt", ".pth", ".ckpt")
 """Names of files that are read as the original loralib's."""
@@ -23,7 +23,7 @@ def save(state: AdapterState, path: str | Path, format: Literal["peft", "native"
     Args:
         state: the adapter, from `state(model)` or an analysis.
         path: the directory; other files in it stay.
-        format: "peft" for LoRA that other tools read, "native" for any method, bit for bit.
+        format: "peft" for methods other tools read too, "native" for any method, bit for bit.
 
     Raises:
         AdapterFileError: a method or format that cannot be written, or a failed write (the old adapter is intact).
@@ -38,6 +38,17 @@ def save(state: AdapterState, path: str | Path, format: Literal["peft", "native"
         save_native(state, path)
     else:
         raise AdapterFileError(f"unknown format {format!r}{did_you_mean(format, ('peft', 'native'))}; peft or native")
+
+
+def peft_refusal(state: AdapterState) -> str | None:
+    """Return why an adapter cannot be written in PEFT's format, or None where it can."""
+    from lorakit.persist.peft import to_peft
+
+    try:
+        to_peft(state)
+    except AdapterFileError as why:
+        return str(why)
+    return None
 
 
 def load(path: str | Path, *, alpha: float | None = None, enabled: Sequence[bool] | None = None) -> AdapterState:

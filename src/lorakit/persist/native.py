@@ -129,10 +129,11 @@ def _site_to_json(site: Site) -> dict[str, Any]:
         "kind": site.kind,
         "groups": site.groups,
         "fused_out": site.fused_out,
+        "bias": site.bias,
     }
 
 
 def _site_from_json(data: dict[str, Any]) -> Site:
     rows = None if data["rows"] is None else (int(data["rows"][0]), int(data["rows"][1]))
     kernel, groups, fused = tuple(data["kernel"]), data["groups"], data["fused_out"]
-    return Site(data["path"], data["out"], data["in"], kernel, rows, data["kind"], groups, fused)
+    return Site(data["path"], data["out"], data["in"], kernel, rows, data["kind"], groups, fused, data.get("bias"))

@@ -17,7 +17,10 @@ from torch import Tensor
 from lorakit import __version__
 from lorakit.core.as_lora import as_lora
 from lorakit.core.init import init_of
+from lorakit.core.method import LowRank
+from lorakit.core.peft_form import settle
 from lorakit.core.registry import method as method_named
+from lorakit.core.site import Site
 from lorakit.core.spec import AdapterSpec, method_from_json, method_to_json
 from lorakit.core.state import AdapterState, Base, Purpose, Update, check_tensors
 from lorakit.core.targets import modules_named
@@ -25,8 +28,8 @@ from lorakit.errors import AdapterFileError, SpecError, TargetError, did_you_mea
 from lorakit.persist import files
 from lorakit.persist.card import card, is_ours
 from lorakit.persist.peft_config import Settings, config_of
-from lorakit.persist.peft_tensors import Reading, trained_to_peft, update_to_peft
-from lorakit.persist.slices import gather, split
+from lorakit.persist.peft_tensors import Reading, trained_to_peft, updates_to_peft
+from lorakit.persist.slices import gather, gathers, split
 
 CONFIG, WEIGHTS, PICKLE, NOTE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "lorakit.json"
 NOTE_VERSION = 1
@@ -84,42 +87,69 @@ def to_peft(state: AdapterState) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         AdapterFileError: an adapter without updates, a method without a PEFT form, rows of a grouped convolution.
     """
-    state, lora = _without_starts(state), method_named("lora")
-    if other := sorted({f"{u.site.key}: {u.method.name}" for u in state.updates if type(u.method) is not lora}):
-        raise AdapterFileError(f"these updates have no PEFT form; save with format='native':\n{listing(other)}")
+    state = _without_starts(state)
     if not state.updates:
         raise AdapterFileError("the adapter has no updates, and PEFT's format needs one; save with format='native'")
+    _refuse(state.updates)
     by_path: dict[str, list[Update]] = {}
     for update in state.updates:
         by_path.setdefault(update.site.path, []).append(update)
     whole = [gather(updates) for updates in by_path.values()]
-    tensors = {key: t for update in whole for key, t in update_to_peft(update).items()}
-    tensors.update(trained_to_peft(state.trained, set(by_path)))
-    return config_of(state.spec, state.base.name, whole, _modules_to_save(state, list(by_path))), tensors
+    config = config_of(state.spec, state.base.name, whole, _modules_to_save(state, list(by_path)))
+    return config, {**updates_to_peft(whole), **trained_to_peft(state.trained, set(by_path))}
 
 
 def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterState:
     """Return the adapter of a PEFT configuration and its tensors.
 
-    Two-dimensional pairs have kind "linear" here; `attach` resolves it against the model. Tensors trained whole that
+    Two-dimensional pairs have kind "linear" here, and a width the file does not tell is 0; `attach` resolves both
+    against the model. Tensors trained whole that
     `modules_to_save` does not name (embeddings PEFT saves by itself) are in `trained` but not in the spec's `train`.
 
     Raises:
         AdapterFileError: a feature lorakit does not have, or every missing, extra, misshaped or non-finite tensor.
     """
     settings = Settings(config)
-    reading = Reading(tensors)
-    found = [reading.update(path, settings.method_at(path)) for path in sorted(reading.pairs, key=_natural)]
+    reading = Reading(settings.cls, tensors)
+    found = [reading.update(path, settings.method_at(path)) for path in sorted(reading.found, key=_natural)]
     problems = reading.problems
     problems += [f"{name}: holds NaN or infinity" for name, t in reading.trained.items() if not t.isfinite().all()]
     if problems:
         raise AdapterFileError(f"{len(problems)} tensor(s) of the adapter do not fit:\n{listing(grouped(problems))}")
     updates = tuple(update for update in found if update is not None)
     if not updates:
-        raise AdapterFileError(f"none of its {len(tensors)} tensors is a LoRA factor (lora_A, lora_B)")
-    check_tensors(updates)
+        ends = ", ".join(end.removesuffix(".weight") for end in settings.form.keys.values())
+        raise AdapterFileError(f"none of its {len(tensors)} tensors is a {reading.called} factor ({ends})")
+    check_tensors(tuple(u for u in updates if u.site.in_))  # of the others `attach` learns the widths
+    _refuse_non_finite(updates)
     spec = settings.spec(updates, list(reading.trained))
     return AdapterState(spec, updates, reading.trained, Base(config.get("base_model_name_or_path")))
+
+
+def _refuse(updates: Sequence[Update]) -> None:
+    """Raise `AdapterFileError` listing the updates PEFT has no form for, with the reason."""
+    bare = sorted({f"{u.site.key}: {u.method.name}" for u in updates if u.method.peft is None})
+    if bare:
+        low_rank = any(isinstance(u.method, LowRank) and u.method.peft is None for u in updates)
+        hint = "\nwhat is low-rank equals a plain LoRA, which `lorakit convert --to peft --as-lora` writes" * low_rank
+        raise AdapterFileError(f"these updates have no PEFT form; save with format='native':\n{listing(bare)}{hint}")
+    if len(kinds := sorted({u.method.name for u in updates})) > 1:
+        raise AdapterFileError(f"PEFT has one method for all layers, not {', '.join(kinds)}; save with format='native'")
+    unlike = [f"{u.site.key}: {why}" for u in updates if u.method.peft and (why := u.method.peft.why_not(u))]
+    unlike += [
+        f"{u.site.key}: PEFT has no {u.method.name} for rows of a layer"
+        for u in updates
+        if u.site.rows is not None and u.method.peft and not gathers(u.method)
+    ]
+    if unlike:
+        raise AdapterFileError(f"these updates have no PEFT form; save with format='native':\n{listing(unlike)}")
+
+
+def _refuse_non_finite(updates: Sequence[Update]) -> None:
+    odd = [f"{u.site.key}.{name}: holds NaN or infinity" for u in updates for name, t in u.tensors.items()
+           if not t.isfinite().all()]  # fmt: skip
+    if odd:
+        raise AdapterFileError(f"{len(odd)} adapter tensor(s) do not fit:\n{listing(grouped(odd))}")
 
 
 def _without_starts(state: AdapterState) -> AdapterState:
@@ -177,6 +207,7 @@ def _note(state: AdapterState, plain: AdapterState, sums: Mapping[str, str]) -> 
         "spec": state.spec.to_json(),
         "updates": [
             {"path": s.path, "rows": s.rows and list(s.rows), "kind": s.kind, "method": method_to_json(m)}
+            | ({} if _told(s, read[s.path][0][0]) else {"shape": [s.out, s.in_, *s.kernel], "groups": s.groups})
             for s, m in exact
         ],
     }
@@ -201,8 +232,11 @@ def _restored(state: AdapterState, note: Mapping[str, Any], file: Path) -> Adapt
         parts: dict[str, list[Any]] = {}
         for entry in note["updates"]:
             rows = None if entry["rows"] is None else (int(entry["rows"][0]), int(entry["rows"][1]))
-            parts.setdefault(entry["path"], []).append((rows, entry["kind"], method_from_json(entry["method"])))
+            shape = entry.get("shape") and (*entry["shape"], entry["groups"])
+            parts.setdefault(entry["path"], []).append((rows, entry["kind"], method_from_json(entry["method"]), shape))
         updates = tuple(part for whole in state.updates for part in _exact(whole, parts.get(whole.site.path)))
+        updates = settle(updates, [_site(u, parts.get(u.site.path)) for u in updates])
+        check_tensors(tuple(u for u in updates if u.site.in_))
         probes = {path: tuple(values) for path, values in note["base"]["probes"].items()}
         base = Base(note["base"]["name"], probes)
         purpose = Purpose.from_json(note.get("purpose"))
@@ -215,11 +249,25 @@ def _restored(state: AdapterState, note: Mapping[str, Any], file: Path) -> Adapt
 def _exact(whole: Update, parts: list[Any] | None) -> tuple[Update, ...]:
     if parts is None:
         return (whole,)
-    rows, kind, method = parts[0]
+    rows, kind, method, _ = parts[0]
     whole = replace(whole, site=replace(whole.site, kind=kind))
     if rows is None:
         return (replace(whole, method=method),)
-    return split(whole, [(span, own) for span, _, own in parts])
+    return split(whole, [(span, own) for span, _, own, _ in parts])
+
+
+def _told(site: Site, read: Site) -> bool:
+    """Return whether PEFT's files alone tell the shape of a whole layer."""
+    return site.rows is not None or (site.shape, site.groups) == (read.shape, read.groups)
+
+
+def _site(update: Update, parts: list[Any] | None) -> Site:
+    """Return the site of an update, with the shape its note adds to it."""
+    shape = parts and parts[0][3]
+    if not shape:
+        return update.site
+    out, in_, *kernel, groups = shape
+    return replace(update.site, out=out, in_=in_, kernel=tuple(kernel), groups=groups)
 
 
 def _adapter_directory(place: Path) -> Path:

@@ -11,7 +11,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lorakit.core.registry import method as method_named
+from lorakit.core.method import Method
+from lorakit.core.peft_form import PeftForm, differing, get, put
+from lorakit.core.registry import methods
 from lorakit.core.site import Site
 from lorakit.core.spec import AdapterSpec, Override, Targets
 from lorakit.core.state import Update
@@ -22,84 +24,107 @@ from lorakit.persist.slices import alpha_for
 _NO_BEARING = frozenset(
     "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode runtime_config "
     "target_modules exclude_modules layers_to_transform layers_pattern modules_to_save ensure_weight_tying "
-    "fan_in_fan_out megatron_core qalora_group_size eva_config".split()
+    "fan_in_fan_out".split()
 )
-_READ = frozenset("r lora_alpha lora_dropout use_rslora rank_pattern alpha_pattern init_lora_weights bias".split())
+_NEEDED = ("r", "init_r", "lora_alpha", "alpha")
 _MOST = 10**9  # a rank or an alpha beyond it is a mistake
 _MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def refuse_features(config: Mapping[str, Any]) -> None:
-    """Raise `AdapterFileError` naming every feature of a PEFT configuration that lorakit does not have."""
+def method_of(config: Mapping[str, Any]) -> type[Method]:
+    """Return the method of a PEFT configuration: by its type, and among several by the flag that is set.
+
+    Raises:
+        AdapterFileError: naming a type, or every feature, that lorakit does not have.
+    """
     kind = config.get("peft_type")
-    if kind != "LORA":
-        raise AdapterFileError(f"the adapter is of PEFT type {kind!r}; this lorakit reads LORA (and rsLoRA)")
+    forms = [(cls, cls.peft) for cls in methods().values() if cls.peft is not None]
+    of_type = [(cls, form) for cls, form in forms if form.type == kind]
+    if not of_type:
+        known = ", ".join(sorted({form.type for _, form in forms}))
+        raise AdapterFileError(f"the adapter is of PEFT type {kind!r}; this lorakit reads {known}")
+    flagged = [(cls, form) for cls, form in of_type if form.flag is not None and config.get(form.flag)]
+    cls, form = (flagged or [(cls, form) for cls, form in of_type if form.plain])[0]
+    _refuse_features(config, form)
+    return cls
+
+
+def _refuse_features(config: Mapping[str, Any], form: PeftForm) -> None:
+    """Raise `AdapterFileError` naming every feature of a PEFT configuration that lorakit does not have."""
+    known = {*_NO_BEARING, *form.no_bearing, *form.fields, *form.patterns.values(), *form.settings, form.flag}
     used = [
         f"{name} = {value!r}"
         for name, value in config.items()
-        if name not in _NO_BEARING | _READ and value not in (None, False, {}, [])
+        if name not in {*known, form.dropout} and value not in (None, False, {}, [])
     ]
-    if config.get("bias", "none") != "none":
-        used.append(f"bias = {config['bias']!r}: trained biases")
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.startswith(_MOVE_THE_BASE):
-        used.append(
-            f"init_lora_weights = {init!r}: it changed the base weights; in PEFT, save_pretrained(..., "
-            "path_initial_model_for_weight_conversion=...) turns it into a plain LoRA"
-        )
+    for name, value in form.settings.items():
+        given = config.get(name, value)
+        moved = name.startswith("init") and isinstance(given, str) and given.startswith(_MOVE_THE_BASE)
+        if moved:
+            used.append(
+                f"{name} = {given!r}: it changed the base weights; in PEFT, save_pretrained(..., "
+                "path_initial_model_for_weight_conversion=...) turns it into a plain LoRA"
+            )
+        elif given != value and not name.startswith("init") and (given or value):
+            used.append(f"{name} = {given!r}" + ": trained biases" * (name == "bias"))
     if used:
         raise AdapterFileError(f"the adapter uses what lorakit does not have:\n{listing(used)}")
 
 
 class Settings:
-    """What a PEFT configuration says about each layer's LoRA."""
+    """What a PEFT configuration says about each layer's method."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        refuse_features(config)
-        if missing := [key for key in ("r", "lora_alpha") if key not in config]:
+        self.cls = method_of(config)
+        assert self.cls.peft is not None
+        self.form: PeftForm = self.cls.peft
+        self.config = config
+        if missing := [key for key in self.form.fields if key in _NEEDED and key not in config]:
             raise AdapterFileError(f"the configuration lacks {', '.join(missing)}")
-        self.ranks: dict[str, Any] = config.get("rank_pattern") or {}
-        self.alphas: dict[str, Any] = config.get("alpha_pattern") or {}
-        self.r, self.alpha, self.stabilised = config["r"], config["lora_alpha"], bool(config.get("use_rslora"))
-        dropout = config.get("lora_dropout") or 0.0
+        dropout = config.get(self.form.dropout or "") or 0.0
         if not isinstance(dropout, int | float) or abs(dropout) > _MOST:
-            raise AdapterFileError(f"the configuration is wrong: lora_dropout must be a number, not {shown(dropout)}")
+            raise AdapterFileError(
+                f"the configuration is wrong: {self.form.dropout} must be a number, not {shown(dropout)}"
+            )
         self.dropout = float(dropout)
         self.whole = tuple(config.get("modules_to_save") or ())
-        self.method = self._lora(self.r, self.alpha)
+        self.method = self._method(None)
 
     def method_at(self, path: str) -> Any:
-        """Return the LoRA of the layer at `path`."""
-        return self._lora(_first(self.ranks, path, self.r), _first(self.alphas, path, self.alpha))
+        """Return the method of the layer at `path`."""
+        return self._method(path)
 
-    def _lora(self, rank: Any, alpha: Any) -> Any:
-        lora: Any = method_named("lora")
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or abs(alpha) > _MOST:
-            raise AdapterFileError(f"the configuration is wrong: lora_alpha must be a number, not {shown(alpha)}")
-        if isinstance(rank, bool) or not isinstance(rank, int) or abs(rank) > _MOST:
-            raise AdapterFileError(f"the configuration is wrong: r must be a whole number, not {shown(rank)}")
+    def _method(self, path: str | None) -> Any:
+        usual: Any = self.cls()
+        values: dict[str, Any] = {}
+        for key, name in self.form.fields.items():
+            value = self.config.get(key, get(usual, name))
+            if path is not None and key in self.form.patterns:
+                value = _first(self.config.get(self.form.patterns[key]) or {}, path, value)
+            values[name] = _checked(key, value, get(usual, name))
         try:
-            return lora(rank=rank, alpha=float(alpha), stabilised=self.stabilised)
+            if path is not None and self.form.of_config is not None:
+                values |= self.form.of_config(self.config, path)
+            return put(usual, values)
         except SpecError as bad:
             raise AdapterFileError(f"the configuration is wrong: {bad}") from bad
 
     def spec(self, updates: Sequence[Update], trained: Sequence[str]) -> AdapterSpec:
         """Return the spec that means exactly these updates, with an override for each other rank or alpha."""
         paths = [u.site.path for u in updates]
-        groups: dict[tuple[int, float], list[str]] = {}
+        usual = self.method if any(u.method == self.method for u in updates) else updates[0].method
+        groups: dict[tuple[tuple[str, Any], ...], list[str]] = {}
         for update in updates:
-            method: Any = update.method
-            if method != self.method:
-                groups.setdefault((method.rank, method.alpha), []).append(update.site.path)
+            if other := differing(update.method, usual):
+                groups.setdefault(other, []).append(update.site.path)
         whole = self._saved_whole(trained)
         return AdapterSpec(
-            self.method,
+            usual,
             Targets(tuple(exact(path, paths) for path in paths)) if paths else Targets(),
             train=tuple(exact(path, whole) for path in whole),
             dropout=self.dropout,
             overrides=tuple(
-                Override(Targets(tuple(exact(p, paths) for p in at)), (("alpha", alpha), ("rank", rank)))
-                for (rank, alpha), at in groups.items()
+                Override(Targets(tuple(exact(p, paths) for p in at)), other) for other, at in groups.items()
             ),
         )
 
@@ -121,29 +146,71 @@ def exact(path: str, among: Sequence[str]) -> str:
 
 
 def config_of(spec: AdapterSpec, name: str | None, updates: Sequence[Update], whole: Sequence[str]) -> dict[str, Any]:
-    """Return the PEFT configuration of whole-layer LoRA updates and of the modules trained whole."""
-    stabilised = bool(getattr(spec.method, "stabilised", False))
-    setting = {u.site.path: _rank_and_alpha(u, stabilised) for u in updates}
-    rank, alpha = Counter(setting.values()).most_common(1)[0][0]
+    """Return the PEFT configuration of whole-layer updates of one method and of the modules trained whole.
+
+    Raises:
+        AdapterFileError: a value that differs between layers where PEFT has one for all.
+    """
+    form = updates[0].method.peft
+    assert form is not None
+    setting = {u.site.path: {**_values(u.method, form, spec), **(form.says(u) if form.says else {})} for u in updates}
     paths = sorted(setting)
+    varying = [key for key in form.fields if key in form.patterns]
+    usual = dict(zip(varying, Counter(tuple(v[k] for k in varying) for v in setting.values()).most_common(1)[0][0]))  # noqa: B905
+    for key in form.fields:
+        if key not in varying and len({setting[path][key] for path in paths}) > 1:
+            raise AdapterFileError(
+                f"PEFT's {form.type} has one {key} for all layers, and this adapter has several; use format='native'"
+            )
     return {
-        "peft_type": "LORA",
+        "peft_type": form.type,
         "task_type": None,
         "base_model_name_or_path": name,
         "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "use_rslora": stabilised,
-        "rank_pattern": {_anchored(p): setting[p][0] for p in paths if setting[p][0] != rank},
-        "alpha_pattern": {_anchored(p): setting[p][1] for p in paths if setting[p][1] != alpha},
+        **{key: usual.get(key, setting[paths[0]][key]) for key in form.fields},
+        **{
+            form.patterns[key]: {_anchored(p): setting[p][key] for p in paths if setting[p][key] != usual[key]}
+            for key in varying
+        },
         "target_modules": _targets(paths),
         "modules_to_save": list(whole) or None,
-        "lora_dropout": spec.dropout,
-        "fan_in_fan_out": _all_transposed([u.site for u in updates]),
-        "init_lora_weights": True,
-        "bias": "none",
-        "use_dora": False,
+        **({form.dropout: spec.dropout} if form.dropout else {}),
+        **({"fan_in_fan_out": _all_transposed([u.site for u in updates])} if "transposed-linear" in form.kinds else {}),
+        **form.settings,
+        **({form.flag: True} if form.flag else {}),
+        **(_more(form, updates) if form.config else {}),
     }
+
+
+def _more(form: PeftForm, updates: Sequence[Update]) -> Mapping[str, Any]:
+    assert form.config is not None
+    try:
+        return form.config(updates)
+    except SpecError as bad:
+        raise AdapterFileError(f"{bad}; use format='native'") from bad
+
+
+def _values(method: Method, form: PeftForm, spec: AdapterSpec) -> dict[str, Any]:
+    """Return what the configuration says of a method, with the `use_rslora` of the spec's."""
+    values = {key: get(method, name) for key, name in form.fields.items()}
+    if (name := form.fields.get("use_rslora")) is not None:
+        usual = bool(get(spec.method, name)) if type(spec.method) is type(method) else False
+        if values["use_rslora"] != usual:
+            scale = get(method, form.fields["lora_alpha"].replace("alpha", "scale"))
+            values |= {"lora_alpha": alpha_for(scale, values["r"], usual), "use_rslora": usual}
+    return values
+
+
+def _checked(key: str, value: Any, usual: Any) -> Any:
+    """Return a value of the configuration as the field's kind has it, or raise `AdapterFileError`."""
+    if isinstance(usual, bool):
+        return bool(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(usual, float) and not (number and abs(value) <= _MOST):
+        raise AdapterFileError(f"the configuration is wrong: {key} must be a number, not {shown(value)}")
+    if isinstance(usual, int) and not (number and isinstance(value, int) and abs(value) <= _MOST):
+        raise AdapterFileError(f"the configuration is wrong: {key} must be a whole number, not {shown(value)}")
+    return float(value) if isinstance(usual, float) else value
 
 
 def _first(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
@@ -155,12 +222,6 @@ def _first(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
         except re.error as bad:
             raise AdapterFileError(f"the pattern {pattern!r} is not a regular expression: {bad}") from None
     return default
-
-
-def _rank_and_alpha(update: Update, stabilised: bool) -> tuple[int, float]:
-    method: Any = update.method
-    alpha = method.alpha if method.stabilised == stabilised else alpha_for(method.scale, method.rank, stabilised)
-    return method.rank, alpha
 
 
 def _anchored(path: str) -> str:

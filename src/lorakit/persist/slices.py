@@ -26,6 +26,12 @@ def alpha_for(scale: float, rank: int, stabilised: bool) -> float:
     return scale * (math.sqrt(rank) if stabilised else rank)
 
 
+def gathers(method: Method) -> bool:
+    """Return whether slices of this method add up to one of the whole layer: plain pairs under PEFT's LORA."""
+    form = method.peft
+    return form is not None and form.type == "LORA" and form.flag is None and set(form.keys) == {"down", "up"}
+
+
 def gather(updates: Sequence[Update]) -> Update:
     """Return the LoRA updates of one layer, one whole or several on its rows, as one update of the whole layer.
 

@@ -15,6 +15,7 @@ behind the last checkpoint are told again; the later line counts.
     evaluate    loss, perplexity, best_loss, best_step (both null while a rank schedule is at work)
     checkpoint  path
     early_stop  best_step, best_loss, evaluations_since_best
+    format      format (native) the adapter is written in, and why not PEFT's
     interrupted path
     end         what run.json holds
     error       kind, message
@@ -45,6 +46,8 @@ class EventLog:
 
     def __init__(self, file: Path, listen: Listen | None = None) -> None:
         self.file, self._listen, self.stepped = file, listen, False
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
 
     def append(self, event: str, step: int = 0, /, **values: Any) -> None:
         """Write one event; a reader never sees half a line that is not the last.

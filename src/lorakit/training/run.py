@@ -3,7 +3,7 @@
 <output>/recipe.yaml      the whole recipe, every default written out
 <output>/events.jsonl     what happened, line by line (events.py)
 <output>/checkpoint-N/    whole or absent, resumable (checkpoints.py)
-<output>/adapter/         the best adapter, trimmed to what acts, in the PEFT format where the method has one
+<output>/adapter/         the best adapter, trimmed to what acts, in the PEFT format where it has one
 <output>/run.json         the summary, written last: a run that has it is finished
 """
 
@@ -172,7 +172,7 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
         return LorakitError(
             f"stopped at step {step} of {trainer.state.max_steps}, and saved; to go on, run the same recipe with resume"
         )
-    run = _finish(recipe, stage, trainer, output, trainable)
+    run = _finish(recipe, stage, trainer, output, trainable, log)
     log.append("end", run.steps, **run.to_json())
     return run
 
@@ -254,15 +254,18 @@ def _go(trainer: AdapterTrainer, saved: Path | None, recipe: Recipe) -> None:
         ) from full
 
 
-def _finish(recipe: Recipe, stage: Stage, trainer: AdapterTrainer, output: Path, trainable: int) -> Run:
+def _finish(recipe: Recipe, stage: Stage, trainer: AdapterTrainer, output: Path, trainable: int, log: EventLog) -> Run:
     """Restore the best adapter, save what of it acts, and write the summary last."""
     from lorakit.inject.attach import state
-    from lorakit.persist import save
+    from lorakit.persist import peft_refusal, save
     from lorakit.training.events import peak_memory_bytes
 
     trainer._load_best_model()
     adapter = trim(replace(state(stage.model), purpose=_purpose(recipe, stage)))
     in_peft = bool(adapter.updates) and all(update.method.peft for update in adapter.updates)
+    if in_peft and (why := peft_refusal(adapter)):
+        log.append("format", trainer.state.global_step, format="native", why=why)
+        in_peft = False
     save(adapter, output / "adapter", "peft" if in_peft else "native")
     progress, history = trainer.progress, trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
