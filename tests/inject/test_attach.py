@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lorakit.core.spec import AdapterSpec, Targets
-from lorakit.errors import AdapterFileError, AliveError, AttachError, LorakitError, TargetError
+from lorakit.errors import AdapterFileError, AliveError, AttachError, LorakitError, SpecError, TargetError
 from lorakit.inject.activate import active, use
 from lorakit.inject.alive import alive
 from lorakit.inject.attach import adapters_named, attach, detach, state
@@ -158,6 +158,38 @@ def test_alive_passes_a_working_adapter_and_names_the_dead() -> None:
     use(model, {})
     with pytest.raises(AliveError, match="no adapter is active on this model"), alive(model):
         pass
+
+
+def test_an_adapter_without_a_method_trains_the_base_itself_and_alive_knows() -> None:
+    model = gpt2()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    handle = attach(model, AdapterSpec(None, train="biases"))
+    assert len(handle.parameters()) == len([name for name in before if name.endswith(".bias")])
+    with alive(model):
+        model(IDS).logits.sum().backward()
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.add_(1.0)
+    saved = state(model)
+    assert (saved.updates, {name.rpartition(".")[2] for name in saved.trained}) == ((), {"bias"})
+    detach(model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    attach(model, saved)
+    assert all(torch.equal(p, before[name] + 1) == name.endswith(".bias") for name, p in model.named_parameters())
+    model.zero_grad(set_to_none=True)
+    with pytest.raises(AliveError, match="no parameter that is trained whole got a gradient"), alive(model):
+        model(IDS)
+
+
+def test_what_is_trained_without_a_method_has_to_exist() -> None:
+    with pytest.raises(TargetError, match="train 'biases': this model has none; models like LLaMA are built without"):
+        attach(llama(), AdapterSpec(None, train="biases"))
+    with pytest.raises(SpecError, match="without a method nothing would be trained"):
+        AdapterSpec(None)
+    everything = attach(llama(), AdapterSpec(None, train="*"))
+    assert sum(p.numel() for p in everything.parameters()) == sum(p.numel() for p in llama().parameters())
+    norms = attach(llama(), AdapterSpec(None, train="norms"))
+    assert {p.dim() for p in norms.parameters()} == {1}
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

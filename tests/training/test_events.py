@@ -13,6 +13,7 @@ from lorakit.training.progress import Progress
 
 def test_a_line_is_one_event_and_the_listener_gets_what_a_reader_gets(tmp_path: Path) -> None:
     heard = []
+    (tmp_path / "run").mkdir()
     log = EventLog(tmp_path / "run" / "events.jsonl", heard.append)
     log.append("start", model="x", labels=("a", "b"))
     log.append("step", 3, loss=0.5)

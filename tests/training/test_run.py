@@ -148,7 +148,8 @@ def test_the_best_adapter_is_the_one_that_is_saved(base: Path, tmp_path: Path) -
         tmp_path,
         data__validation=validation,
         train__lr=0.05,
-        train__epochs=3,
+        train__schedule="constant",  # at full rate to the end, so that it overshoots what it has not seen
+        train__epochs=6,
         train__save_every=100,
         train__evaluate_every=1,
     )
