@@ -172,7 +172,8 @@ def _check(model: Any, method: Context, given: dict[str, Any], n: int) -> None:
             f"this row packs several examples, and {method.name} puts its virtual positions at the start of a row, "
             "where only the first example would see them; set data.packing: never"
         )
-    if method.where == "cache" and model.training and getattr(model, "is_gradient_checkpointing", False):
+    checkpointed = model.training and any(getattr(block, "gradient_checkpointing", False) for block in blocks_of(model))
+    if method.where == "cache" and checkpointed:
         raise AttachError(
             f"{method.name} acts through the cache, which gradient checkpointing switches off; set "
             "train.checkpointing: false (model.activation_checkpointing_disable()), or use prefix-layer"
