@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 from torch import nn
 
@@ -11,7 +14,9 @@ from lorakit.methods.lora import LoRA
 from lorakit.methods.lora_fa import LoRAFA
 from lorakit.training.groups import param_groups
 from lorakit.training.precondition import precondition
+from lorakit.training.run import train
 from tests.tolerances import assert_close
+from tests.training import samples
 
 
 def model() -> nn.Sequential:
@@ -66,3 +71,13 @@ def test_with_a_step_of_plain_descent_the_scale_no_longer_matters() -> None:
             optimizer.step()
         outputs.append(made(x).detach())
     assert_close(*outputs)
+
+
+def test_a_run_corrects_every_pair_once_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corrected: list[object] = []
+    plain = LoRAFA.precondition
+    monkeypatch.setattr(LoRAFA, "precondition", lambda self, p: (corrected.append(self), plain(self, p))[1])
+    base = samples.save_base(tmp_path / "base")
+    recipe = samples.recipe_of(base, tmp_path, train__steps=3, adapter__method="lora-fa")
+    assert train(recipe).steps == 3
+    assert len(corrected) == 3 * 14

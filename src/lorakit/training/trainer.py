@@ -35,6 +35,7 @@ from lorakit.training.checkpoints import STATE, Memory, checkpoints, prune, rest
 from lorakit.training.finite import FiniteCheck, refuse_exploded
 from lorakit.training.groups import param_groups
 from lorakit.training.loss import logits_of, mean_loss, summed_loss, trained_labels
+from lorakit.training.precondition import precondition
 from lorakit.training.progress import Progress
 from lorakit.training.rank_schedule import RankSchedules
 from lorakit.training.recipe import Recipe
@@ -101,11 +102,12 @@ class AdapterTrainer(Trainer):
         return Shuffled(len(self.rows), self._recipe.train.seed)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Make AdamW over groups by role."""
+        """Make AdamW over groups by role, its gradients corrected where a method asks for it."""
         if self.optimizer is None:
             train = self._recipe.train
             groups = param_groups(self.adapted, self.args.learning_rate, train.up_ratio, train.weight_decay)
             self.optimizer = torch.optim.AdamW(groups)
+            precondition(self.adapted, self.optimizer)
         return self.optimizer
 
     def get_batch_samples(
