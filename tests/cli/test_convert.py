@@ -8,8 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorakit.persist import load
+from lorakit.core.method import Method
+from lorakit.core.spec import AdapterSpec, Targets
+from lorakit.inject.attach import attach, state
+from lorakit.methods.dora import DoRA
+from lorakit.methods.hierarchical import Hierarchical
+from lorakit.methods.lora import LoRA
+from lorakit.persist import load, save
+from lorakit.training.base import load_base
 from tests.cli.conftest import answer, invoke
+from tests.tolerances import assert_close
+from tests.training.samples import save_base
 
 
 def test_there_and_back_is_the_same_adapter(run: Path, tmp_path: Path) -> None:
@@ -85,3 +94,53 @@ def test_a_base_is_no_adapter(base: Path, tmp_path: Path) -> None:
         assert (result.exit_code, result.stderr) == (
             2, f"error: {source} is a base without an adapter; give the folder of a run or an adapter\n",
         )  # fmt: skip
+
+
+def saved(base: Path, method: Method, folder: Path) -> Path:
+    """Write an adapter of a method on a base, moved off its start, in lorakit's own format."""
+    torch.manual_seed(0)
+    model, _ = load_base(str(base))
+    handle = attach(model, AdapterSpec(method, Targets(("q_proj", "down_proj"))))
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    save(state(model), folder, "native")
+    return folder
+
+
+def test_a_low_rank_method_becomes_the_lora_it_equals(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    place = saved(base, Hierarchical(2, 4.0, 2, 2), tmp_path / "native")
+    asked = ("convert", place, "--to", "peft", "--output", tmp_path / "peft")
+    assert "which `lorakit convert --to peft --as-lora` writes" in invoke(*asked).stderr
+    said = answer(*asked, "--as-lora")
+    assert (said["method"], said["as_lora"]["max_error"]) == ("hierarchical", 0.0)
+    plain = {update.site.key: update for update in load(tmp_path / "peft").updates}
+    for mine in load(place).updates:
+        theirs = plain[mine.site.key]
+        assert theirs.method.name == "lora"
+        like = torch.zeros(mine.site.shape)
+        deltas = [u.method.delta(u.tensors, like) for u in (mine, theirs)]  # type: ignore[attr-defined]
+        assert_close(deltas[1], deltas[0])
+
+
+def test_any_change_of_a_weight_becomes_the_nearest_lora_with_its_error_said(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    place = saved(base, DoRA(LoRA(2)), tmp_path / "native")
+    asked: tuple[object, ...] = ("convert", place, "--to", "peft", "--as-lora")
+    assert "no LoRA equals them" in invoke(*asked, "--output", tmp_path / "a").stderr
+    asked += ("--rank",)
+    assert "depends on the weights; name the base" in invoke(*asked, 4, "--output", tmp_path / "a").stderr
+    coarse = answer(*asked, 4, "--base", base, "--output", tmp_path / "a")["as_lora"]
+    whole = answer(*asked, 64, "--base", base, "--output", tmp_path / "b")["as_lora"]
+    assert 1 > coarse["max_error"] >= coarse["total_error"] > 0.01 > 1e-4 > whole["max_error"]
+    assert coarse["max_error"] == max(coarse["errors"].values())
+    assert len(coarse["errors"]) == 4
+    shown = invoke(*asked, 4, "--base", base, "--output", tmp_path / "c").stdout
+    assert f"rank 4: {coarse['total_error']:.2%} of the change of the weights is lost" in " ".join(shown.split())
+    assert {u.method.name for u in load(tmp_path / "a").updates} == {"lora"}
+
+
+def test_rank_and_base_go_with_as_lora(run: Path, tmp_path: Path) -> None:
+    said = invoke("convert", run, "--to", "peft", "--rank", 4, "--output", tmp_path / "x").stderr
+    assert "--rank and --base say how to write a plain LoRA; add --as-lora" in said

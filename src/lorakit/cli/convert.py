@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from lorakit.cli.screen import screen, size
-from lorakit.cli.sources import is_base
+from lorakit.cli.sources import BASE_HELP, is_base
 from lorakit.errors import AdapterFileError, RecipeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lorakit.core.state import AdapterState
 
 
 def convert(
@@ -21,6 +26,13 @@ def convert(
         str | None,
         typer.Option(help="Which projections the merged layers of a loralib file adapt: yes,no,yes for q and v."),
     ] = None,
+    as_lora: Annotated[
+        bool, typer.Option("--as-lora", help="Write the plain LoRA that a low-rank method equals, or with --rank any.")
+    ] = False,
+    rank: Annotated[
+        int | None, typer.Option(help="With --as-lora: of the LoRA nearest to each change of a weight.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help=f"With --as-lora, for DoRA, IA3: {BASE_HELP}")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write an adapter in another format."""
@@ -33,13 +45,20 @@ def convert(
             raise AdapterFileError(f"{source} is a base without an adapter; give the folder of a run or an adapter")
         _refuse_to_overwrite(Path(output))
         state = load(place, alpha=alpha, enabled=_switches(enabled))
+        said: dict[str, Any] = {}
+        method = state.spec.name
+        if as_lora:
+            state, said = _plain(state, rank, base)
+        elif rank is not None or base is not None:
+            raise RecipeError("--rank and --base say how to write a plain LoRA; add --as-lora, or leave them out")
         save(state, output, to)
         written = sum(file.stat().st_size for file in Path(output).glob("adapter*"))
-        method = state.spec.name
         out.say(
             f"{place}: {method}, {len(state.updates)} layers, {state.parameters:,} parameters",
             f"wrote {output} ({to}, {size(written)})",
         )
+        if as_lora:
+            out.say(_told(said))
         out.result(
             {
                 "source": str(place),
@@ -50,8 +69,64 @@ def convert(
                 "parameters": state.parameters,
                 "base": state.base.name,
                 "bytes": written,
+                **({"as_lora": said} if as_lora else {}),
             }
         )
+
+
+def _plain(state: AdapterState, rank: int | None, base: str | None) -> tuple[AdapterState, dict[str, Any]]:
+    """Return the adapter as plain LoRA, and how far from it that is: exactly it without a rank."""
+    from lorakit.core.as_lora import as_lora
+    from lorakit.core.nearest_lora import nearest_lora, total
+
+    weights: dict[str, Tensor] = {}
+    if base is not None:
+        state, weights = _on_base(state, base)
+    if rank is None:
+        return as_lora(state), {"rank": None, "total_error": 0.0, "max_error": 0.0, "errors": {}}
+    near, losses = nearest_lora(state, rank, weights)
+    errors = {key: loss.relative for key, loss in losses.items()}
+    return near, {
+        "rank": rank,
+        "total_error": total(losses),
+        "max_error": max(errors.values(), default=0.0),
+        "errors": errors,
+    }
+
+
+def _on_base(state: AdapterState, base: str) -> tuple[AdapterState, dict[str, Tensor]]:
+    """Return the adapter as it sits on its base, and the weights of its layers in canonical layout."""
+    from dataclasses import replace
+
+    from lorakit.core.registry import host_of
+    from lorakit.inject.attach import attach
+    from lorakit.inject.attach import state as state_of
+    from lorakit.training.base import load_base
+
+    labels = state.purpose.labels if state.purpose is not None else ()
+    model, _ = load_base(base, task="classification" if labels else "causal-lm", labels=labels)
+    weights = {}
+    for update in state.updates:
+        module, rows = model.get_submodule(update.site.path), update.site.rows
+        if (host := host_of(module)) is not None:
+            weight = host.store.read(module).detach().cpu()
+            weights[update.site.key] = weight if rows is None else weight[rows[0] : rows[1]]
+    attach(model, state)
+    here = state_of(model)
+    on_cpu = [replace(u, tensors={name: t.cpu() for name, t in u.tensors.items()}) for u in here.updates]
+    return replace(state, updates=tuple(on_cpu)), weights
+
+
+def _told(said: dict[str, Any]) -> str:
+    if said["rank"] is None:
+        return "as the plain LoRA it equals"
+    if not said["errors"]:
+        return f"as plain LoRA of rank {said['rank']}"
+    worst = max(said["errors"], key=said["errors"].get)
+    return (
+        f"as the nearest plain LoRA of rank {said['rank']}: {said['total_error']:.2%} of the change of the weights is "
+        f"lost (relative Frobenius error), most in {worst}: {said['max_error']:.2%}"
+    )
 
 
 def _refuse_to_overwrite(output: Path) -> None:

@@ -30,12 +30,19 @@ def as_lora(state: AdapterState) -> AdapterState:
     if misfits := [f"{u.site.key}: {u.method.name}" for u in state.updates if not isinstance(u.method, LowRank)]:
         raise SpecError(
             f"{len(misfits)} update(s) are no low-rank product, so no LoRA equals them; merge them, or truncate their "
-            f"dW to a LoRA that comes near:\n{listing(misfits)}"
+            f"dW to a LoRA that comes near (lorakit convert --as-lora --rank R):\n{listing(misfits)}"
         )
+    refuse_unknown_widths(state)
     if not state.updates:
         return state
     updates = tuple(_plain(update) for update in state.updates)
-    return replace(state, spec=_spec(state.spec, updates), updates=updates)
+    return replace(state, spec=plain_spec(state.spec, updates), updates=updates)
+
+
+def refuse_unknown_widths(state: AdapterState) -> None:
+    """Raise `SpecError` for sites of a file that does not tell how wide its layers are."""
+    if open_ := [u.site.key for u in state.updates if not u.site.in_]:
+        raise SpecError(f"the file does not tell how wide these layers are; name the base:\n{listing(open_)}")
 
 
 @torch.no_grad()
@@ -43,7 +50,7 @@ def _plain(update: Update) -> Update:
     assert isinstance(update.method, LowRank)
     wide = {k: t.to(torch.promote_types(t.dtype, torch.float32)) for k, t in update.tensors.items()}
     down, up = _within_the_weight(*update.method.factors(wide))
-    return Update(update.site, _lora(down.shape[0]), {"down": down.contiguous(), "up": up.contiguous()})
+    return Update(update.site, plain_lora(down.shape[0]), {"down": down.contiguous(), "up": up.contiguous()})
 
 
 def _within_the_weight(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,7 +67,7 @@ def _within_the_weight(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return eye.reshape(-1, *down.shape[1:]), product.flatten(0, 1)
 
 
-def _spec(spec: AdapterSpec, updates: tuple[Update, ...]) -> AdapterSpec:
+def plain_spec(spec: AdapterSpec, updates: tuple[Update, ...]) -> AdapterSpec:
     """Return the spec with LoRA at the commonest rank, and an override for each other rank, at exactly its sites."""
     ranks = {update.site.key: update.tensors["down"].shape[0] for update in updates}
     usual = Counter(ranks.values()).most_common(1)[0][0]
@@ -70,10 +77,11 @@ def _spec(spec: AdapterSpec, updates: tuple[Update, ...]) -> AdapterSpec:
             exact = f"re:{re.escape(update.site.path)}" if update.site.rows is None else update.site.key
             other.setdefault(rank, []).append(exact)
     overrides = [Override(Targets(at), (("alpha", float(rank)), ("rank", rank))) for rank, at in other.items()]
-    return replace(spec, method=_lora(usual), overrides=overrides)
+    return replace(spec, method=plain_lora(usual), overrides=overrides)
 
 
-def _lora(rank: int) -> LowRank:
+def plain_lora(rank: int) -> LowRank:
+    """Return the LoRA of this rank with `s = 1`."""
     method = method_from_json({"name": "lora", "rank": rank, "alpha": float(rank)})
     assert isinstance(method, LowRank)
     return method
