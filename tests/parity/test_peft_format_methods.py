@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from lorakit.core.method import Method
 from lorakit.core.spec import AdapterSpec, Override, Targets
+from lorakit.core.state import trim
 from lorakit.inject.attach import attach, state
+from lorakit.methods.adalora import AdaLoRA
 from lorakit.methods.block import BlockDiagonal
 from lorakit.methods.dora import DoRA
 from lorakit.methods.ia3 import IA3
@@ -98,6 +100,18 @@ _LORA = {"r": 4, "lora_alpha": 8}
 _UP = {"target_modules_bd_b": ["q_proj", "up_proj"], "target_modules_bd_a": [], "nblocks": 2}
 _BOTH = {"target_modules_bd_b": ["q_proj"], "target_modules_bd_a": ["down_proj"], "nblocks": 2}
 CASES = {
+    "adalora": Case(
+        llama, AdaLoRA(4, 6, 8.0), ("q_proj", "down_proj"), "AdaLoraConfig",
+        {"target_r": 4, "init_r": 6, "lora_alpha": 8, "total_step": 10},
+    ),
+    "adalora, gpt2": Case(
+        gpt2, AdaLoRA(4, 6, 8.0), ("c_attn", "c_proj"), "AdaLoraConfig",
+        {"target_r": 4, "init_r": 6, "lora_alpha": 8, "total_step": 10},
+    ),
+    "adalora, convolution": Case(
+        pictures, AdaLoRA(4, 5, 8.0), ("plane", "out"), "AdaLoraConfig",
+        {"target_r": 4, "init_r": 5, "lora_alpha": 8, "total_step": 10},
+    ),
     "block-diagonal": Case(
         llama, BlockDiagonal(4, 8.0, 2, "up"), ("q_proj", "up_proj"), "LoraConfig", {**_LORA, "use_bdlora": _UP}
     ),
@@ -185,3 +199,24 @@ def test_peft_s_files_alone_mean_the_same_adapter(name: str, tmp_path: Path) -> 
     base = case.base()
     attach(base, load(tmp_path))
     assert_close(logits(base, case.x), logits(model, case.x))
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # which are PEFT's own, and not ignored
+def test_triplets_adalora_pruned_are_left_out_both_ways(tmp_path: Path) -> None:
+    case = CASES["adalora"]
+    model = case.adapted()
+    first = state(model)
+    for number, update in enumerate(first.updates):
+        update.tensors["gain"][number + 1 :: 2] = 0  # another number of triplets at each weight
+    pruned = case.base()
+    attach(pruned, first)
+    small = trim(first)
+    assert len({u.method for u in small.updates}) > 1
+    save(small, tmp_path / "ours")
+    same(small, load(tmp_path / "ours"))
+    theirs = peft_loads(tmp_path / "ours", case.base())
+    assert_close(logits(theirs, case.x), logits(pruned, case.x))
+    peft_saves(theirs, tmp_path / "theirs")
+    again = case.base()
+    attach(again, load(tmp_path / "theirs"))
+    assert_close(logits(again, case.x), logits(pruned, case.x))

@@ -13,16 +13,18 @@ of them), and s is a constant (there: on a 16-bit base its denominator is traine
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorakit.core.method import LowRank, Schedule, Start, Tensors, down_up
+from lorakit.core.peft_form import LORA_NO_BEARING, PeftForm, matrices
 from lorakit.core.site import Decl, Role, Site
+from lorakit.core.state import Update
 from lorakit.errors import SpecError
 from lorakit.methods.pruning import Budget, Pruning
 
@@ -50,6 +52,30 @@ class AdaLoRA(LowRank):
     paper: ClassVar[str] = "arXiv 2303.10512"
     formula: ClassVar[str] = "dW = s P diag(lambda) Q, s = alpha / (init_rank + 1e-5)"
     count: ClassVar[str] = "(kept or init_rank) * (m + n + 1)"
+    peft: ClassVar[PeftForm | None] = PeftForm(
+        "ADALORA",
+        {
+            "target_r": "target_rank",
+            "init_r": "init_rank",
+            "lora_alpha": "alpha",
+            "tinit": "tinit",
+            "tfinal": "tfinal",
+            "deltaT": "delta_t",
+            "beta1": "beta1",
+            "beta2": "beta2",
+            "orth_reg_weight": "orthogonal_weight",
+        },
+        {"down": "lora_A", "up": "lora_B", "gain": "lora_E"},
+        read=lambda method, q, embedding: _from_peft(method, q),
+        write=lambda update: {name: t.flatten(1) if t.dim() > 1 else t[:, None] for name, t in update.tensors.items()},
+        kinds=frozenset({"linear", "transposed-linear", "conv2d"}),
+        settings={"init_lora_weights": True, "bias": "none", "use_dora": False, "use_rslora": False},
+        no_bearing=LORA_NO_BEARING | {"r", "rank_pattern", "alpha_pattern", "total_step"},
+        dropout="lora_dropout",
+        folds=True,
+        plain=True,
+        config=lambda updates: _config(updates),
+    )
 
     def __post_init__(self) -> None:
         least = {"target_rank": 1, "init_rank": 1, "tinit": 0, "tfinal": 0, "delta_t": 1}
@@ -127,3 +153,27 @@ class AdaLoRA(LowRank):
         rows = (chosen + offset).flatten()
         up = p["up"].reshape(site.groups, -1, acting.shape[1]).take_along_dim(chosen[:, None], 2).flatten(0, 1)
         return replace(self, kept=len(rows)), {"down": p["down"][rows], "up": up, "gain": p["gain"][rows]}
+
+
+def _config(updates: Sequence[Update]) -> dict[str, Any]:
+    """Return which of its first triplets each trimmed weight has kept, and a run long enough for PEFT to take it."""
+    pattern = {}
+    for update in updates:
+        method = cast(AdaLoRA, update.method)
+        if method.kept is not None:
+            pattern[f"{update.site.path}.lora_E"] = [i < method.kept for i in range(method.init_rank)]
+    first = cast(AdaLoRA, updates[0].method)
+    return {"rank_pattern": pattern or None, "total_step": first.tinit + first.tfinal + 1}
+
+
+def _from_peft(method: AdaLoRA, q: dict[str, Tensor]) -> Update:
+    """Return the update; PEFT saves the kept triplets alone, and s stays that of `init_r`."""
+    matrices("lora_B and lora_A", (q["up"], q["down"]))
+    kept = q["down"].shape[0]
+    if q["gain"].shape != (kept, 1) or kept > method.init_rank:
+        raise SpecError(
+            f"lora_E {tuple(q['gain'].shape)} and lora_A of rank {kept} do not fit init_r {method.init_rank}"
+        )
+    own = method if kept == method.init_rank else replace(method, kept=kept)
+    tensors = {"down": q["down"], "up": q["up"], "gain": q["gain"].flatten()}
+    return Update(Site("", q["up"].shape[0], q["down"].shape[1]), own, tensors)
