@@ -19,13 +19,13 @@ from lorakit.context.prefix_layer import PrefixLayer
 from lorakit.context.prefix_tuning import PrefixTuning
 from lorakit.context.prompt_tuning import PromptTuning
 from lorakit.core.adapters import Adapter
-from lorakit.core.method import Method, Static
+from lorakit.core.method import Context, Method, Static
 from lorakit.core.registry import host_of
 from lorakit.core.spec import AdapterSpec, Targets
-from lorakit.inject.attach import adapters_named, attach
 from lorakit.inits.gaussian import Gaussian
 from lorakit.inits.olora import OLoRA
 from lorakit.inits.pissa import Pissa
+from lorakit.inject.attach import adapters_named, attach
 from lorakit.methods import dora
 from lorakit.methods.adalora import AdaLoRA
 from lorakit.methods.adaptive import Adaptive
@@ -111,13 +111,13 @@ KINDS: dict[str, Kind] = {
 METHODS: dict[str, Method] = {
     "lora": LoRA(rank=4, alpha=8.0),
     "lora, rank-stabilised": LoRA(rank=4, alpha=8.0, stabilised=True),
-    "adalora": AdaLoRA(target_rank=2, init_rank=4, alpha=16.0),
-    "adalora, trimmed": AdaLoRA(target_rank=4, init_rank=6, alpha=16.0, kept=4),
-    "adaptive": Adaptive(target_rank=3, high=4, alpha=6.0),
     "lora, gaussian": LoRA(rank=4, alpha=8.0, init_=Gaussian()),
     "lora, olora": LoRA(rank=4, alpha=8.0, init_=OLoRA()),
     "lora, pissa": LoRA(rank=4, alpha=8.0, init_=Pissa()),
     "lora, pissa, randomised": LoRA(rank=4, alpha=8.0, init_=Pissa(iterations=4)),
+    "adalora": AdaLoRA(target_rank=2, init_rank=4, alpha=16.0),
+    "adalora, trimmed": AdaLoRA(target_rank=4, init_rank=6, alpha=16.0, kept=4),
+    "adaptive": Adaptive(target_rank=3, high=4, alpha=6.0),
     "block-diagonal": BlockDiagonal(rank=4, alpha=8.0, blocks=2),
     "block-diagonal, down": BlockDiagonal(rank=4, alpha=8.0, blocks=2, side="down"),
     "block-diagonal, up": BlockDiagonal(rank=4, alpha=8.0, blocks=2, side="up"),
@@ -153,8 +153,8 @@ CONTEXTS: dict[str, Context] = {
     "prefix-tuning, perceptron": PrefixTuning(tokens=4, hidden=5),
     "prompt-tuning": PromptTuning(tokens=4),
 }
-"""What acts on what a model reads, on no layer: it has no dW and cannot start as the base does, so none of the laws of a
-layer holds; it has laws of its own, in tests/context/test_laws.py."""
+"""What acts on what a model reads, on no layer: it has no dW and cannot start as the base does, so none of the laws of
+a layer holds; it has laws of its own, in tests/context/test_laws.py."""
 
 PAIRS = [(kind, name) for kind in KINDS for name, method in METHODS.items() if kind.split(",")[0] in method.kinds]
 STATIC = [(kind, name) for kind, name in PAIRS if isinstance(METHODS[name], Static)]
