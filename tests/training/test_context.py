@@ -12,6 +12,7 @@ import torch
 from lorakit.core.spec import AdapterSpec
 from lorakit.errors import DataError, RecipeError
 from lorakit.inject.attach import adapters_named, attach, state
+from lorakit.persist import load
 from lorakit.persist.native import load_native
 from lorakit.training.base import load_base
 from lorakit.training.evaluate import evaluate
@@ -44,7 +45,7 @@ def test_a_run_learns_and_what_it_kept_reads_the_same(method: str, base: Path, t
     assert losses[-1] < losses[0] - 0.05, "a random base has little to say, however it is asked"
     assert next(e for e in events if e["event"] == "targets")["patterns"] == {"what the model reads": 1}
     model, tokenizer = load_base(str(base), device="cpu")
-    attach(model, load_native(run.adapter_dir))
+    attach(model, load(run.adapter_dir))
     scored = evaluate(model, tokenizer, valid, load_recipe(tmp_path / "run" / "recipe.yaml").data)
     assert scored.loss == pytest.approx(run.validation_loss, rel=1e-4)
     prompts = [tokenizer.encode(row["prompt"]) for row in pairs(5)]
@@ -78,7 +79,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(base: Path, tmp_path: Path) -> N
         runs.append(train(recipe, resume=name == "stopped"))
     kept = load_native(tmp_path / "stopped" / "checkpoint-3")
     assert kept.updates[0].tensors.keys() == {"seeds", "w1", "b1", "w2", "b2"}, "a checkpoint keeps the perceptron"
-    whole, resumed = (load_native(run.adapter_dir).updates[0].tensors for run in runs)
+    whole, resumed = (load(run.adapter_dir).updates[0].tensors for run in runs)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 

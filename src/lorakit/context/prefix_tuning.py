@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lorakit.context.start import check_count
 from lorakit.core.method import Call, Context, Start, Tensors
+from lorakit.core.peft_form import PeftForm, prompt_embeddings
 from lorakit.core.site import Decl, Role, Site
 
 
@@ -33,6 +34,9 @@ class PrefixTuning(Context):
         "2 * n * tokens * k if hidden is None else (tokens + hidden) * k + hidden + 2 * n * k * (hidden + 1)"
     )
     where: ClassVar[Literal["input", "blocks", "cache"]] = "cache"
+    peft: ClassVar[PeftForm | None] = prompt_embeddings(
+        "PREFIX_TUNING", "prefix", "encoder_hidden_size", "prefix_projection"
+    )
 
     def __post_init__(self) -> None:
         check_count("tokens", self.tokens, 1)

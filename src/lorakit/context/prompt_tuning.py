@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lorakit.context.start import FILLS, check_choice, check_count, fill_from_ids
 from lorakit.core.method import Call, Context, Start, Tensors
+from lorakit.core.peft_form import PeftForm, prompt_embeddings
 from lorakit.core.site import Decl, Role, Site
 from lorakit.errors import SpecError
 
@@ -36,6 +37,10 @@ class PromptTuning(Context):
     formula: ClassVar[str] = "read [P; E(x)], P (tokens, d)"
     count: ClassVar[str] = "tokens * m"
     where: ClassVar[Literal["input", "blocks", "cache"]] = "input"
+    peft: ClassVar[PeftForm | None] = prompt_embeddings(
+        "PROMPT_TUNING", "prompt", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
+        "tokenizer_kwargs",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_count("tokens", self.tokens, 1)

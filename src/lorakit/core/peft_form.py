@@ -71,6 +71,8 @@ class PeftForm:
     """Whether a convolution's kernel is folded into its inputs there."""
     optional: frozenset[str] = frozenset()
     """Tensors only some layers have; `read` sees to it that the rest fit together."""
+    alone: bool = False
+    """Whether it is one tensor for the whole model, under its key without a path."""
     plain: bool = False
     """Whether PEFT's files of this type, without a flag, are read as this method."""
     config: Callable[[Sequence[Update]], Mapping[str, Any]] | None = None
@@ -181,6 +183,29 @@ def pair_from_peft(method: Any, q: Mapping[str, Tensor], embedding: bool, rank: 
     kind = "embedding" if embedding else _KINDS[a.dim()]
     site = Site("", b.shape[0], down.shape[1], tuple(a.shape[2:]), kind=kind, groups=groups)
     return Update(site, method, {**q, "down": down, "up": b.reshape(b.shape[0], b.shape[1])})
+
+
+def prompt_embeddings(type: str, name: str, *no_bearing: str) -> PeftForm:
+    """Return the form of vectors at virtual positions: one tensor `(tokens, width)` beside a causal language model."""
+
+    def read(method: Any, q: dict[str, Tensor], embedding: bool) -> Update:
+        if q[name].dim() != 2 or len(q[name]) != method.tokens:
+            shape = tuple(q[name].shape)
+            raise SpecError(f"prompt_embeddings {shape} has not one row for each of {method.tokens} num_virtual_tokens")
+        return Update(Site("", q[name].shape[1], 0, kind="model"), method, q)
+
+    shapes = {"token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"}
+    return PeftForm(
+        type,
+        {"num_virtual_tokens": "tokens"},
+        {name: "prompt_embeddings"},
+        read=read,
+        kinds=frozenset({"model"}),
+        settings={"task_type": "CAUSAL_LM"},
+        no_bearing=frozenset({*shapes, *no_bearing}),
+        alone=True,
+        plain=True,
+    )
 
 
 def matrices(wrong: str, *pairs: tuple[Tensor, Tensor]) -> None:

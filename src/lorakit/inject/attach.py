@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -184,6 +184,7 @@ def _fit(given: AdapterState, skeleton: Skeleton) -> tuple[Update, ...]:
     by_path = {**skeleton.by_path, **skeleton.blocks}
     if skeleton.reader is not None and any(u.site.kind == "model" for u in given.updates):
         by_path[skeleton.reader.path] = skeleton.reader
+        given = replace(given, updates=tuple(_on_reader(u, skeleton.reader.path) for u in given.updates))
     missing = [
         f"{u.site.path}{did_you_mean(u.site.path, by_path)}" for u in given.updates if u.site.path not in by_path
     ]
@@ -202,6 +203,12 @@ def _fit(given: AdapterState, skeleton: Skeleton) -> tuple[Update, ...]:
         given.updates,
         [s if u.site.rows is None else s.slice(*u.site.rows) for u, s in zip(given.updates, here, strict=True)],
     )
+
+
+def _on_reader(update: Update, path: str) -> Update:
+    """Return an update of what a model reads at its reader, where the file does not tell the path."""
+    unknown = update.site.kind == "model" and not update.site.in_
+    return replace(update, site=replace(update.site, path=path)) if unknown else update
 
 
 def _check_base(base: Base, model: nn.Module, tolerance: float = 0.02) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lorakit import __version__
 from lorakit.core.as_lora import as_lora
 from lorakit.core.init import init_of
-from lorakit.core.method import LowRank
+from lorakit.core.method import LowRank, Method
 from lorakit.core.peft_form import settle
 from lorakit.core.registry import method as method_named
 from lorakit.core.site import Site
@@ -91,6 +91,8 @@ def to_peft(state: AdapterState) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not state.updates:
         raise AdapterFileError("the adapter has no updates, and PEFT's format needs one; save with format='native'")
     _refuse(state.updates)
+    if state.purpose is not None and state.purpose.labels and state.updates[0].site.kind == "model":
+        raise AdapterFileError("PEFT's virtual positions of a classifier are its own; save with format='native'")
     by_path: dict[str, list[Update]] = {}
     for update in state.updates:
         by_path.setdefault(update.site.path, []).append(update)
@@ -197,7 +199,7 @@ def _note(state: AdapterState, plain: AdapterState, sums: Mapping[str, str]) -> 
     here: dict[str, list[Any]] = {}
     for update in state.updates:
         here.setdefault(update.site.path, []).append((update.site, update.method))
-    exact = [pair for path, pairs in here.items() if pairs != read[path] for pair in pairs]
+    exact = [pair for path, pairs in here.items() if pairs != read.get(path) for pair in pairs]
     return {
         "format": NOTE_VERSION,
         "lorakit": __version__,
@@ -207,7 +209,7 @@ def _note(state: AdapterState, plain: AdapterState, sums: Mapping[str, str]) -> 
         "spec": state.spec.to_json(),
         "updates": [
             {"path": s.path, "rows": s.rows and list(s.rows), "kind": s.kind, "method": method_to_json(m)}
-            | ({} if _told(s, read[s.path][0][0]) else {"shape": [s.out, s.in_, *s.kernel], "groups": s.groups})
+            | ({} if _told(s, read.get(s.path)) else {"shape": [s.out, s.in_, *s.kernel], "groups": s.groups})
             for s, m in exact
         ],
     }
@@ -234,7 +236,8 @@ def _restored(state: AdapterState, note: Mapping[str, Any], file: Path) -> Adapt
             rows = None if entry["rows"] is None else (int(entry["rows"][0]), int(entry["rows"][1]))
             shape = entry.get("shape") and (*entry["shape"], entry["groups"])
             parts.setdefault(entry["path"], []).append((rows, entry["kind"], method_from_json(entry["method"]), shape))
-        updates = tuple(part for whole in state.updates for part in _exact(whole, parts.get(whole.site.path)))
+        named = [replace(u, site=replace(u.site, path=u.site.path or next(iter(parts), ""))) for u in state.updates]
+        updates = tuple(part for whole in named for part in _exact(whole, parts.get(whole.site.path)))
         updates = settle(updates, [_site(u, parts.get(u.site.path)) for u in updates])
         check_tensors(tuple(u for u in updates if u.site.in_))
         probes = {path: tuple(values) for path, values in note["base"]["probes"].items()}
@@ -256,9 +259,11 @@ def _exact(whole: Update, parts: list[Any] | None) -> tuple[Update, ...]:
     return split(whole, [(span, own) for span, _, own, _ in parts])
 
 
-def _told(site: Site, read: Site) -> bool:
+def _told(site: Site, read: list[tuple[Site, Method]] | None) -> bool:
     """Return whether PEFT's files alone tell the shape of a whole layer."""
-    return site.rows is not None or (site.shape, site.groups) == (read.shape, read.groups)
+    if site.rows is not None:
+        return True
+    return read is not None and (site.shape, site.groups) == (read[0][0].shape, read[0][0].groups)
 
 
 def _site(update: Update, parts: list[Any] | None) -> Site:

@@ -120,7 +120,7 @@ class Settings:
         whole = self._saved_whole(trained)
         return AdapterSpec(
             usual,
-            Targets(tuple(exact(path, paths) for path in paths)) if paths else Targets(),
+            Targets(tuple(exact(path, paths) for path in paths)) if paths and not self.form.alone else Targets(),
             train=tuple(exact(path, whole) for path in whole),
             dropout=self.dropout,
             overrides=tuple(
@@ -172,7 +172,7 @@ def config_of(spec: AdapterSpec, name: str | None, updates: Sequence[Update], wh
             form.patterns[key]: {_anchored(p): setting[p][key] for p in paths if setting[p][key] != usual[key]}
             for key in varying
         },
-        "target_modules": _targets(paths),
+        **({} if form.alone else {"target_modules": _targets(paths)}),
         "modules_to_save": list(whole) or None,
         **({form.dropout: spec.dropout} if form.dropout else {}),
         **({"fan_in_fan_out": _all_transposed([u.site for u in updates])} if "transposed-linear" in form.kinds else {}),

@@ -36,6 +36,8 @@ def updates_to_peft(updates: Sequence[Update]) -> dict[str, Tensor]:
         assert form is not None
         ends = form.embedding or form.keys if site.kind == "embedding" else form.keys
         written = form.write(update)
+        if form.alone:
+            return {ends[name]: t for name, t in written.items()}
         found.update({f"{PREFIX}{site.path}.{ends[name]}": t for name, t in written.items() if name in ends})
         for name, key in form.banks.items():  # what a narrower layer holds is the beginning of the widest one's
             if (bank := update.tensors[name]).numel() > found.get(key, bank[:0]).numel():
@@ -80,6 +82,9 @@ class Reading:
                 (n for n, end in self.form.banks.items() if re.fullmatch(rf"{BANKS}{end}(\.\w+)?", key)), ""
             ):
                 self.banks[bank] = tensor
+                continue
+            if self.form.alone and key in self.form.keys.values():
+                self.found[""] = {next(iter(self.form.keys)): tensor}
                 continue
             if not key.startswith(PREFIX):
                 self.problems.append(f"{key}: extra, not under {PREFIX}")
