@@ -98,11 +98,6 @@ class PeftForm:
         return None
 
 
-def form_of(method: Method | type[Method]) -> PeftForm | None:
-    """Return how a method looks in PEFT's files, or None where it does not."""
-    return method.peft
-
-
 def get(method: Any, name: str) -> Any:
     """Return a field of a method, `inner.rank` being that of the method inside."""
     for step in name.split("."):

@@ -40,8 +40,8 @@ def save_peft(state: AdapterState, path: str | Path) -> None:
     """Write an adapter in PEFT's format, replacing an adapter that lies there in one step; other files stay.
 
     Args:
-        state: the adapter; its updates are LoRA or rsLoRA. Pairs that subtract their start (PiSSA) are written as the
-            LoRA of rank 2r that they equal.
+        state: the adapter, of a method that has a form in PEFT's files. Pairs of LoRA that subtract their start (PiSSA)
+            are written as the LoRA of rank 2r that they equal.
         path: the directory.
 
     Raises:
