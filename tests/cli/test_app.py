@@ -151,7 +151,8 @@ def test_a_standard_output_that_takes_nothing_is_one_line(arguments: tuple[str, 
 def test_ctrl_c_before_and_after_the_verb_is_one_line_too(where: str, tmp_path: Path) -> None:
     pressed = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
     code = f"""
-import atexit, builtins, sys
+import atexit, builtins, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a parent in the background leaves ignored
 sys.argv = ["lorakit", "--version"]
 real = builtins.__import__
 def trap(name, *rest):
