@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.context.start import check_count
+from lorakit.core.checks import check_whole
 from lorakit.core.method import Call, Context, Start, Tensors
 from lorakit.core.peft_form import PeftForm, prompt_embeddings
 from lorakit.core.site import Decl, Role, Site
@@ -39,9 +39,9 @@ class PrefixTuning(Context):
     )
 
     def __post_init__(self) -> None:
-        check_count("tokens", self.tokens, 1)
+        check_whole("tokens", self.tokens)
         if self.hidden is not None:
-            check_count("hidden", self.hidden, 1)
+            check_whole("hidden", self.hidden)
 
     def lengths(self) -> tuple[int, int]:
         """Return `(tokens, 0)`."""

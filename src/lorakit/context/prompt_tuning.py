@@ -13,7 +13,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from lorakit.context.start import FILLS, check_choice, check_count, fill_from_ids
+from lorakit.context.start import FILLS, check_choice, fill_from_ids
+from lorakit.core.checks import check_whole
 from lorakit.core.method import Call, Context, Start, Tensors
 from lorakit.core.peft_form import PeftForm, prompt_embeddings
 from lorakit.core.site import Decl, Role, Site
@@ -43,7 +44,7 @@ class PromptTuning(Context):
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        check_count("tokens", self.tokens, 1)
+        check_whole("tokens", self.tokens)
         check_choice("start", self.start, FILLS)
         if (self.text or self.ids) and self.start != "vocabulary":
             raise SpecError(f"a prompt starts from its text or by start: {self.start}; leave one out")

@@ -8,20 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakit.core.checks import check_whole
 from lorakit.core.method import Start
 from lorakit.errors import SpecError
 
 
-def check_count(name: str, value: Any, least: int = 0) -> None:
-    """Raise `SpecError` unless `value` is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise SpecError(f"{name} must be a whole number of at least {least}, not {value!r}")
-
-
 def check_some(before: Any, after: Any) -> None:
     """Raise `SpecError` unless there is a position before the row or after its prompt."""
-    check_count("before", before)
-    check_count("after", after)
+    check_whole("before", before, 0)
+    check_whole("after", after, 0)
     if before + after < 1:
         raise SpecError("before and after are both 0, so nothing would be read; give at least one a position")
 

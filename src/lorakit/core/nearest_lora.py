@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lorakit.core.as_lora import plain_lora, plain_spec, refuse_unknown_widths
+from lorakit.core.checks import check_whole
 from lorakit.core.init import by_group, leading
 from lorakit.core.method import Static
 from lorakit.core.state import AdapterState, Update
@@ -53,8 +54,7 @@ def nearest_lora(
     Raises:
         SpecError: a rank below 1 or one that groups do not divide, updates with no dW, or one that needs its weight.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise SpecError(f"rank must be a whole number of at least 1, not {rank!r}")
+    check_whole("rank", rank)
     if moving := [f"{u.site.key}: {u.method.name}" for u in state.updates if not isinstance(u.method, Static)]:
         raise SpecError(
             f"{len(moving)} update(s) are no change of a weight, so no LoRA comes near them at every input; keep "

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from lorakit.core.checks import check_positive
 from lorakit.core.init import Init, Need, by_group, check_iterations, leading
 from lorakit.core.method import Start
 from lorakit.core.site import Site
@@ -34,8 +35,7 @@ class LoRAGA(Init):
     needs: ClassVar[Need | None] = "gradients"
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.gamma, int | float) and math.isfinite(self.gamma) and self.gamma > 0):
-            raise SpecError(f"gamma must be a positive number, not {self.gamma!r}; the authors use 16 to 64")
+        check_positive("gamma", self.gamma, hint="; the authors use 16 to 64")
         check_iterations(self.iterations)
 
     def check(self, rank: int, site: Site) -> None:

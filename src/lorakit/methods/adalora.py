@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lorakit.core.checks import check_positive
 from lorakit.core.method import LowRank, Schedule, Start, Tensors, down_up
 from lorakit.core.peft_form import LORA_NO_BEARING, PeftForm, matrices
 from lorakit.core.site import Decl, Role, Site
@@ -87,8 +88,7 @@ class AdaLoRA(LowRank):
                 f"target_rank {self.target_rank} must be below init_rank {self.init_rank}: ranks are pruned from one "
                 "to the other; raise init_rank (1.5 * target_rank is usual), or use method lora for a fixed rank"
             )
-        if not (isinstance(self.alpha, int | float) and math.isfinite(self.alpha) and self.alpha > 0):
-            raise SpecError(f"alpha must be a positive number, not {self.alpha!r}; the usual choice is 2 * init_rank")
+        check_positive("alpha", self.alpha, hint="; the usual choice is 2 * init_rank")
         for name in ("beta1", "beta2"):
             if not (isinstance(beta := getattr(self, name), int | float) and 0 < beta < 1):
                 raise SpecError(f"{name} must lie between 0 and 1, not {beta!r}; the paper's is 0.85")

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lorakit.core.checks import check_positive
 from lorakit.core.method import LowRank, Method, Schedule, Start, Tensors, down_up
 from lorakit.core.site import Decl, Role, Site
 from lorakit.errors import SpecError, did_you_mean
@@ -55,8 +56,7 @@ class Adaptive(LowRank):
                 f"target_rank {self.target_rank} must lie in {self.low} to {self.high} (low to high), for it is the "
                 "mean rank; change it, or move the limits"
             )
-        if not (isinstance(self.alpha, int | float) and math.isfinite(self.alpha) and self.alpha > 0):
-            raise SpecError(f"alpha must be a positive number, not {self.alpha!r}; the usual choice is 2 * target_rank")
+        check_positive("alpha", self.alpha, hint="; the usual choice is 2 * target_rank")
         if self.score not in SCORES:
             raise SpecError(
                 f"unknown score {self.score!r}{did_you_mean(self.score, SCORES)}; known: {', '.join(SCORES)}"

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lorakit.core.checks import check_whole
 from lorakit.core.method import LowRank, Start, Tensors
 from lorakit.core.peft_form import LORA_NO_BEARING, PATTERNS, PeftForm
 from lorakit.core.site import Decl, Role, Site
@@ -64,8 +65,7 @@ class BlockDiagonal(LowRank):
 
     def __post_init__(self) -> None:
         LoRA(self.rank, self.alpha, self.stabilised)  # refuses what LoRA refuses
-        if isinstance(self.blocks, bool) or not isinstance(self.blocks, int) or self.blocks < 1:
-            raise SpecError(f"blocks must be a whole number of at least 1, not {self.blocks!r}; 1 is LoRA")
+        check_whole("blocks", self.blocks, hint="; 1 is LoRA")
         if self.side not in ("up", "down", "both"):
             raise SpecError(f"side must be up, down or both, not {self.side!r}")
         if self.rank % self.blocks:

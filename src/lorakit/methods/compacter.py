@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lorakit.core.checks import check_whole
 from lorakit.core.method import Call, Start, Tensors
 from lorakit.core.site import Decl, Role, Site
 from lorakit.errors import SpecError
@@ -44,9 +45,7 @@ class TwoKroneckerSums(Bottleneck):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, what in (("terms", "the paper's n"), ("rank", "rho, of each S T")):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise SpecError(f"{name} ({what}) must be a whole number of at least 1, not {value!r}")
+            check_whole(f"{name} ({what})", getattr(self, name))
 
     def check(self, site: Site) -> None:
         """Raise `SpecError` where n does not divide the features and the bottleneck, with every n that does."""

@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lorakit.core.checks import check_whole
 from lorakit.core.method import LowRank, Start, Tensors, down_up
 from lorakit.core.site import Decl, Site, layer_of
-from lorakit.errors import SpecError
 from lorakit.methods.lora import LoRA
 
 
@@ -39,8 +39,7 @@ class Hierarchical(LowRank):
     def __post_init__(self) -> None:
         for rank in self._ranks().values():
             LoRA(rank, self.alpha)  # refuses what LoRA refuses
-        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < 1:
-            raise SpecError(f"group_size must be a whole number of at least 1, not {self.group_size!r} layers")
+        check_whole("group_size", self.group_size, hint=" layers")
 
     def check(self, site: Site) -> None:
         """Raise `SpecError` for a level whose rank the weight cannot have."""

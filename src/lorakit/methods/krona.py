@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from lorakit.core.checks import check_positive, check_whole
 from lorakit.core.method import Call, Start, Static, Tensors
 from lorakit.core.site import Decl, Role, Site
 from lorakit.errors import SpecError
@@ -33,11 +34,8 @@ class KronA(Static):
 
     def __post_init__(self) -> None:
         for name in ("a1", "a2"):
-            size = getattr(self, name)
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise SpecError(f"{name} must be a whole number of at least 1, not {size!r}")
-        if not (isinstance(self.scale, int | float) and math.isfinite(self.scale) and self.scale > 0):
-            raise SpecError(f"scale must be a positive number, not {self.scale!r}; 1 is the usual start of a search")
+            check_whole(name, getattr(self, name))
+        check_positive("scale", self.scale, hint="; 1 is the usual start of a search")
 
     def check(self, site: Site) -> None:
         """Raise `SpecError` for a shape of A that does not divide the layer's."""

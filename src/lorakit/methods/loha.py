@@ -15,6 +15,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lorakit.core.checks import check_positive, check_whole
 from lorakit.core.method import LowRank, Start, Tensors, down_up
 from lorakit.core.peft_form import LYCORIS, LYCORIS_PATTERNS, PeftForm, matrices
 from lorakit.core.site import Decl, Site
@@ -48,10 +49,8 @@ class LoHa(LowRank):
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise SpecError(f"rank must be a whole number of at least 1, not {self.rank!r}; exclude a layer to skip it")
-        if not (isinstance(self.alpha, int | float) and math.isfinite(self.alpha) and self.alpha > 0):
-            raise SpecError(f"alpha must be a positive number, not {self.alpha!r}; the usual choice is the rank")
+        check_whole("rank", self.rank, hint="; exclude a layer to skip it")
+        check_positive("alpha", self.alpha, hint="; the usual choice is the rank")
 
     @property
     def scale(self) -> float:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal, cast
 
 from torch import Tensor, nn
 
+from lorakit.core.checks import check_positive, check_whole
 from lorakit.core.method import Call, Start, Static, Tensors
 from lorakit.core.peft_form import LYCORIS, LYCORIS_PATTERNS, PeftForm
 from lorakit.core.site import Decl, Role, Site
@@ -67,10 +68,8 @@ class LoKr(Static):
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise SpecError(f"rank must be a whole number of at least 1, not {self.rank!r}; exclude a layer to skip it")
-        if not (isinstance(self.alpha, int | float) and math.isfinite(self.alpha) and self.alpha > 0):
-            raise SpecError(f"alpha must be a positive number, not {self.alpha!r}; alpha = rank makes the scale 1")
+        check_whole("rank", self.rank, hint="; exclude a layer to skip it")
+        check_positive("alpha", self.alpha, hint="; alpha = rank makes the scale 1")
         whole = isinstance(self.factor, int) and not isinstance(self.factor, bool) and self.factor >= 1
         if not (self.factor is None or whole):
             raise SpecError(f"factor must be a whole number of at least 1, or left out, not {self.factor!r}")

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lorakit.core.checks import check_positive, check_whole
 from lorakit.core.init import Init
 from lorakit.core.method import LowRank, Start, Tensors, down_up
 from lorakit.core.peft_form import LORA_NO_BEARING, PATTERNS, PeftForm, pair_from_peft, pair_to_peft
@@ -59,10 +60,8 @@ class LoRA(LowRank):
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise SpecError(f"rank must be a whole number of at least 1, not {self.rank!r}; exclude a layer to skip it")
-        if not (isinstance(self.alpha, int | float) and math.isfinite(self.alpha) and self.alpha > 0):
-            raise SpecError(f"alpha must be a positive number, not {self.alpha!r}; the usual choice is 2 * rank")
+        check_whole("rank", self.rank, hint="; exclude a layer to skip it")
+        check_positive("alpha", self.alpha, hint="; the usual choice is 2 * rank")
         if not isinstance(self.init_, Init):
             raise SpecError(f"init must be an initialisation such as Kaiming() or Pissa(), not {self.init_!r}")
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lorakit.core.checks import check_positive, check_whole
 from lorakit.core.method import Call, Method, Start, Tensors
 from lorakit.core.site import Decl, Role, Site
 from lorakit.core.targets import LINEAR_KINDS
@@ -47,10 +48,8 @@ class Mixture(Method):
 
     def __post_init__(self) -> None:
         for name, number in (("experts", self.experts), ("rank", self.rank)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise SpecError(f"{name} must be a whole number of at least 1, not {number!r}")
-        if not (isinstance(self.alpha, int | float) and math.isfinite(self.alpha) and self.alpha > 0):
-            raise SpecError(f"alpha must be a positive number, not {self.alpha!r}; the usual choice is 2 * rank")
+            check_whole(name, number)
+        check_positive("alpha", self.alpha, hint="; the usual choice is 2 * rank")
         if self.top is not None and self.top not in range(2, self.experts + 1):
             raise SpecError(
                 f"top must be 2 to {self.experts}, the number of experts, or left out, not {self.top!r}; "

@@ -8,15 +8,14 @@ for it: there one layer reads x and another gives h.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from lorakit.core.checks import check_positive
 from lorakit.core.method import Call, Tensors
-from lorakit.errors import SpecError
 from lorakit.methods.bottleneck import TwoProjections
 
 
@@ -36,8 +35,7 @@ class Parallel(TwoProjections):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (isinstance(self.scale, int | float) and math.isfinite(self.scale) and self.scale > 0):
-            raise SpecError(f"scale must be a positive number, not {self.scale!r}; the usual one is 4")
+        check_positive("scale", self.scale, hint="; the usual one is 4")
 
     def branch(self, p: Tensors, call: Call) -> Tensor:
         """Return the scaled bottleneck of the input."""

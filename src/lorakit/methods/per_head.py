@@ -18,6 +18,7 @@ from typing import ClassVar, Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lorakit.core.checks import check_whole
 from lorakit.core.method import LowRank, Start, Tensors
 from lorakit.core.site import Decl, Role, Site
 from lorakit.core.targets import LINEAR_KINDS
@@ -43,10 +44,7 @@ class PerHead(LowRank):
 
     def __post_init__(self) -> None:
         LoRA(self.rank, self.alpha)  # refuses what LoRA refuses
-        if isinstance(self.heads, bool) or not isinstance(self.heads, int) or self.heads < 1:
-            raise SpecError(
-                f"heads must be a whole number of at least 1, not {self.heads!r}; give the model's num_attention_heads"
-            )
+        check_whole("heads", self.heads, hint="; give the model's num_attention_heads")
         if self.side not in ("up", "down"):
             raise SpecError(f"side must be up (query, key, value) or down (output projection), not {self.side!r}")
 

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lorakit.core.checks import check_whole
 from lorakit.core.method import LowRank, Method, Start, Tensors
 from lorakit.core.peft_form import PeftForm
 from lorakit.core.site import Decl, Role, Site
@@ -56,12 +57,10 @@ class VeRA(LowRank):
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise SpecError(f"rank must be a whole number of at least 1, not {self.rank!r}; VeRA takes 256 to 1024")
+        check_whole("rank", self.rank, hint="; VeRA takes 256 to 1024")
         if not (isinstance(self.d_initial, int | float) and math.isfinite(self.d_initial) and self.d_initial != 0):
             raise SpecError(f"d_initial must be a number other than 0, not {self.d_initial!r}; at 0 b learns nothing")
-        if isinstance(self.key, bool) or not isinstance(self.key, int) or self.key < 0:
-            raise SpecError(f"key must be a whole number of at least 0, not {self.key!r}; it seeds the banks")
+        check_whole("key", self.key, 0, hint="; it seeds the banks")
 
     def settled(self, sites: Sequence[Site]) -> Method:
         """Return this method with banks as wide as the widest of `sites` and as tall as the tallest."""
