@@ -8,7 +8,7 @@ so their order cannot matter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -152,6 +152,15 @@ class Adapted(Front):
         return self.adapters(self, x, y)  # type: ignore[no-any-return]
 
 
+def attached(model: nn.Module, *, acting: bool = False) -> Iterator[tuple[str, Adapter]]:
+    """Yield every update in a model with its adapter's name, in the model's order; if `acting`, those that act now."""
+    for module in model.modules():
+        if isinstance(module, Adapted):
+            for name, adapter in module.adapters.named():
+                if not acting or name in module.adapters.weights:
+                    yield name, adapter
+
+
 def swap_in(module: nn.Module, host: Host) -> Adapters:
     """Make `module` an adapted one (once) and return its updates."""
     if not isinstance(module, Adapted):
@@ -191,4 +200,4 @@ def _per_row(weight: Weight, y: Tensor, path: str) -> Weight:
     return weight.to(y.dtype).view(-1, *[1] * (y.dim() - 1))
 
 
-__all__ = ["Adapted", "Adapter", "Adapters", "Weight", "swap_in", "swap_out"]
+__all__ = ["Adapted", "Adapter", "Adapters", "Weight", "attached", "swap_in", "swap_out"]

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from lorakit.core.adapters import Adapted, Adapter
+from lorakit.core.adapters import Adapter, attached
 from lorakit.errors import AliveError, listing
 from lorakit.inject.ledger import ledger_of, parameters_of
 
@@ -26,7 +26,7 @@ def alive(model: nn.Module, backward: bool = True) -> Iterator[None]:
         backward: also require a gradient on every trainable tensor of the active adapters, and on something of what an
             adapter without a method trains whole (a model may own parameters that its task does not use).
     """
-    watched, whole = _active_adapters(model), _trained_whole(model)
+    watched, whole = [adapter for _, adapter in attached(model, acting=True)], _trained_whole(model)
     if not watched and not whole:
         raise AliveError("no adapter is active on this model; attach one, or switch it on with use(model, {name: 1.0})")
     called: set[Adapter] = set()
@@ -62,8 +62,3 @@ def _trained_whole(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the base's own parameters that the active adapters train."""
     ledger, named = ledger_of(model), parameters_of(model)
     return {key: named[key] for name in ledger.swapped_in for key in ledger.trained[name] if named[key].requires_grad}
-
-
-def _active_adapters(model: nn.Module) -> list[Adapter]:
-    layers = [module.adapters for module in model.modules() if isinstance(module, Adapted)]
-    return [adapter for layer in layers for name, adapter in layer.named() if name in layer.weights]

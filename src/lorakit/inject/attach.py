@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.adapters import Adapted, Adapter, Adapters, swap_in, swap_out
+from lorakit.core.adapters import Adapted, Adapter, Adapters, attached, swap_in, swap_out
 from lorakit.core.init import init_of
 from lorakit.core.method import Method
 from lorakit.core.peft_form import settle
@@ -147,8 +147,7 @@ def state(model: nn.Module, name: str = "default") -> AdapterState:
 
 def adapters_named(model: nn.Module, name: str) -> list[Adapter]:
     """Return the adapters of one name, in the model's order."""
-    layers = [m.adapters for m in model.modules() if isinstance(m, Adapted)]
-    return [adapter for layer in layers for key, adapter in layer.named() if key == name]
+    return [adapter for key, adapter in attached(model) if key == name]
 
 
 def base_of(model: nn.Module, most: int = 8, values: int = 4) -> Base:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorakit.core.adapters import Adapted
+from lorakit.core.adapters import attached
 from lorakit.core.fronts import base_class
 from lorakit.core.method import Context, Method, Tokenized
 from lorakit.core.reading import blocks_of
@@ -81,23 +81,22 @@ def refuse_two(names: list[str]) -> None:
 
 def contexts(model: nn.Module) -> dict[str, Context]:
     """Return the attached methods that act on what the model reads, by the name of their adapter."""
-    if not any(isinstance(spec.method, Context) for spec in ledger_of(model).specs.values()):
-        return {}
-    return {
-        name: adapter.method
-        for module in model.modules()
-        if isinstance(module, Adapted)
-        for name, adapter in module.adapters.named()
-        if isinstance(adapter.method, Context)
-    }
+    return _contexts(model, acting=False)
 
 
 def acting(model: nn.Module) -> Mapping[str, Context]:
     """Return those of `contexts` that act now: none or one."""
-    on = {name for module in model.modules() if isinstance(module, Adapted) for name in module.adapters.weights}
-    return {name: method for name, method in contexts(model).items() if name in on}
+    return _contexts(model, acting=True)
 
 
 def virtual_positions(model: nn.Module) -> tuple[int, int]:
     """Return how many virtual positions the model reads before a row, and after its prompt."""
     return next((method.lengths() for method in acting(model).values()), (0, 0))
+
+
+def _contexts(model: nn.Module, *, acting: bool) -> dict[str, Context]:
+    """Return the contexts, without a walk through the model where no spec has one: every batch asks."""
+    if not any(isinstance(spec.method, Context) for spec in ledger_of(model).specs.values()):
+        return {}
+    found = attached(model, acting=acting)
+    return {name: adapter.method for name, adapter in found if isinstance(adapter.method, Context)}

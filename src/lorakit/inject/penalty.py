@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.adapters import Adapted
+from lorakit.core.adapters import attached
 from lorakit.core.method import Penalised
 
 
@@ -21,13 +21,11 @@ def penalty(model: nn.Module) -> Tensor | None:
     share.
     """
     terms: dict[str, list[Tensor]] = {}
-    for module in model.modules():
-        if isinstance(module, Adapted):
-            for name, adapter in module.adapters.named():
-                if name in module.adapters.weights and isinstance(adapter.method, Penalised):
-                    p = adapter.tensors()
-                    device = next(iter(p.values())).device
-                    with torch.autocast(device.type, enabled=False):
-                        terms.setdefault(name, []).append(adapter.method.penalty(p, adapter.notes))
+    for name, adapter in attached(model, acting=True):
+        if isinstance(adapter.method, Penalised):
+            p = adapter.tensors()
+            device = next(iter(p.values())).device
+            with torch.autocast(device.type, enabled=False):
+                terms.setdefault(name, []).append(adapter.method.penalty(p, adapter.notes))
     means = [torch.stack([t.to(of_one[0].device) for t in of_one]).mean() for of_one in terms.values()]
     return torch.stack([m.to(means[0].device) for m in means]).sum() if means else None

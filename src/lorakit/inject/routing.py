@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorakit.core.adapters import Adapted
+from lorakit.core.adapters import attached
 from lorakit.errors import AliveError
 
 
@@ -36,9 +36,7 @@ def routing(model: nn.Module) -> list[Routing]:
     """
     rows = [
         Routing(name, adapter.site.key, tuple(adapter.notes["share"].tolist()), float(adapter.notes["entropy"]))
-        for module in model.modules()
-        if isinstance(module, Adapted)
-        for name, adapter in module.adapters.named()
+        for name, adapter in attached(model)
         if {"share", "entropy"} <= adapter.notes.keys()
     ]
     if not rows:

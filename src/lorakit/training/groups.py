@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lorakit.core.adapters import Adapted
+from lorakit.core.adapters import attached
 from lorakit.core.site import Role
 
 EMBEDDING_LR = 1e-6
@@ -57,10 +57,8 @@ def _group(role: Role | None, kind: str | None, dims: int) -> str:
 def _roles(model: nn.Module) -> dict[nn.Parameter, tuple[Role, str]]:
     """Return role and layer kind of every adapter tensor, as its method declares them."""
     roles: dict[nn.Parameter, tuple[Role, str]] = {}
-    for module in model.modules():
-        if isinstance(module, Adapted):
-            for _, adapter in module.adapters.named():
-                declared = adapter.method.tensors(adapter.site)
-                for name, parameter in adapter.named_parameters(recurse=False):
-                    roles[parameter] = (declared[name].role, adapter.site.kind)
+    for _, adapter in attached(model):
+        declared = adapter.method.tensors(adapter.site)
+        for name, parameter in adapter.named_parameters(recurse=False):
+            roles[parameter] = (declared[name].role, adapter.site.kind)
     return roles

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lorakit.core.adapters import Adapted
+from lorakit.core.adapters import attached
 from lorakit.core.method import Preconditioned
 
 
@@ -19,8 +19,7 @@ def precondition(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
 
     Returns the hook, whose `remove()` undoes it. Gradients are corrected in place: clear them after each step.
     """
-    layers = [module.adapters for module in model.modules() if isinstance(module, Adapted)]
-    adapters = [(a, a.method) for layer in layers for _, a in layer.named() if isinstance(a.method, Preconditioned)]
+    adapters = [(a, a.method) for _, a in attached(model) if isinstance(a.method, Preconditioned)]
 
     def correct(*_: object) -> None:
         for adapter, method in adapters:
