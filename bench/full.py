@@ -15,8 +15,8 @@ from transformers import get_cosine_schedule_with_warmup
 
 from lorakit.data import Collator
 from lorakit.training.loss import summed_loss
+from lorakit.training.order import Shuffled
 from lorakit.training.stage import Stage
-from lorakit.training.trainer import Shuffled
 
 
 def full_fine_tuning(stage: Stage, lr: float, steps: int, *, seed: int = 0, warmup: float = 0.03) -> float:

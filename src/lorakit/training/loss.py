@@ -17,6 +17,7 @@ from lorakit.core.layout import row_ends
 from lorakit.data import IGNORE, Collator
 from lorakit.inject.context import virtual_positions
 from lorakit.training.base import evaluating
+from lorakit.training.order import row_lengths
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -71,7 +72,7 @@ def batches(
     """Yield collated batches in order (or the longest first, which pads least), drawing no random number."""
     order = list(range(len(rows)))
     if by_length:
-        lengths = [len(ids) for ids in rows["input_ids"]]
+        lengths = row_lengths(rows)
         order.sort(key=lambda i: -lengths[i])
     collate = Collator(pad_id)
     for start in range(0, len(order), size):

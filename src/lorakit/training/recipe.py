@@ -191,6 +191,7 @@ class TrainSection(Section):
     batch_tokens: int | None = Field(default=None, ge=1, le=MANY)
     batch_size: int | None = Field(default=None, ge=1, le=MANY)
     accumulation: int = Field(default=1, ge=1, le=MANY)
+    group_by_length: bool | Literal["auto"] = "auto"
     evaluate_every: int | None = Field(default=None, ge=1, le=MANY)
     save_every: int | None = Field(default=None, ge=1, le=MANY)
     keep: int = Field(default=2, ge=1, le=MANY)

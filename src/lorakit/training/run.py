@@ -189,14 +189,13 @@ def _attached(recipe: Recipe, stage: Stage, saved: Path | None) -> Handle:
     from lorakit.inject.evidence import gather, needs
     from lorakit.persist.native import load_native
     from lorakit.training.loss import batches, mean_of_batch
-    from lorakit.training.trainer import Shuffled
+    from lorakit.training.order import row_order
 
     if not needs(stage.spec):
         return attach(stage.model, stage.spec)
     if saved is not None:
         return attach(stage.model, load_native(saved))
-    order = Shuffled(len(stage.train.dataset), recipe.train.seed)
-    first = stage.train.dataset.select(list(islice(order, EVIDENCE_BATCHES * stage.batch_rows)))
+    first = stage.train.dataset.select(list(islice(row_order(recipe, stage), EVIDENCE_BATCHES * stage.batch_rows)))
     few = batches(first, stage.batch_rows, stage.tokenizer.pad_token_id, stage.model.device)
     return attach(stage.model, stage.spec, evidence=gather(stage.model, stage.spec, few, loss=mean_of_batch))
 
@@ -207,6 +206,7 @@ def _trainer(
     from lorakit.training.arguments import arguments, make_plan
     from lorakit.training.events import Narrator
     from lorakit.training.flow import KeepBest
+    from lorakit.training.order import row_order
     from lorakit.training.rank_schedule import RankSchedules
     from lorakit.training.trainer import AdapterTrainer
 
@@ -224,6 +224,7 @@ def _trainer(
         stage.train.dataset,
         None if stage.validation is None else stage.validation.dataset,
         pad_id=stage.tokenizer.pad_token_id,
+        order=row_order(recipe, stage),
         data=data,
         progress=progress,
         ranks=ranks,

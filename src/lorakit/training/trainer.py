@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lorakit.data import Collator
@@ -35,6 +34,7 @@ from lorakit.training.checkpoints import STATE, Memory, checkpoints, prune, rest
 from lorakit.training.finite import FiniteCheck, refuse_exploded
 from lorakit.training.groups import param_groups
 from lorakit.training.loss import logits_of, mean_loss, summed_loss, trained_labels
+from lorakit.training.order import Shuffled
 from lorakit.training.precondition import precondition
 from lorakit.training.progress import Progress
 from lorakit.training.rank_schedule import RankSchedules
@@ -42,26 +42,6 @@ from lorakit.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
-class Shuffled(Sampler[int]):
-    """Visits every row once an epoch, in an order that seed and epoch alone decide."""
-
-    def __init__(self, rows: int, seed: int) -> None:
-        self._rows, self._seed, self._epoch = rows, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next pass."""
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return self._rows
-
-    def __iter__(self) -> Iterator[int]:
-        """Yield row numbers."""
-        rng = torch.Generator().manual_seed(self._seed + self._epoch)
-        yield from torch.randperm(self._rows, generator=rng).tolist()
 
 
 class AdapterTrainer(Trainer):
@@ -76,6 +56,7 @@ class AdapterTrainer(Trainer):
         validation: Dataset | None,
         *,
         pad_id: int,
+        order: Shuffled,
         data: str,
         progress: Progress,
         ranks: RankSchedules,
@@ -91,15 +72,15 @@ class AdapterTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True
-        self.adapted, self.folder, self.rows, self.progress = model, Path(str(args.output_dir)), train, progress
-        self.ranks = ranks
+        self.adapted, self.folder, self.progress = model, Path(str(args.output_dir)), progress
+        self.ranks, self._order = ranks, order
         self._recipe, self._data, self._pad_id = recipe, data, pad_id
         self._proven, self._check_finite = False, FiniteCheck(args.learning_rate)
 
     # ---- steps ----
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Shuffled:
-        return Shuffled(len(self.rows), self._recipe.train.seed)
+        return self._order
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make AdamW over groups by role, its gradients corrected where a method asks for it."""
