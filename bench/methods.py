@@ -1,7 +1,8 @@
 """Does every method learn? The quickstart's task, the same 150 steps, each method at a learning rate of its own.
 
 The rate is chosen by the loss on records that are neither trained on nor scored; the score is the share of held-out
-records whose facts are all told. Also: parameters, adapter bytes, time of a step, and the bytes autograd saves in one.
+records whose facts are all told. Also: parameters, adapter bytes, the processor time of a step (one thread, in turn
+with plain LoRA's), and the bytes autograd saves in one.
 Runs are kept in runs/bench-methods, so a stopped bench goes on; docs/results/methods.json is written after each.
 Run: python bench/methods.py [method ...]
 """
@@ -11,7 +12,8 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from itertools import pairwise
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,9 @@ from lorakit import attach, load
 from lorakit.cli.quickstart import HELD_OUT, ROWS, STRANGERS, TRAIN, Task, measure
 from lorakit.data import Collator
 from lorakit.data.fables import fables
+from lorakit.inject.penalty import penalty
 from lorakit.training.base import load_base
-from lorakit.training.events import read_events
-from lorakit.training.loss import summed_loss
+from lorakit.training.loss import logits_of, summed_loss
 from lorakit.training.recipe import Recipe, load_recipe, make_recipe
 from lorakit.training.run import train
 from lorakit.training.stage import build_stage
@@ -35,6 +37,7 @@ WORK, EXAMPLES = ROOT / "runs" / "bench-methods", ROOT / "examples" / "methods"
 SPREAD = (1 / 3, 1.0, 3.0)
 """The candidates: the rate of the example's recipe, a third of it, three times it; and on while the end is the best."""
 WIDENED = 2
+TIMED_STEPS = 7
 
 
 def example(name: str) -> dict[str, Any]:
@@ -88,14 +91,7 @@ def once(name: str, lr: float) -> dict[str, Any]:
     """Train once, or take the finished run; return its validation loss and what it took."""
     output = WORK / f"{name}-{lr:.2g}"
     done = train(recipe(name, lr, output), resume=(output / "events.jsonl").exists())
-    times = [event["time"] for event in read_events(output / "events.jsonl") if event["event"] == "step"]
-    steps = [after - before for before, after in pairwise(times)]
-    return {
-        "lr": lr,
-        "validation_loss": done.validation_loss,
-        "step_seconds": round(statistics.median(steps), 4),
-        "parameters": done.trainable_parameters,
-    }
+    return {"lr": lr, "validation_loss": done.validation_loss, "parameters": done.trainable_parameters}
 
 
 def tuned(name: str) -> list[dict[str, Any]]:
@@ -111,12 +107,29 @@ def tuned(name: str) -> list[dict[str, Any]]:
     return [tried[lr] for lr in sorted(tried)]
 
 
-def saved_bytes(wanted: Recipe) -> int:
-    """Return the bytes autograd keeps between forward and backward of one batch, parameters left out."""
+def stepper(wanted: Recipe) -> tuple[Callable[[], float], int]:
+    """Return what runs one training step and tells its seconds of processor time, and the bytes autograd kept in one.
+
+    The bytes are those between forward and backward of one batch, parameters left out.
+    """
     stage = build_stage(wanted)
     attach(stage.model, stage.spec)
+    model = stage.model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    batch = Collator(stage.tokenizer.pad_token_id)([stage.train.dataset[i] for i in range(stage.batch_rows)])
+    labels = batch.pop("labels")
+
+    def step() -> float:
+        began = time.process_time()
+        loss, trained = summed_loss(logits_of(model, batch, labels), labels)
+        term = penalty(model)
+        (loss / trained if term is None else loss / trained + term).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.process_time() - began
+
     kept: dict[int, int] = {}
-    own = {p.untyped_storage().data_ptr() for p in stage.model.parameters()}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -124,12 +137,21 @@ def saved_bytes(wanted: Recipe) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    batch = Collator(stage.tokenizer.pad_token_id)([stage.train.dataset[i] for i in range(stage.batch_rows)])
-    labels = batch.pop("labels")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss, _ = summed_loss(stage.model.train()(**batch).logits, labels)
-    loss.backward()
-    return sum(kept.values())
+        step()
+    return step, sum(kept.values())
+
+
+def cost(wanted: Recipe) -> dict[str, Any]:
+    """Return the processor time of a step, alone and against plain LoRA's taken in turn with it, and what it keeps."""
+    step, kept = stepper(wanted)
+    plain, _ = stepper(recipe("lora", 0.005, WORK / "unused"))
+    own, lora = zip(*((step(), plain()) for _ in range(TIMED_STEPS)), strict=True)
+    return {
+        "step_seconds": round(statistics.median(own), 4),
+        "step_against_lora": round(statistics.median(own) / statistics.median(lora), 3),
+        "saved_bytes": kept,
+    }
 
 
 def judged(name: str, task: Task) -> dict[str, Any]:
@@ -148,7 +170,7 @@ def judged(name: str, task: Task) -> dict[str, Any]:
         "adapter": example(name)["adapter"],
         **best,
         "adapter_bytes": sum(file.stat().st_size for file in (output / "adapter").glob("adapter*.safetensors")),
-        "saved_bytes": saved_bytes(wanted),
+        **cost(wanted),
         "told": scored.told,
         "told_of_strangers": scored.told_of_strangers,
         "perplexity": scored.perplexity,
@@ -157,6 +179,7 @@ def judged(name: str, task: Task) -> dict[str, Any]:
 
 
 def main() -> None:
+    torch.set_num_threads(1)
     file = RESULTS / "methods.json"
     task = write_rows()
     every = sorted(path.stem for path in EXAMPLES.glob("*.yaml") if path.stem != "bitfit")  # the base has no biases
