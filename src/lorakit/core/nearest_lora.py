@@ -17,7 +17,7 @@ from lorakit.core.as_lora import plain_lora, plain_spec, refuse_unknown_widths
 from lorakit.core.checks import check_whole
 from lorakit.core.init import by_group, leading
 from lorakit.core.method import Static
-from lorakit.core.state import AdapterState, Update
+from lorakit.core.state import AdapterState, Update, delta_of
 from lorakit.errors import SpecError, listing
 
 
@@ -63,7 +63,7 @@ def nearest_lora(
     refuse_unknown_widths(state)
     if not state.updates:
         return state, {}
-    deltas = {u.site.key: _delta(u, (weights or {}).get(u.site.key)) for u in state.updates}
+    deltas = {u.site.key: delta_of(u, (weights or {}).get(u.site.key)) for u in state.updates}
     if bare := [f"{u.site.key}: {u.method.name}" for u in state.updates if deltas[u.site.key] is None]:
         raise SpecError(f"the change of these weights depends on the weights; name the base:\n{listing(bare)}")
     updates, losses = [], {}
@@ -73,17 +73,6 @@ def nearest_lora(
         near, losses[update.site.key] = _truncated(update, delta, rank)
         updates.append(near)
     return replace(state, spec=plain_spec(state.spec, tuple(updates)), updates=tuple(updates)), losses
-
-
-def _delta(update: Update, weight: Tensor | None) -> Tensor | None:
-    """Return dW in fp32 or better, or None where it depends on a weight that is not there: NaN shows it."""
-    assert isinstance(update.method, Static)
-    wide = {k: t.to(torch.promote_types(t.dtype, torch.float32)) for k, t in update.tensors.items()}
-    dtype = next(iter(wide.values())).dtype
-    unknown = weight is None
-    weight = torch.full((), math.nan, dtype=dtype).expand(update.site.shape) if weight is None else weight.to(dtype)
-    delta = update.method.delta(wide, weight)
-    return None if unknown and delta.isnan().any() else delta
 
 
 def _truncated(update: Update, delta: Tensor, rank: int) -> tuple[Update, Loss]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lorakit.core.method import Method, Trimmed
+from lorakit.core.method import Method, Static, Trimmed
 from lorakit.core.site import Site
 from lorakit.core.spec import AdapterSpec
 from lorakit.errors import AdapterFileError, grouped, listing
@@ -93,6 +95,20 @@ def trim(state: AdapterState) -> AdapterState:
         elif (smaller := update.method.trimmed(update.site, update.tensors)) is not None:
             updates.append(Update(update.site, *smaller))
     return replace(state, updates=tuple(updates))
+
+
+def delta_of(update: Update, weight: Tensor | None = None) -> Tensor | None:
+    """Return dW of a static update in fp32 or better, or None where it depends on a weight that is not there.
+
+    The method itself shows which: beside a weight of NaN, its dW holds NaN or does not.
+    """
+    assert isinstance(update.method, Static)
+    wide = {k: t.to(torch.promote_types(t.dtype, torch.float32)) for k, t in update.tensors.items()}
+    first = next(iter(wide.values()))
+    unknown = weight is None
+    given = first.new_full((), math.nan).expand(update.site.shape) if weight is None else weight.to(first)
+    delta = update.method.delta(wide, given)
+    return None if unknown and delta.isnan().any() else delta
 
 
 def check_tensors(updates: tuple[Update, ...]) -> None:

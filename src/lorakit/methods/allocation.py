@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lorakit.core.factored import factored
 from lorakit.errors import SpecError
 
 NEVER_NOTHING = 1e-9
@@ -58,19 +59,6 @@ def allocate(
     return ranks
 
 
-def singular_triplets(
-    down: Float[Tensor, "r in"], up: Float[Tensor, "out r"]
-) -> tuple[Float[Tensor, "out r"], Float[Tensor, " r"], Float[Tensor, "r in"]]:
-    """Return U, sigma, V^T of `up @ down` without forming it: QR of both, SVD of `R_up R_down^T (r, r)`.
-
-    In fp64 on the CPU: r is small, and not every device has fp64.
-    """
-    q_up, r_up = torch.linalg.qr(up.detach().cpu().double())
-    q_down, r_down = torch.linalg.qr(down.detach().cpu().double().T)
-    left, sigma, right = torch.linalg.svd(r_up @ r_down.T)
-    return q_up @ left, sigma, right @ q_down.T
-
-
 @torch.no_grad()
 def resize(
     down: Float[Tensor, "high in"], up: Float[Tensor, "out high"], gate: Float[Tensor, " high"], rank: int
@@ -82,7 +70,7 @@ def resize(
     each direction learns alike; a direction that is dropped keeps its row, and comes back with `up` 0.
     """
     now = int(gate.sum())
-    left, sigma, right = singular_triplets(down[:now], up[:, :now])
+    left, sigma, right = factored(down[:now], up[:, :now])
     size = max(float(down[:now].norm()) / math.sqrt(now), torch.finfo(down.dtype).tiny)
     down[:now] = size * right
     up[:, :now] = left * (sigma / size)

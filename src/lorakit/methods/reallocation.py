@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lorakit.core.factored import entropy_rank, factored_values
 from lorakit.core.method import Schedule, Tensors
 from lorakit.core.site import Site
-from lorakit.methods.allocation import allocate, resize, singular_triplets
+from lorakit.methods.allocation import allocate, resize
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "norm": lambda sigma: sigma.norm(),
-    "entropy": lambda sigma: sigma.norm() * _effective_rank(sigma),
+    "entropy": lambda sigma: sigma.norm() * entropy_rank(sigma),
 }
 """By name, a layer's score from the singular values of its update: its size, or its size times its effective rank."""
 
@@ -53,7 +54,7 @@ class Reallocation(Schedule):
         if step not in self._rounds:
             return
         pairs = [p for _, p in self._adapters.values()]
-        scores = [float(self._score(singular_triplets(p["down"], p["up"] * p["gate"])[1])) for p in pairs]
+        scores = [float(self._score(factored_values(p["down"], p["up"] * p["gate"]))) for p in pairs]
         ranks = allocate(scores, self._budget, self._low, self._high, self._costs)
         for p, rank in zip(pairs, ranks, strict=True):
             if rank != int(p["gate"].sum()):
@@ -67,9 +68,3 @@ class Reallocation(Schedule):
 
     def load_state_dict(self, state: Tensors) -> None:
         """Take nothing."""
-
-
-def _effective_rank(sigma: Tensor) -> Tensor:
-    """Return `exp(-sum p ln p)` with `p = sigma / sum sigma` (Roy and Vetterli); 1 where all are 0."""
-    p = sigma[sigma > 0] / sigma.sum()
-    return (-(p * p.log()).sum()).exp()
