@@ -39,7 +39,7 @@ HEAVY = frozenset(
 )
 AT_THE_TOP = {"training": HEAVY, "cli": frozenset({"typer", "click", "rich"})}  # rooms whose purpose is the package
 OWNERS = {
-    "bitsandbytes": ("hosts/bnb.py",),
+    "bitsandbytes": ("hosts/bnb.py", "hosts/bnb_kernels.py"),
     "matplotlib": ("report/plots.py",),
     **dict.fromkeys(("fastapi", "uvicorn", "starlette"), ("serve/http.py", "studio/")),
 }

@@ -22,6 +22,7 @@ from lorakit.core.adapters import Adapter
 from lorakit.core.method import Context, Method, Static
 from lorakit.core.registry import host_of
 from lorakit.core.spec import AdapterSpec, Targets
+from lorakit.hosts.linear4bit import Linear4bit
 from lorakit.inits.gaussian import Gaussian
 from lorakit.inits.olora import OLoRA
 from lorakit.inits.pissa import Pissa
@@ -81,6 +82,8 @@ class Kind:
 
     layer: Callable[[], nn.Module]
     inputs: Callable[[], Tensor]
+    lossy: bool = False
+    """Whether a merged weight is rounded again, so that merging is refused unless it is asked for."""
 
 
 def _conv1d() -> nn.Module:
@@ -94,6 +97,10 @@ KINDS: dict[str, Kind] = {
     "linear": Kind(lambda: nn.Linear(12, 8), lambda: torch.randn(3, 5, 12)),
     "linear, no bias": Kind(lambda: nn.Linear(12, 8, bias=False), lambda: torch.randn(3, 12)),
     "transposed-linear": Kind(_conv1d, lambda: torch.randn(3, 5, 12)),
+    "linear, 4-bit": Kind(lambda: Linear4bit.of(nn.Linear(12, 8)), lambda: torch.randn(3, 5, 12), lossy=True),
+    "transposed-linear, 4-bit": Kind(
+        lambda: Linear4bit.of(_conv1d(), block_size=32, double_quant=False), lambda: torch.randn(3, 12), lossy=True
+    ),
     "embedding": Kind(lambda: nn.Embedding(12, 8, padding_idx=0), lambda: torch.randint(0, 12, (3, 5))),
     "conv1d": Kind(lambda: nn.Conv1d(12, 8, 3, padding=2, dilation=2), lambda: torch.randn(3, 12, 9)),
     "conv2d": Kind(lambda: nn.Conv2d(12, 8, 3, stride=2, padding=1), lambda: torch.randn(3, 12, 9, 9)),

@@ -8,7 +8,7 @@ so their order cannot matter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -65,13 +65,13 @@ class Adapter(nn.Module):
         return {name: getattr(self, name) for name in (*self._parameters, *self._buffers)}
 
     @torch.no_grad()
-    def init(self, weight: Tensor, rng: torch.Generator, evidence: Tensor | None = None) -> None:
+    def init(self, read: Callable[[], Tensor], rng: torch.Generator, evidence: Tensor | None = None) -> None:
         """Fill the tensors; drawn on the CPU so that a seed means the same values on every device."""
-        if weight.is_meta:
-            return
         own = {name: t for name, t in self.tensors().items() if name not in self.borrowed}
+        if any(t.is_meta for t in own.values()):
+            return
         drawn = {name: torch.empty_like(t, device="cpu") for name, t in own.items()}
-        self.method.init(drawn, Start(self.site, weight, rng, evidence))
+        self.method.init(drawn, Start(self.site, read, rng, evidence))
         for name, values in drawn.items():
             own[name].copy_(values)
 

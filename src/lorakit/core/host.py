@@ -41,6 +41,10 @@ class Store(ABC):
     lossless: bool = True
     """Whether `write(read())` changes nothing and `write(W)` keeps every value of W (up to its dtype)."""
 
+    def like(self, module: nn.Module) -> Tensor:
+        """Return a tensor of the weight's dtype and device, whatever its shape; reading it need not be cheap."""
+        return self.read(module)
+
     @abstractmethod
     def read(self, module: nn.Module) -> Tensor:
         """Return the weight in canonical layout; it may be a view of the module's own."""
@@ -52,7 +56,10 @@ class Store(ABC):
 
 @dataclass(frozen=True)
 class Host:
-    """One kind of layer: which modules it is, and how they use and keep their weight."""
+    """One kind of layer: which modules it is, and how they use and keep their weight.
+
+    Methods know kinds; several rows may be of one kind and differ in how the weight is kept, each with its own `name`.
+    """
 
     kind: str
     matches: Callable[[nn.Module], bool]
@@ -61,13 +68,20 @@ class Host:
     site: Callable[[str, nn.Module], Site]
     fronts: Callable[[nn.Module], list[tuple[nn.Module, type[Front]]]] | None = None
     """The mixin that goes in front of the module's class, and of which classes inside it; `Adapted` alone if None."""
+    store_name: str = ""
+    """How the weight is kept, where that is not as torch keeps it: nf4, bnb-4bit, ..."""
+
+    @property
+    def name(self) -> str:
+        """Return what the row is called: its kind, and how its weight is kept."""
+        return f"{self.kind}, {self.store_name}" if self.store_name else self.kind
 
     def __reduce__(self) -> tuple[Callable[[str], Host], tuple[str]]:
         """Copy and pickle as the name of a row: a host is a constant of the table."""
-        return _row, (self.kind,)
+        return _row, (self.name,)
 
 
-def _row(kind: str) -> Host:
+def _row(name: str) -> Host:
     from lorakit.core.registry import hosts
 
-    return hosts()[kind]
+    return hosts()[name]

@@ -16,6 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -59,7 +60,9 @@ class Call:
     @property
     def weight(self) -> Tensor:
         """Return the base weight in canonical layout, sliced to this update's rows."""
-        weight = self.host.store.read(self.module)
+        store = self.host.store
+        weight = store.read(self.module)
+        weight = weight if store.lossless else weight.to(self.y.dtype)  # as the layer's own product rounds it
         return weight if self.rows is None else weight[self.rows[0] : self.rows[1]]
 
     def apply(self, weight: Tensor) -> Tensor:
@@ -83,9 +86,15 @@ class Start:
     """
 
     site: Site
-    weight: Tensor
+    read: Callable[[], Tensor]
+    """Gives the frozen weight; a quantised one is dense only while somebody asks for it."""
     rng: torch.Generator
     evidence: Tensor | None = None
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """Return the frozen weight in canonical layout, sliced to the site's rows."""
+        return self.read()
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import nn
 from lorakit.core.host import Host
 from lorakit.core.init import Init
 from lorakit.core.method import Method
+from lorakit.core.site import Site
 from lorakit.errors import SpecError, did_you_mean
 
 GROUP = "lorakit.methods"
@@ -118,11 +119,17 @@ def _found(room: str, base: Any) -> list[tuple[str, Any]]:
 
 @cache
 def hosts() -> dict[str, Host]:
-    """Return every row of the host table by kind."""
+    """Return every row of the host table by name."""
     rows: tuple[Host, ...] = importlib.import_module("lorakit.hosts.rows").ROWS
-    return {row.kind: row for row in rows}
+    return {row.name: row for row in rows}
 
 
 def host_of(module: nn.Module) -> Host | None:
     """Return the host of a module, or None where no row of the table fits it."""
     return next((row for row in hosts().values() if row.matches(module)), None)
+
+
+def host_at(site: Site, module: nn.Module) -> Host:
+    """Return the row of the layer at a site; a whole module or model is one because a target named it so."""
+    found = host_of(module)
+    return hosts()[site.kind] if found is None or found.kind != site.kind else found

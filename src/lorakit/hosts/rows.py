@@ -15,6 +15,9 @@ from lorakit.core.adapters import Adapted
 from lorakit.core.host import Host
 from lorakit.core.reading import fronts_of
 from lorakit.core.site import Site
+from lorakit.hosts.bnb import is_layer
+from lorakit.hosts.linear4bit import Linear4bit
+from lorakit.hosts.lossy import Bnb4bit, Bnb8bit, Packed, TorchAO
 from lorakit.hosts.ops import Convolution, Lookup, MatrixProduct
 from lorakit.hosts.stores import Nothing, Plain, Transposed, Vocabulary
 
@@ -59,13 +62,47 @@ def _no_site(path: str, module: nn.Module) -> Site:
     raise AssertionError(path)
 
 
+def _linear_site(path: str, module: Any) -> Site:
+    return Site(path, module.out_features, module.in_features)
+
+
+def _is_packed(transposed: bool) -> Callable[[nn.Module], bool]:
+    return lambda module: isinstance(module, Linear4bit) and module.transposed == transposed
+
+
+def _is_bnb(name: str) -> Callable[[nn.Module], bool]:
+    return lambda module: is_layer(module, name)
+
+
+def _is_torchao(module: nn.Module) -> bool:
+    """Return whether this is a linear layer whose weight torchao quantised, without importing the package."""
+    made_by = type(getattr(module, "weight", None)).__module__
+    return isinstance(module, nn.Linear) and made_by.partition(".")[0] == "torchao"
+
+
+def _packed_site(path: str, module: Any) -> Site:
+    return Site(path, module.out_features, module.in_features, kind="transposed-linear")
+
+
 ROWS: tuple[Host, ...] = (
+    Host("linear", _is_packed(False), MatrixProduct(), Packed(), _linear_site, store_name="4-bit"),
+    Host("transposed-linear", _is_packed(True), MatrixProduct(), Packed(), _packed_site, store_name="4-bit"),
+    Host("linear", _is_bnb("Linear4bit"), MatrixProduct(), Bnb4bit(), _linear_site, store_name="bnb 4-bit"),
+    Host(
+        "linear",
+        _is_bnb("Linear8bitLt"),
+        MatrixProduct(),
+        Bnb8bit(),
+        _linear_site,
+        store_name="bnb 8-bit",
+    ),
+    Host("linear", _is_torchao, MatrixProduct(), TorchAO(), _linear_site, store_name="torchao"),
     Host(
         "linear",
         _keeps_forward_of(nn.Linear),
         MatrixProduct(),
         Plain(),
-        lambda path, m: Site(path, m.out_features, m.in_features),  # type: ignore[arg-type]
+        _linear_site,
     ),
     Host(
         "transposed-linear",

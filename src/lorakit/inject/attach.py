@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,7 @@ from lorakit.core.adapters import Adapted, Adapter, Adapters, attached, swap_in,
 from lorakit.core.init import init_of
 from lorakit.core.method import Method
 from lorakit.core.peft_form import settle
-from lorakit.core.registry import hosts
+from lorakit.core.registry import host_at
 from lorakit.core.site import Site, Skeleton
 from lorakit.core.spec import AdapterSpec
 from lorakit.core.state import AdapterState, Base, Update, check_tensors
@@ -102,8 +103,8 @@ def attach(
         if site.key in tensors:
             _copy(adapter, dict(tensors[site.key]))
         else:
-            weight = _weight(modules[site.path], site)
-            adapter.init(weight, _generator(spec.seed, site.key), (evidence or {}).get(site.key))
+            read = partial(_weight, modules[site.path], site)
+            adapter.init(read, _generator(spec.seed, site.key), (evidence or {}).get(site.key))
     ledger.add(model, name, spec, brought, values, trainable=trained)
     return Handle(model, name, tuple(site.key for site, _ in placed))
 
@@ -153,8 +154,8 @@ def adapters_named(model: nn.Module, name: str) -> list[Adapter]:
 def base_of(model: nn.Module, most: int = 8, values: int = 4) -> Base:
     """Return the base's name and probes: a few evenly spaced weights of the first adaptable layers.
 
-    Left out are layers that an adapter trains whole, which are no longer the base's, and embeddings and heads, which
-    are resized when tokens are added.
+    Left out are layers that an adapter trains whole, which are no longer the base's, embeddings and heads, which are
+    resized when tokens are added, and quantised weights, which are near the base's and not the same.
     """
     config = getattr(model, "config", None)
     named, trained = parameters_of(model), [key for keys in ledger_of(model).trained.values() for key in keys]
@@ -163,7 +164,8 @@ def base_of(model: nn.Module, most: int = 8, values: int = 4) -> Base:
     skeleton = sites(model)
     for site in (s for s in skeleton.sites if s.kind != "embedding" and s.path not in skeleton.heads):
         weight = named.get(f"{site.path}.weight")
-        readable = weight is not None and weight.is_floating_point() and not weight.is_meta and id(weight) not in moved
+        lossless = host_at(site, model.get_submodule(site.path)).store.lossless
+        readable = weight is not None and lossless and not weight.is_meta and id(weight) not in moved
         if weight is not None and readable and len(probes) < most:
             flat = weight.detach().reshape(-1)
             picked = flat[:: max(1, flat.numel() // values)][:values]
@@ -291,8 +293,8 @@ def _check_evidence(
 def _place(
     module: nn.Module, site: Site, method: Method, spec: AdapterSpec, name: str, held: dict[str, nn.Parameter]
 ) -> Adapter:
-    host = hosts()[site.kind]
-    adapter = Adapter(method, site, host, _weight(module, site), spec.dropout, held)
+    host = host_at(site, module)
+    adapter = Adapter(method, site, host, host.store.like(module), spec.dropout, held)
     hook = _unhook(module)
     layer: Adapters = swap_in(module, host)
     key = name if site.rows is None else f"{name}@{site.rows[0]}-{site.rows[1]}"
@@ -327,7 +329,7 @@ def _rehook(module: nn.Module, hook: Any) -> None:
 
 
 def _weight(module: nn.Module, site: Site) -> Tensor:
-    weight = hosts()[site.kind].store.read(module).detach()
+    weight = host_at(site, module).store.read(module).detach()
     return weight if site.rows is None else weight[site.rows[0] : site.rows[1]]
 
 

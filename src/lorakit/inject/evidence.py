@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lorakit.core.host import Host
 from lorakit.core.init import init_of
-from lorakit.core.registry import hosts
+from lorakit.core.registry import host_at
 from lorakit.core.site import Site
 from lorakit.core.spec import AdapterSpec
 from lorakit.core.targets import resolve
@@ -65,7 +65,9 @@ def gather(
     """
     modules = dict(model.named_modules())
     found = [(m.site, init.needs) for m in resolve(spec, sites(model)) if (init := init_of(m.method)) and init.needs]
-    probes = [_Probe(site, hosts()[site.kind], modules[site.path]) for site, need in found if need != "weight"]
+    probes = [
+        _Probe(site, host_at(site, modules[site.path]), modules[site.path]) for site, need in found if need != "weight"
+    ]
     need_of = {site.key: need for site, need in found}
     backward = "gradients" in need_of.values()
     count = 0
@@ -197,5 +199,5 @@ def _input(args: Any, kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def _weight(module: nn.Module, site: Site) -> Tensor:
-    weight = hosts()[site.kind].store.read(module).detach().to("cpu", torch.float32, copy=True)
+    weight = host_at(site, module).store.read(module).detach().to("cpu", torch.float32, copy=True)
     return weight if site.rows is None else weight[site.rows[0] : site.rows[1]]

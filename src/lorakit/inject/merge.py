@@ -6,6 +6,7 @@ before the first weight changes. To unmerge, keep the base: subtracting in 16 bi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -22,24 +23,30 @@ from lorakit.inject.ledger import ledger_of
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did: layers changed, the largest change of a weight, and the largest rounding of the one cast."""
+    """What a merge did: layers changed, the largest change of a weight, and what rounding took from it."""
 
     layers: int
     largest_change: float
     largest_rounding: float
+    update_lost: float
+    """`|kept - exact|_F / |update|_F` over all layers: how much of the update the weights could not hold."""
 
 
 @torch.no_grad()
-def merge(model: nn.Module, names: Sequence[str] | None = None, *, untie: bool = False) -> MergeReport:
+def merge(
+    model: nn.Module, names: Sequence[str] | None = None, *, untie: bool = False, lossy: bool = False
+) -> MergeReport:
     """Fold adapters into their layers' weights in place and take them off.
 
     Args:
         model: a model with attached adapters.
         names: which adapters, with the weights they act with now; all active ones by default. Others stay attached.
         untie: give a layer whose weight another module shares a copy of its own, instead of refusing.
+        lossy: merge into quantised weights as well, which rounds them a second time; `update_lost` says what it cost.
 
     Raises:
-        MergeError: an update that depends on the input, a per-row weight, a tied weight, NaN or infinity.
+        MergeError: an update that depends on the input, a per-row weight, a tied weight, a quantised weight without
+            `lossy`, NaN or infinity.
         AttachError: a name that is not attached.
     """
     ledger = ledger_of(model)
@@ -54,22 +61,26 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, *, untie: bool =
     merging = {path: _weights(m.adapters, names) for path, m in layers.items()}
     merging = {path: weights for path, weights in merging.items() if weights}
     _refuse_idle(names, merging, ledger.swapped_in)
-    _refuse({path: cast(nn.Module, layers[path]) for path in merging}, merging, {} if untie else shared)
-    change = rounding = 0.0
+    _refuse({path: cast(nn.Module, layers[path]) for path in merging}, merging, {} if untie else shared, lossy)
+    change = rounding = lost = update = 0.0
     for write in (False, True):  # a first pass proves every sum finite, so that a refusal changes nothing
         for path, weights in merging.items():
             module = cast(nn.Module, layers[path])
             here = _merged(path, module, weights)
             if write:
-                change = max(change, here.change)
-                rounding = max(rounding, here.rounding)
                 if path in shared:
                     _untie(model, module)
-                cast(Adapters, module.adapters).host.store.write(module, here.weight)
+                store = cast(Adapters, module.adapters).host.store
+                before = store.read(module).to(here.total.dtype, copy=True)
+                store.write(module, here.kept)
+                off = store.read(module) - here.total
+                rounding, lost = max(rounding, float(off.abs().max())), lost + float(off.square().sum())
+                moved = here.total - before
+                change, update = max(change, float(moved.abs().max())), update + float(moved.square().sum())
     for name in names:
         ledger.keep_trained(model, name)
         detach(model, name)
-    return MergeReport(len(merging), change, rounding)
+    return MergeReport(len(merging), change, rounding, math.sqrt(lost / update) if update else 0.0)
 
 
 def _refuse_idle(names: Sequence[str], merging: dict[str, dict[str, Weight]], whole: set[str]) -> None:
@@ -104,13 +115,14 @@ def _untie(model: nn.Module, module: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class _Merged:
-    weight: Tensor
-    change: float
-    rounding: float
+    """A merged canonical weight: the exact sum, and that in the dtype it is kept in (itself where that is lossy)."""
+
+    total: Tensor
+    kept: Tensor
 
 
 def _merged(path: str, module: nn.Module, weights: dict[str, Weight]) -> _Merged:
-    """Return the merged canonical weight of one layer, in the dtype it is kept in."""
+    """Return the merged weight of one layer."""
     adapters = cast(Adapters, module.adapters)
     kept = adapters.host.store.read(module)
     wide = kept.to(torch.promote_types(kept.dtype, torch.float32))
@@ -125,18 +137,25 @@ def _merged(path: str, module: nn.Module, weights: dict[str, Weight]) -> _Merged
             f"{path}: merging would write {bad:,} NaN or infinite values of {cast_once.numel():,} in {kept.dtype}; "
             "the base is unchanged; check the adapter, or merge in a wider dtype"
         )
-    change = float((cast_once - kept).abs().max())
-    return _Merged(cast_once, change, float((cast_once.to(total.dtype) - total).abs().max()))
+    return _Merged(total, cast_once)
 
 
 def _weights(adapters: Adapters, names: Sequence[str]) -> dict[str, Weight]:
     return {name: weight for name, weight in adapters.weights.items() if name in names}
 
 
-def _refuse(layers: dict[str, nn.Module], merging: dict[str, dict[str, Weight]], shared: dict[str, list[str]]) -> None:
+def _refuse(
+    layers: dict[str, nn.Module], merging: dict[str, dict[str, Weight]], shared: dict[str, list[str]], lossy: bool
+) -> None:
     """Raise `MergeError` listing every layer that cannot be merged."""
     problems = []
     for path, module in layers.items():
+        host = cast(Adapters, module.adapters).host
+        if not (host.store.lossless or lossy):
+            problems.append(
+                f"{path}: its weight is quantised ({host.store_name}), and the sum would be rounded again; merge into "
+                "the 16-bit base instead, or pass lossy=True"
+            )
         for name, adapter in cast(Adapters, module.adapters).named():
             if name in merging[path] and not isinstance(adapter.method, Static):
                 why = "acts on what the model reads" if adapter.site.kind == "model" else "depends on the input"

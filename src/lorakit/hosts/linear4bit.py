@@ -1,0 +1,274 @@
+"""A linear layer whose weight is kept in 4 bits, and whose product never holds the dense matrix.
+
+`y = x W^T + b` is computed for some output features at a time: their rows of W are unpacked, multiplied, and dropped.
+The backward pass unpacks again, some input features at a time, so a step needs one such block of memory beside the
+packed weight, and of the input it keeps nothing: W is frozen, so only `dx = dy W` is ever asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from math import gcd
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakit.errors import AdapterFileError, AttachError
+from lorakit.hosts.bnb_keys import NAMES, from_tensors, to_tensors
+from lorakit.hosts.nf4 import Nested, Quantized, dequantize, maxima, quantize, unpack
+
+BLOCK = 2**22
+"""Weights that are dense at once: 16 MB in fp32, enough rows for a product at full speed."""
+
+
+class Linear4bit(nn.Module):
+    """`y (..., out) = x (..., in) W^T + b` on a weight in 4 bits, with bitsandbytes' keys in its state dict.
+
+    `weight` holds the packed bytes; `quantized` gives them their meaning. `transposed` says that the weight came from
+    GPT-2's Conv1D, which keeps its own the other way round, so that adapters know the layer as what it was.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        quantized: Quantized | None = None,
+        bias: Tensor | None = None,
+        *,
+        transposed: bool = False,
+    ) -> None:
+        """Take a quantised weight; without one the layer is empty until a state dict fills it."""
+        super().__init__()
+        self.in_features, self.out_features, self.transposed = in_features, out_features, transposed
+        empty = torch.empty(-(-in_features * out_features // 2), 1, dtype=torch.uint8, device="meta")
+        self.weight = nn.Parameter(empty if quantized is None else quantized.packed, requires_grad=False)
+        self._state = quantized
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @classmethod
+    def of(cls, layer: nn.Module, block_size: int = 64, double_quant: bool = True, kind: str = "nf4") -> Linear4bit:
+        """Return the 4-bit layer of a dense `nn.Linear`, or of GPT-2's Conv1D."""
+        transposed = not isinstance(layer, nn.Linear)
+        weight = layer.get_parameter("weight").detach()
+        canonical = weight.T.contiguous() if transposed else weight
+        out, in_ = canonical.shape
+        bias = None if getattr(layer, "bias", None) is None else layer.get_parameter("bias").detach()
+        quantized = quantize(canonical, block_size, double_quant, kind)
+        return cls(in_, out, quantized, bias, transposed=transposed).train(layer.training)
+
+    @property
+    def quantized(self) -> Quantized:
+        """Return the weight as a value; its bytes are the layer's own."""
+        if self._state is None:
+            raise AttachError("this 4-bit layer is empty: it was built without weights and none were loaded")
+        return replace(self._state, packed=self.weight)
+
+    @torch.no_grad()
+    def take(self, value: Quantized) -> None:
+        """Replace the weight, in place where there is one of the same size."""
+        if self.weight.shape == value.packed.shape and not self.weight.is_meta:
+            self.weight.copy_(value.packed)
+        else:
+            self.weight = nn.Parameter(value.packed, requires_grad=False)
+        self._state = replace(value, packed=self.weight.data)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the weight `(out, in)`, as the product sees it, in `dtype` (its own if None)."""
+        value = self.quantized
+        value = value if dtype is None else replace(value, dtype=dtype)
+        if torch.compiler.is_compiling():
+            found: Tensor = _traced_dense(torch.empty(0, dtype=value.dtype, device=value.packed.device), *_parts(value))
+            return found
+        return dequantize(value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x W^T + b` in the dtype of `x`, or autocast's."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        y = product(x, self.quantized)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        """Return the sizes and the kind of the weight."""
+        kind = "empty" if self._state is None else f"{self._state.kind}, blocks of {self._state.block_size}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kind}"
+
+    # ---- state ----
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Linear4bit:
+        """Move the block maxima along with the bytes; a change of dtype leaves both as they are."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._state is not None:
+            self._state = replace(self._state.to(self.weight.device), packed=self.weight.data)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._state is not None:
+            for name, tensor in to_tensors(self.quantized).items():
+                if name:
+                    destination[f"{prefix}weight.{name}"] = tensor
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take the packed bytes with their state; bytes alone mean nothing and are refused."""
+        start = f"{prefix}weight"
+        found = {name: state_dict[f"{start}.{name}"] for name in NAMES if f"{start}.{name}" in state_dict}
+        if start in state_dict:
+            try:
+                value = from_tensors({"": state_dict[start], **found}, start)
+                if value.shape != (self.out_features, self.in_features):
+                    raise AdapterFileError(
+                        f"{start}: shape {value.shape}, this layer is {(self.out_features, self.in_features)}"
+                    )
+                self.take(value.to(state_dict[start].device if self.weight.is_meta else self.weight.device))
+            except AdapterFileError as error:
+                error_msgs.append(str(error))
+        rest = {key: value for key, value in state_dict.items() if not key.startswith(f"{start}.")}
+        own = {key: value for key, value in rest.items() if key != start}
+        before = self._parameters.pop("weight")
+        super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self._parameters = {"weight": before, **self._parameters}
+        if start not in state_dict and strict:
+            missing_keys.append(start)
+
+
+def product(x: Tensor, value: Quantized) -> Tensor:
+    """Return `x W^T (..., out)` for `x (..., in)`, differentiable in x, with no more than a block of W dense."""
+    parts = _parts(value)
+    traced = torch.compiler.is_compiling() or x.is_meta
+    found: Tensor = _traced(x, *parts) if traced else _Product.apply(x, *parts)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Product(torch.autograd.Function):
+    """The product as plain Python calls it: a third of the cost of an operator of the library below."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parts: Any) -> Tensor:
+        _keep(ctx, (x, *parts), x)
+        return _forward(x, *parts)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _grads(ctx, _backward, dy)
+
+
+def _forward(
+    x: Tensor, packed: Tensor, absmax: Tensor, groups: Tensor | None, offset: Tensor | None, out: int, in_: int,
+    block_size: int, kind: str,
+) -> Tensor:  # fmt: skip
+    value = _value(packed, absmax, groups, offset, out, in_, block_size, kind, x.dtype)
+    flat = x.reshape(-1, in_)
+    spans = list(_spans(out, in_, block_size))
+    if len(spans) == 1:
+        return F.linear(flat, dequantize(value)).view(*x.shape[:-1], out)
+    y = x.new_empty(flat.shape[0], out)
+    for start, stop in spans:
+        rows = unpack(value, start * in_, stop * in_, x.dtype).view(stop - start, in_)
+        torch.mm(flat, rows.T, out=y[:, start:stop])
+    return y.view(*x.shape[:-1], out)
+
+
+def _backward(
+    dy: Tensor, packed: Tensor, absmax: Tensor, groups: Tensor | None, offset: Tensor | None, out: int, in_: int,
+    block_size: int, kind: str,
+) -> Tensor:  # fmt: skip
+    value = _value(packed, absmax, groups, offset, out, in_, block_size, kind, dy.dtype)
+    flat = dy.reshape(-1, out)
+    if out * in_ <= BLOCK:
+        dx = flat @ dequantize(value)
+    elif in_ % block_size or out * block_size > BLOCK:
+        dx = _by_rows(flat, value)
+    else:
+        dx = dy.new_empty(flat.shape[0], in_)
+        width = BLOCK // out // block_size * block_size
+        value = replace(value, absmax=maxima(value), nested=None)
+        for start in range(0, in_, width):
+            part = _columns(value, start, min(start + width, in_))
+            torch.mm(flat, dequantize(part), out=dx[:, start : start + width])
+    return dx.view(*dy.shape[:-1], in_)
+
+
+def _dense(like: Tensor, *parts: Any) -> Tensor:
+    """Return the whole weight in the dtype of `like`."""
+    return dequantize(_value(*parts, like.dtype))
+
+
+def _parts(value: Quantized) -> tuple[Any, ...]:
+    """Return a value as the arguments of an operator; `_value` is the inverse."""
+    nested = value.nested
+    return (
+        value.packed, value.absmax, nested and nested.absmax, nested and nested.offset, *value.shape, value.block_size,
+        value.kind,
+    )  # fmt: skip
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:5])
+    ctx.rest = inputs[5:]
+
+
+def _grads(ctx: Any, backward: Callable[..., Tensor], dy: Tensor) -> tuple[Tensor | None, ...]:
+    dx = backward(dy, *ctx.saved_tensors, *ctx.rest) if ctx.needs_input_grad[0] else None
+    return dx, *[None] * 8
+
+
+# ---- for torch.compile and torch.export, which do not look inside ----
+
+_SCHEMA = (
+    "(Tensor x, Tensor packed, Tensor absmax, Tensor? groups, Tensor? offset, int out, int in_, int block_size, "
+    "str kind) -> Tensor"
+)
+_traced = torch.library.custom_op("lorakit::product_4bit", _forward, mutates_args=(), schema=_SCHEMA)
+_traced_back = torch.library.custom_op("lorakit::product_4bit_back", _backward, mutates_args=(), schema=_SCHEMA)
+_traced.register_fake(lambda x, *parts: x.new_empty(*x.shape[:-1], parts[4]))
+_traced_dense = torch.library.custom_op("lorakit::dense_4bit", _dense, mutates_args=(), schema=_SCHEMA)
+_traced_dense.register_fake(lambda like, *parts: like.new_empty(parts[4], parts[5]))
+_traced_back.register_fake(lambda dy, *parts: dy.new_empty(*dy.shape[:-1], parts[5]))
+_traced.register_autograd(lambda ctx, dy: _grads(ctx, _traced_back, dy), setup_context=_keep)
+
+
+def _value(
+    packed: Tensor, absmax: Tensor, groups: Tensor | None, offset: Tensor | None, out: int, in_: int, block_size: int,
+    kind: str, dtype: torch.dtype,
+) -> Quantized:  # fmt: skip
+    nested = None if groups is None or offset is None else Nested(groups, offset)
+    return Quantized(packed, absmax, nested, (out, in_), dtype, block_size, kind)
+
+
+def _spans(out: int, in_: int, block_size: int) -> Iterator[tuple[int, int]]:
+    """Yield ranges of rows of about `BLOCK` weights, each beginning with a quantisation block."""
+    unit = block_size // gcd(in_, block_size)
+    rows = max(unit, BLOCK // in_ // unit * unit)
+    for start in range(0, out, rows):
+        yield start, min(start + rows, out)
+
+
+def _by_rows(dy: Tensor, value: Quantized) -> Tensor:
+    """Return `dy W` summed over blocks of rows in fp32, where no block of columns would begin with one of weights."""
+    out, in_ = value.shape
+    dx = torch.zeros(dy.shape[0], in_, device=dy.device, dtype=torch.promote_types(dy.dtype, torch.float32))
+    for start, stop in _spans(out, in_, value.block_size):
+        dx += dy[:, start:stop] @ unpack(value, start * in_, stop * in_, dy.dtype).view(stop - start, in_)
+    return dx.to(dy.dtype)
+
+
+def _columns(value: Quantized, start: int, stop: int) -> Quantized:
+    """Return columns `start` to `stop` of a matrix whose rows are whole blocks, as a value of its own."""
+    out, in_ = value.shape
+    size = value.block_size
+    packed = value.packed.view(out, in_ // 2)[:, start // 2 : stop // 2].reshape(-1, 1)
+    absmax = maxima(value).view(out, in_ // size)[:, start // size : stop // size].reshape(-1)
+    return Quantized(packed, absmax, None, (out, stop - start), value.dtype, size, value.kind)
