@@ -146,5 +146,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
         similarity(E[:4], E[:2], 1, 0)
     with pytest.raises(SpecError, match="dimension 2 and 3 lie on no one Grassmannian"):
         geodesic_distance(E[:2], E[:3])
+    with pytest.raises(SpecError, match="a subspace of dimension 7 is not within 1 to 6"):
+        random_directions(7, 6)
     with pytest.raises(SpecError, match="not both within 1 to 10"):
         chance(3, 11, 10)

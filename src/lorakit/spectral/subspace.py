@@ -1,7 +1,7 @@
 """How alike two subspaces are: whether two adapters, or two ranks, or two seeds, found the same directions.
 
 A subspace is given by an orthonormal basis in rows, the strongest direction first: `directions(A)` of a factor, or the
-`vh` (inputs) or `u.T` (outputs) of an update's `Svd`. The paper takes right singular vectors of A (arXiv 2106.09685,
+`vh` (inputs) or `u.T` (outputs) of `Svd.leading`, which leaves out directions of size 0. The paper takes right singular vectors of A (arXiv 2106.09685,
 section 7.2; its appendix G says left, but only the right ones of two ranks lie in one space).
 """
 
@@ -33,6 +33,8 @@ def directions(factor: Float[Tensor, "r in *kernel"]) -> Float[Tensor, "k n"]:
 @torch.no_grad()
 def random_directions(rank: int, n: int, rng: torch.Generator | None = None) -> Float[Tensor, "r n"]:
     """Return a basis of a uniformly random subspace, as a random Gaussian matrix has, in fp64."""
+    if not 1 <= rank <= n:
+        raise SpecError(f"a subspace of dimension {rank} is not within 1 to {n}")
     q: Tensor = torch.linalg.qr(torch.randn(n, rank, dtype=torch.float64, generator=rng)).Q
     return q.T
 
@@ -108,5 +110,5 @@ def _bases(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     for basis in wide:
         off = basis @ basis.T - torch.eye(len(basis), dtype=basis.dtype)
         if not (off.abs() <= ORTHONORMAL).all():
-            raise SpecError("the rows are not orthonormal; give directions(A), or the vh or u.T of an update's svd")
+            raise SpecError("the rows are not orthonormal; give directions(A), or the vh or u.T of Svd.leading")
     return wide[0], wide[1]
