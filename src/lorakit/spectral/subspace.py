@@ -1,8 +1,9 @@
 """How alike two subspaces are: whether two adapters, or two ranks, or two seeds, found the same directions.
 
 A subspace is given by an orthonormal basis in rows, the strongest direction first: `directions(A)` of a factor, or the
-`vh` (inputs) or `u.T` (outputs) of `Svd.leading`, which leaves out directions of size 0. The paper takes right singular vectors of A (arXiv 2106.09685,
-section 7.2; its appendix G says left, but only the right ones of two ranks lie in one space).
+`vh` (inputs) or `u.T` (outputs) of `Svd.leading`, which leaves out directions of size 0. The paper takes right singular
+vectors of A (arXiv 2106.09685, section 7.2; its appendix G says left, but only the right ones of two ranks lie in one
+space).
 """
 
 from __future__ import annotations
