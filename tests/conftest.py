@@ -25,7 +25,9 @@ from tests.shape_checks import check_shapes
 ROOT = Path(__file__).parents[1]
 
 if os.environ.get("LORAKIT_NO_TYPECHECK") != "1":
-    check_shapes("lorakit.core", "lorakit.methods", "lorakit.hosts", "lorakit.inits", "lorakit.spectral")
+    check_shapes(
+        "lorakit.core", "lorakit.methods", "lorakit.hosts", "lorakit.inits", "lorakit.spectral", "lorakit.combining"
+    )
 
 # Time limits belong to pytest; a fixed sequence makes a red run red again.
 hypothesis.settings.register_profile("lorakit", deadline=None, derandomize=True, max_examples=50)

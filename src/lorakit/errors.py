@@ -6,6 +6,7 @@
     ├── AttachError        a model that cannot take the adapter (patched forward, name in use)
     ├── AliveError         an adapter that is attached but was never called, or got no gradient
     ├── MergeError         a merge that would lie: tied weight, input-dependent update, NaN
+    ├── CombineError       adapters that cannot become one: other bases, no change of a weight, NaN
     ├── AdapterFileError   a file that is missing, corrupt, of another base, or could not be written
     ├── RecipeError        a recipe with an unknown key, a wrong type, or a changed resume
     ├── DataError          rows that cannot be read, recognised or trained on
@@ -47,6 +48,10 @@ class AliveError(LorakitError):
 
 class MergeError(LorakitError):
     """A merge that would change more, less or something other than the adapted forward."""
+
+
+class CombineError(LorakitError, ValueError):
+    """Adapters that cannot become one, or not as it was asked for."""
 
 
 class AdapterFileError(LorakitError):

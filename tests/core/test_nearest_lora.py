@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -67,6 +68,7 @@ def test_by_hand() -> None:
     assert losses["layer"].relative == pytest.approx(3 / 5)
     assert total({"a": Loss(3.0, 5.0), "b": Loss(4.0, 12.0)}) == pytest.approx(5 / 13)
     assert Loss(0.0, 0.0).relative == 0
+    assert Loss(1.0, 0.0).relative == math.inf
 
 
 @pytest.mark.parametrize("method", [DoRA(LoRA(2)), IA3()])

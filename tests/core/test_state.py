@@ -10,6 +10,7 @@ from torch import nn
 import lorakit
 from lorakit import AdapterSpec, LoRA, Targets, attach, detach, state, trim
 from lorakit.core.spec import Override
+from lorakit.core.state import Base
 from lorakit.inject.attach import adapters_named
 from lorakit.methods.adalora import AdaLoRA
 from lorakit.methods.adaptive import Adaptive
@@ -65,3 +66,10 @@ def test_an_adapter_that_does_nothing_yet_has_nothing_left() -> None:
     model = nn.Sequential(nn.Linear(12, 10))
     attach(model, AdapterSpec(AdaLoRA(2, 6), Targets("0")))
     assert trim(state(model)).updates == ()
+
+
+def test_bases_are_told_apart_by_the_weights_both_remember() -> None:
+    here = Base("here", {"a": (1.0, -0.5), "b": (3.0,)})
+    assert here.unlike(Base(None, {"a": (1.015, -0.49), "c": (9.0,)})) == []  # 2 % of the largest: rounding
+    assert here.unlike(Base("here", {"b": (3.1,), "a": (1.0, -0.55)})) == ["a", "b"]
+    assert here.unlike(Base("here", {"a": (1.0,)})) == ["a"], "of another number of weights"

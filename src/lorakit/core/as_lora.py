@@ -49,11 +49,11 @@ def refuse_unknown_widths(state: AdapterState) -> None:
 def _plain(update: Update) -> Update:
     assert isinstance(update.method, LowRank)
     wide = {k: t.to(torch.promote_types(t.dtype, torch.float32)) for k, t in update.tensors.items()}
-    down, up = _within_the_weight(*update.method.factors(wide))
+    down, up = within_the_weight(*update.method.factors(wide))
     return Update(update.site, plain_lora(down.shape[0]), {"down": down.contiguous(), "up": up.contiguous()})
 
 
-def _within_the_weight(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def within_the_weight(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Return the pair, or, where its rank exceeds what a weight `(out, in, *kernel)` can have, its product and ones."""
     groups = down.shape[0] // up.shape[1]
     right, left = down.reshape(groups, up.shape[1], -1), up.reshape(groups, -1, up.shape[1])

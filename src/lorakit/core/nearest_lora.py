@@ -30,8 +30,8 @@ class Loss:
 
     @property
     def relative(self) -> float:
-        """Return the error as a share of dW, 0 for a dW of 0."""
-        return self.error / self.size if self.size else 0.0
+        """Return the error as a share of dW; of a dW of 0, 0 where there is no error and infinity where there is."""
+        return self.error / self.size if self.size else math.inf if self.error else 0.0
 
 
 def total(losses: Mapping[str, Loss]) -> float:

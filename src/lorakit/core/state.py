@@ -39,6 +39,14 @@ class Base:
     name: str | None = None
     probes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
+    def unlike(self, other: Base, tolerance: float = 0.02) -> list[str]:
+        """Return the paths whose weights both remember, and differently (2 %: bf16 rounds at 0.4 %)."""
+        return [
+            path
+            for path, values in self.probes.items()
+            if path in other.probes and not _near(values, other.probes[path], tolerance)
+        ]
+
 
 @dataclass(frozen=True)
 class Purpose:
@@ -109,6 +117,11 @@ def delta_of(update: Update, weight: Tensor | None = None) -> Tensor | None:
     given = first.new_full((), math.nan).expand(update.site.shape) if weight is None else weight.to(first)
     delta = update.method.delta(wide, given)
     return None if unknown and delta.isnan().any() else delta
+
+
+def _near(one: tuple[float, ...], other: tuple[float, ...], tolerance: float) -> bool:
+    scale = max((abs(v) for v in one), default=0.0)
+    return len(one) == len(other) and all(abs(a - b) <= tolerance * scale for a, b in zip(one, other, strict=True))
 
 
 def check_tensors(updates: tuple[Update, ...]) -> None:
