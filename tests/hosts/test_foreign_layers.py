@@ -33,7 +33,10 @@ def bnb8() -> nn.Module:
 
 
 def ao() -> nn.Module:
-    quantization = pytest.importorskip("torchao.quantization")
+    # Not among our own installs: where it is installed, transformers imports it with everything, which takes seconds.
+    quantization = pytest.importorskip(
+        "torchao.quantization", reason="pip install torchao to run the law on its tensors"
+    )
     model = nn.Sequential(nn.Linear(12, 8))
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     return model[0]

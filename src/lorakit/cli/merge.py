@@ -42,6 +42,8 @@ class Proof:
     largest_logit: float
     changed_from_base: float
     layers: int
+    update_lost: float
+    """The share of the update that the written weights could not hold (Frobenius)."""
 
 
 def merge(
@@ -52,6 +54,9 @@ def merge(
         Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Of the written weights; auto is the base's own.")
     ] = "auto",
     untie: Annotated[bool, typer.Option("--untie", help="Give an adapted tied weight a copy of its own.")] = False,
+    lossy: Annotated[
+        bool, typer.Option("--lossy", help="Merge into the 4-bit base, which rounds the sum again; says what it cost.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Fold an adapter into its base and write the merged model."""
@@ -62,13 +67,13 @@ def merge(
         found = find(source, base)
         state = need_adapter(found, source)
         _refuse_to_overwrite(Path(output))
-        model, tokenizer = _load(found, dtype)
+        model, tokenizer = _load(found, dtype, packed=lossy)
         kind = str(model.dtype).removeprefix("torch.")
         ids = [tokenizer(text)["input_ids"] for text in PROMPTS]
         out.note(f"merging {source} into {found.base} in {kind} ...")
         bare = logits_of(model, ids)
         attach(model, state)
-        proof = merge_proved(model, ids, bare, untie=untie)
+        proof = merge_proved(model, ids, bare, untie=untie, lossy=lossy)
         result = {"source": source, "base": found.base, "output": output, "dtype": kind, **asdict(proof)}
         with atomic_directory(output, clean=True) as draft:
             write_model(model, tokenizer, draft)
@@ -78,7 +83,7 @@ def merge(
             f"merged {proof.layers} layers into {found.base}, in {kind}",
             f"logits: the adapter moved them by up to {proof.changed_from_base:.3g}; "
             f"merged and adapted differ by at most {proof.max_abs_diff:.2g}",
-            *_rounding(kind, proof),
+            *(_lost(proof) if lossy else _rounding(kind, proof)),
             f"wrote {output} ({size(written)}); it loads with AutoModelForCausalLM.from_pretrained"
             if not found.labels
             else f"wrote {output} ({size(written)}); it loads with AutoModelForSequenceClassification.from_pretrained",
@@ -87,11 +92,17 @@ def merge(
 
 
 def merge_proved(
-    model: PreTrainedModel, ids: Sequence[Sequence[int]], bare: list[torch.Tensor], *, untie: bool = False
+    model: PreTrainedModel,
+    ids: Sequence[Sequence[int]],
+    bare: list[torch.Tensor],
+    *,
+    untie: bool = False,
+    lossy: bool = False,
 ) -> Proof:
     """Merge the active adapters in place and compare the logits on `ids` before and after.
 
-    `bare` are the base's own logits, to know a merge that changed nothing from one that worked.
+    `bare` are the base's own logits, to know a merge that changed nothing from one that worked. A lossy merge is only
+    measured: no bound is right for weights that are rounded to 4 bits twice.
 
     Raises:
         MergeError: the logits differ by more than rounding, or the merge is refused.
@@ -100,11 +111,15 @@ def merge_proved(
 
     adapted = logits_of(model, ids)
     try:
-        report = fold(model, untie=untie)
+        report = fold(model, untie=untie, lossy=lossy)
     except MergeError as refused:
-        raise MergeError(str(refused).replace("pass untie=True", "give --untie")) from refused
+        said = str(refused).replace("pass untie=True", "give --untie").replace("pass lossy=True", "give --lossy")
+        raise MergeError(said.replace("the 16-bit base instead", "the 16-bit base, named with --base")) from refused
     merged = logits_of(model, ids)
-    proof = Proof(gap(adapted, merged), max(float(t.abs().max()) for t in adapted), gap(adapted, bare), report.layers)
+    largest = max(float(t.abs().max()) for t in adapted)
+    proof = Proof(gap(adapted, merged), largest, gap(adapted, bare), report.layers, report.update_lost)
+    if lossy:
+        return proof
     kind = str(model.dtype).removeprefix("torch.")
     allowed = TOLERANCES.get(kind, 0.0) * proof.largest_logit
     if not proof.max_abs_diff <= allowed:
@@ -130,11 +145,15 @@ def logits_of(model: PreTrainedModel, ids: Sequence[Sequence[int]]) -> list[torc
 
 
 def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write model, tokenizer and generation settings as Hugging Face keeps them."""
+    """Write model, tokenizer and generation settings as Hugging Face keeps them; packed layers stay packed."""
     from lorakit.training.base import quiet
+    from lorakit.training.quantised import packing_in, write_packed
 
     with quiet():
-        model.save_pretrained(folder)
+        if (packing := packing_in(model)) is not None:
+            write_packed(model, packing, folder)
+        else:
+            model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
@@ -149,11 +168,20 @@ def _rounding(kind: str, proof: Proof) -> list[str]:
     ]
 
 
-def _load(found: Source, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _lost(proof: Proof) -> list[str]:
+    """Say what a lossy merge cost."""
+    share = proof.max_abs_diff / proof.changed_from_base if proof.changed_from_base else 0.0
+    return [
+        f"4 bits could not hold {proof.update_lost:.0%} of the update (Frobenius), and the logits are off by "
+        f"{share:.0%} of what the adapter moved them by; without --lossy the 16-bit base is merged into"
+    ]
+
+
+def _load(found: Source, dtype: str, *, packed: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the base in the dtype to write; fp16 is loaded wide first, because few CPUs compute in it."""
     if dtype == "auto":
         dtype = _own_dtype(found.base)
-    model, tokenizer = found.load_base("fp32" if dtype == "fp16" else dtype)
+    model, tokenizer = found.load_base("fp32" if dtype == "fp16" else dtype, packed=packed)
     if dtype == "fp16":
         model.half()  # type: ignore[no-untyped-call]
     return model, tokenizer

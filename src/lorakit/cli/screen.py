@@ -11,7 +11,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,17 @@ class Screen:
     def result(self, values: Mapping[str, Any]) -> None:
         """Set what --json answers."""
         self._values = values
+
+
+@contextmanager
+def bar(title: str, total: int) -> Iterator[Callable[[], None]]:
+    """Draw a progress bar on standard error while something counted goes on, and yield what moves it by one."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console(sys.stderr), transient=True) as drawn:
+        task = drawn.add_task(title, total=total)
+        yield lambda: drawn.advance(task)
 
 
 @contextmanager

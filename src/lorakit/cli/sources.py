@@ -49,8 +49,10 @@ class Source:
             return DataSection()
         return DataSection(separator=self.purpose.separator, labels=self.purpose.labels)
 
-    def load_base(self, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Return the bare base, for the task of the recipe, and its tokenizer."""
+    def load_base(
+        self, dtype: str = "auto", *, packed: bool = True
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Return the bare base, for the task of the recipe, and its tokenizer; in 4 bits if its run had it so."""
         from lorakit.training.base import load_base
 
         train = self.recipe.train if self.recipe is not None else None
@@ -61,6 +63,7 @@ class Source:
             labels=self.labels,
             dtype=wanted,
             device=train.device if train is not None else "auto",
+            quant=self.recipe.quant if self.recipe is not None and packed else None,
         )
 
 

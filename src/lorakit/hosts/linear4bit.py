@@ -201,9 +201,12 @@ def _backward(
     return dx.view(*dy.shape[:-1], in_)
 
 
-def _dense(like: Tensor, *parts: Any) -> Tensor:
+def _dense(
+    like: Tensor, packed: Tensor, absmax: Tensor, groups: Tensor | None, offset: Tensor | None, out: int, in_: int,
+    block_size: int, kind: str,
+) -> Tensor:  # fmt: skip
     """Return the whole weight in the dtype of `like`."""
-    return dequantize(_value(*parts, like.dtype))
+    return dequantize(_value(packed, absmax, groups, offset, out, in_, block_size, kind, like.dtype))
 
 
 def _parts(value: Quantized) -> tuple[Any, ...]:

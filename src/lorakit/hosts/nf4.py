@@ -173,20 +173,25 @@ def _dynamic_map(device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class QuantizationError:
-    """What 4 bits lost: the relative Frobenius error, the largest single one, and the bits that are left."""
+    """What 4 bits lost of a weight W: `|W - Q|_F` of `|W|_F`, the largest single difference, and the bits left."""
 
-    relative: float
+    lost: float
+    norm: float
     largest: float
     bits_per_weight: float
+
+    @property
+    def relative(self) -> float:
+        """Return `|W - Q|_F / |W|_F`; 0 for a weight of zeros."""
+        return self.lost / self.norm if self.norm else 0.0
 
 
 @torch.no_grad()
 def error(weight: Tensor, value: Quantized) -> QuantizationError:
-    """Return how far `value` is from the weight it was made of: `|W - Q|_F / |W|_F` and `max |W - Q|`, in fp32."""
+    """Return how far `value` is from the weight it was made of, in fp32."""
     wide = weight.float()
     lost = wide - dequantize(value, torch.float32)
-    relative = float(lost.norm() / wide.norm().clamp(min=_SMALLEST))
-    return QuantizationError(relative, float(lost.abs().max()), value.bits_per_weight)
+    return QuantizationError(float(lost.norm()), float(wide.norm()), float(lost.abs().max()), value.bits_per_weight)
 
 
 def _check(weight: Tensor, block_size: int, kind: str) -> None:

@@ -229,6 +229,11 @@ def _trained_whole(model: nn.Module, spec: AdapterSpec, skeleton: Skeleton) -> l
     meant = {
         key for keys in parameters_named(spec.train, named, skeleton, spec.targets.layers).values() for key in keys
     }
+    if packed := [key for key in meant if not named[key].is_floating_point()]:
+        raise AttachError(
+            "these weights are packed into 4 bits, and cannot be trained whole; name other modules in `train`, or load "
+            f"the base without `quant`:\n{listing(sorted(packed))}"
+        )
     first = {id(named[key]): key for key in reversed(named) if key in meant}
     return [key for key in named if first.get(id(named[key])) == key]
 

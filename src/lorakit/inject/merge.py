@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorakit.core.adapters import Adapted, Adapters, Weight
 from lorakit.core.method import Static
-from lorakit.errors import MergeError, listing
+from lorakit.errors import MergeError, grouped, listing
 from lorakit.inject.attach import detach
 from lorakit.inject.ledger import ledger_of
 
@@ -148,14 +148,12 @@ def _refuse(
     layers: dict[str, nn.Module], merging: dict[str, dict[str, Weight]], shared: dict[str, list[str]], lossy: bool
 ) -> None:
     """Raise `MergeError` listing every layer that cannot be merged."""
-    problems = []
+    problems: list[str] = []
     for path, module in layers.items():
         host = cast(Adapters, module.adapters).host
         if not (host.store.lossless or lossy):
-            problems.append(
-                f"{path}: its weight is quantised ({host.store_name}), and the sum would be rounded again; merge into "
-                "the 16-bit base instead, or pass lossy=True"
-            )
+            kept = f"its weight is quantised ({host.store_name}), and the sum would be rounded again"
+            problems.append(f"{path}: {kept}; merge into the 16-bit base instead, or pass lossy=True")
         for name, adapter in cast(Adapters, module.adapters).named():
             if name in merging[path] and not isinstance(adapter.method, Static):
                 why = "acts on what the model reads" if adapter.site.kind == "model" else "depends on the input"
@@ -167,4 +165,5 @@ def _refuse(
             others = ", ".join(shared[path])
             problems.append(f"{path}: its weight is tied to {others}, which would change too; pass untie=True")
     if problems:
-        raise MergeError(f"the model is unchanged; {len(problems)} layer(s) cannot be merged:\n{listing(problems)}")
+        count = len({problem.partition(": ")[0] for problem in problems})
+        raise MergeError(f"the model is unchanged; {count} layer(s) cannot be merged:\n{listing(grouped(problems))}")

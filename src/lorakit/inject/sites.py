@@ -56,7 +56,7 @@ def sites(model_or_config: Any) -> Skeleton:
         parts={site.path: parts for site in found if (parts := _parts(site, model))},
         blocks=blocks,
         reader=reader(model),
-        total_parameters=sum(p.numel() for p in _base_parameters(model)),
+        total_parameters=sum(p.numel() for p in _base_parameters(model)) + sum(_hidden(s, model) for s in found),
     )
 
 
@@ -75,6 +75,13 @@ def _block(path: str, module: nn.Module, found: list[Site]) -> Site | None:
 
 def _base_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if ".adapters.by_name." not in f".{name}"]
+
+
+def _hidden(site: Site, model: nn.Module) -> int:
+    """Return how many more weights a layer stands for than its packed tensor counts; 0 where nothing is packed."""
+    module = model.get_submodule(site.path)
+    host = host_of(module)
+    return 0 if host is None or host.store.lossless else site.out * site.in_ - module.get_parameter("weight").numel()
 
 
 def _reads_weight(parent: nn.Module, path: str) -> str | None:

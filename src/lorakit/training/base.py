@@ -22,6 +22,9 @@ from lorakit.errors import DataError, DeviceError, LorakitError, RecipeError, di
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lorakit.training.quantised import Packing
+    from lorakit.training.recipe import QuantSection
+
 Task = Literal["causal-lm", "classification"]
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -29,7 +32,13 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_base(
-    name: str, *, task: Task = "causal-lm", labels: Sequence[str] = (), dtype: str = "auto", device: str = "auto"
+    name: str,
+    *,
+    task: Task = "causal-lm",
+    labels: Sequence[str] = (),
+    dtype: str = "auto",
+    device: str = "auto",
+    quant: QuantSection | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the model and the tokenizer of `name`, on the device, in evaluation mode.
 
@@ -38,6 +47,7 @@ def load_base(
         task: `classification` puts a fresh head for `labels` on top, unless the checkpoint has one.
         dtype: `fp32`, `bf16`, `fp16`; `auto` is bf16 on a CUDA device that has it, else fp32.
         device: `cpu`, `cuda`, `mps`; `auto` is the best one there is.
+        quant: pack the linear layers into 4 bits on the way in. A base that is packed already stays so.
 
     Raises:
         LorakitError: no such model; both readings of the name and the near ones are in the message.
@@ -45,7 +55,9 @@ def load_base(
         DataError: the tokenizer has ids the model has no rows for.
     """
     tokenizer = load_tokenizer(name)
-    loaded = load_model(name, tokenizer, task=task, labels=labels, dtype=dtype, device=device)
+    loaded = load_model(
+        name, tokenizer, task=task, labels=labels, dtype=dtype, device=device, packing=packing_of(quant)
+    )
     return loaded.model, tokenizer
 
 
@@ -64,7 +76,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     transformers = need("transformers", "train")
     _check_place(name, "tokenizer*")
-    with quiet(), _explained(name):
+    with quiet(), explained(name):
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(resolve(name))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -79,24 +91,24 @@ def load_model(
     labels: Sequence[str] = (),
     dtype: str = "auto",
     device: str = "auto",
+    packing: Packing | None = None,
 ) -> Loaded:
-    """Return the model of `name` for a task, checked against its tokenizer."""
+    """Return the model of `name` for a task, checked against its tokenizer; a base in 4 bits stays in them."""
     transformers = need("transformers", "train")
     _check_place(name, "config.json")
     place = choose_device(device)
-    options: dict[str, Any] = {"dtype": choose_dtype(dtype, place)}
-    auto = transformers.AutoModelForCausalLM
+    options: dict[str, Any] = {}
     if task == "classification":
         if len(labels) < 2:
             raise DataError(f"a classifier needs two labels or more, got {list(labels)}; set data.labels")
-        auto = transformers.AutoModelForSequenceClassification
-        options |= {
+        options = {
             "num_labels": len(labels),
             "id2label": dict(enumerate(labels)),
             "label2id": {label: i for i, label in enumerate(labels)},
         }
-    with quiet(), _explained(name):
-        model, info = auto.from_pretrained(resolve(name), output_loading_info=True, **options)
+    with quiet(), explained(name):
+        config = transformers.AutoConfig.from_pretrained(resolve(name), **options)
+        model, info = _read(name, config, task, choose_dtype(dtype, place), place, packing)
     _check_complete(name, task, info)
     _check_vocabulary(model, tokenizer)
     model.config._name_or_path = name  # adapters carry it: the name that was given, not where it lies here
@@ -104,6 +116,40 @@ def load_model(
         model.config.pad_token_id = tokenizer.pad_token_id
     fresh = dict.fromkeys(key.rpartition(".")[0] for key in sorted(info["missing_keys"]))
     return Loaded(model.to(place).eval(), tuple(fresh))
+
+
+def _read(
+    name: str, config: Any, task: Task, dtype: torch.dtype, device: torch.device, packing: Packing | None
+) -> tuple[Any, dict[str, Any]]:
+    """Return the model and transformers' report: packed into 4 bits if asked for or if its files are, else as it is."""
+    transformers = need("transformers", "train")
+    from lorakit.training import quantised
+
+    packed = quantised.settings_of(config)
+    if packing is None and packed is None:
+        auto = {"causal-lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification"}[task]
+        return getattr(transformers, auto).from_pretrained(  # type: ignore[no-any-return]
+            resolve(name), config=config, dtype=dtype, output_loading_info=True
+        )
+    asked = packing.settings if packing else None
+    if packed and asked and (asked.kind, asked.double_quant) != (packed.kind, packed.double_quant):
+        raise RecipeError(f"{name} is packed already, as {packed}; leave `quant` out, or give the base it was made of")
+    place = quantised.place_of(name)
+    packing = quantised.Packing(packed, skipped=quantised.skipped_by(config)) if packed else packing
+    assert packing is not None
+    model, info = quantised.load_packed(
+        quantised.model_class(config, task), place, config, packing, dtype=dtype, device=device
+    )
+    if (place / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(place)
+    return model, info
+
+
+def packing_of(quant: QuantSection | None) -> Packing | None:
+    """Return how to pack a base as a recipe says, or None for one that stays as it is."""
+    from lorakit.training.quantised import Packing
+
+    return Packing(quant) if quant is not None else None
 
 
 def resolve(name: str) -> str:
@@ -199,11 +245,13 @@ def _check_place(name: str, needed: str) -> None:
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
+def explained(name: str) -> Iterator[None]:
     """Turn what the hub's client raises into one sentence that names both readings of the name."""
     try:
         with nullcontext() if Path(resolve(name)).is_dir() else hub_at_hand():
             yield
+    except LorakitError:  # says already what is wrong
+        raise
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: weights of other shapes
         near = did_you_mean(name, [*bundled(), *(str(p) for p in Path(name).parent.glob("*/") if p.is_dir())])
         reason = " ".join(str(error).split())[:300] or type(error).__name__

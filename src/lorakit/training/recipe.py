@@ -52,6 +52,14 @@ class DataSection(Section):
     labels: tuple[str, ...] = ()
 
 
+class QuantSection(Section):
+    """How the base's linear layers are packed into 4 bits."""
+
+    kind: Literal["nf4", "fp4"] = "nf4"
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    double_quant: bool = True
+
+
 class OverrideSection(Section):
     """Other method fields for some of the targets."""
 
@@ -231,7 +239,13 @@ class Recipe(Section):
     data: DataSection = DataSection()
     adapter: AdapterSection = AdapterSection()
     train: TrainSection = TrainSection()
+    quant: QuantSection | None = None
     output: str = "runs/first"
+
+    @field_validator("quant", mode="before")
+    @classmethod
+    def _a_kind_is_enough(cls, given: Any) -> Any:
+        return {"kind": given} if isinstance(given, str) else given
 
     @field_validator("output")
     @classmethod

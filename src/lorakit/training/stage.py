@@ -23,7 +23,7 @@ from lorakit.data.formats import named
 from lorakit.errors import RecipeError
 from lorakit.inject.context import virtual_positions
 from lorakit.inject.sites import sites
-from lorakit.training.base import Task, load_model, load_tokenizer
+from lorakit.training.base import Task, load_model, load_tokenizer, packing_of
 from lorakit.training.recipe import DataSection, Recipe
 
 if TYPE_CHECKING:
@@ -190,7 +190,8 @@ def rows_of(model: PreTrainedModel) -> int:
 def _language_model(recipe: Recipe) -> Stage:
     data, train = recipe.data, recipe.train
     tokenizer = load_tokenizer(recipe.model)
-    loaded = load_model(recipe.model, tokenizer, dtype=train.dtype, device=train.device)
+    loaded = load_model(recipe.model, tokenizer, dtype=train.dtype, device=train.device,
+                        packing=packing_of(recipe.quant))  # fmt: skip
     loaded.model.config.use_cache = False
     packed, why = _packing(recipe, loaded.model)
     spec = _spec(recipe, loaded.model, tokenizer)
@@ -218,7 +219,7 @@ def _classifier(recipe: Recipe) -> Stage:
     rows = prepare_labelled(data, tokenizer, data.train, data.train_split, max_length=most, labels=data.labels or None)
     labels = rows.labels or ()
     loaded = load_model(recipe.model, tokenizer, task="classification", labels=labels, dtype=train.dtype,
-                        device=train.device)  # fmt: skip
+                        device=train.device, packing=packing_of(recipe.quant))  # fmt: skip
     most = longest_row(data, loaded.model, tokenizer, recipe.adapter.build_method())
     if rows.report.longest > most or rows_of(loaded.model) < len(tokenizer):
         rows = prepare_labelled(data, tokenizer, data.train, data.train_split, max_length=most, labels=labels,
