@@ -26,11 +26,12 @@ def quantize(
     ] = True,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Pack the linear layers of a base into 4 bits, in bitsandbytes' format."""
+    """Pack a base into 4 bits, in bitsandbytes' format."""
     with screen(json) as out:
         from lorakit.persist.atomic import atomic_directory
         from lorakit.training.base import choose_device, explained, load_tokenizer, quiet
-        from lorakit.training.quantised import Packing, checkpoint, pack, write_packed
+        from lorakit.training.base_files import checkpoint
+        from lorakit.training.quantised import Packing, pack, write_packed
         from lorakit.training.recipe import make_recipe
 
         asked = {"kind": kind, "block_size": block_size, "double_quant": double_quant}

@@ -49,9 +49,7 @@ class Source:
             return DataSection()
         return DataSection(separator=self.purpose.separator, labels=self.purpose.labels)
 
-    def load_base(
-        self, dtype: str = "auto", *, packed: bool = True
-    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def load_base(self, dtype: str = "auto", *, packed: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Return the bare base, for the task of the recipe, and its tokenizer; in 4 bits if its run had it so."""
         from lorakit.training.base import load_base
 

@@ -58,14 +58,21 @@ def make_plan(recipe: Recipe, stage: Stage) -> Plan:
 
 
 def widen(model: nn.Module) -> bool:
-    """Keep 16-bit modules that are trained whole in fp32, as adapters are, and say whether there were any.
+    """Keep 16-bit parameters that are trained whole in fp32, as adapters are, and say whether there were any.
 
-    A bf16 weight forgets every update below 0.4 % of it. The forward then needs autocast.
+    A bf16 weight forgets every update below 0.4 % of it. The forward then needs autocast, which leaves norms alone: the
+    vectors beside a widened one, such as a norm's gain beside its bias, are widened with it.
     """
-    narrow = [p for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
-    for parameter in narrow:
-        parameter.data = parameter.data.float()
-    return bool(narrow)
+    widened = False
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        narrow = [p for p in own if p.dtype in (torch.bfloat16, torch.float16)]
+        if any(p.requires_grad for p in narrow):
+            widened = True
+            for parameter in narrow:
+                if parameter.requires_grad or parameter.dim() <= 1:
+                    parameter.data = parameter.data.float()
+    return widened
 
 
 def arguments(recipe: Recipe, stage: Stage, plan: Plan, output: Path) -> TrainingArguments:

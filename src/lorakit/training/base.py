@@ -124,6 +124,7 @@ def _read(
     """Return the model and transformers' report: packed into 4 bits if asked for or if its files are, else as it is."""
     transformers = need("transformers", "train")
     from lorakit.training import quantised
+    from lorakit.training.base_files import place_of
 
     packed = quantised.settings_of(config)
     if packing is None and packed is None:
@@ -134,7 +135,7 @@ def _read(
     asked = packing.settings if packing else None
     if packed and asked and (asked.kind, asked.double_quant) != (packed.kind, packed.double_quant):
         raise RecipeError(f"{name} is packed already, as {packed}; leave `quant` out, or give the base it was made of")
-    place = quantised.place_of(name)
+    place = place_of(name)
     packing = quantised.Packing(packed, skipped=quantised.skipped_by(config)) if packed else packing
     assert packing is not None
     model, info = quantised.load_packed(

@@ -1,0 +1,85 @@
+"""The files of a base: where they are, and their tensors one by one, so that one at a time is held."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lorakit.core.lazy import need
+from lorakit.errors import LorakitError
+
+
+def place_of(name: str) -> Path:
+    """Return the directory with the files of a base, fetched from the hub if it is not here."""
+    from lorakit.training.base import resolve
+
+    place = Path(resolve(name))
+    if place.is_dir():
+        return place
+    files = ["*.safetensors*", "*.json", "*.model", "*.txt", "*.jinja"]
+    return Path(need("huggingface_hub", "train").snapshot_download(name, allow_patterns=files))
+
+
+def shards(place: Path) -> list[Path]:
+    """Return the safetensors files of a checkpoint's directory.
+
+    Raises:
+        LorakitError: there are none, or one of them is missing.
+    """
+    index = place / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [place / name for name in names]
+    else:
+        files = sorted(place.glob("model.safetensors"))
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise LorakitError(f"{place}: {', '.join(missing)} named in {index.name} and not there; download it again")
+    if not files:
+        pickled = sorted(file.name for file in place.glob("pytorch_model*.bin"))
+        way_out = f"it holds {pickled[0]}; convert it to safetensors first" if pickled else "it holds no weights"
+        raise LorakitError(f"{place}: a base is read tensor by tensor from model.safetensors, and {way_out}")
+    return files
+
+
+def checkpoint(name: str) -> tuple[list[str], int]:
+    """Return the names of a base's tensors, and the bytes of its files."""
+    place = place_of(name)
+    with open_tensors(place, lambda _: None) as tensors:
+        return list(tensors), sum(file.stat().st_size for file in shards(place))
+
+
+@contextmanager
+def open_tensors(place: Path, done: Callable[[str], None]) -> Iterator[Mapping[str, Later]]:
+    """Yield every tensor of a checkpoint by name, read by `pread`: a mapped file would count as memory, all of it."""
+    from safetensors import safe_open
+
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(file, "pt", backend="pread")) for file in shards(place)]
+        yield {name: Later(name, file.get_slice(name), done) for file in files for name in file.keys()}  # noqa: SIM118
+
+
+class Later:
+    """A tensor of a file; indexing it reads it."""
+
+    def __init__(self, name: str, stored: Any, done: Callable[[str], None]) -> None:
+        self._name, self._stored, self._done = name, stored, done
+
+    def __getitem__(self, index: Any) -> Tensor:
+        tensor: Tensor = self._stored[index]
+        self._done(self._name)
+        return tensor
+
+    def get_shape(self) -> list[int]:
+        """Return the shape."""
+        shape: list[int] = self._stored.get_shape()
+        return shape
+
+    def get_dtype(self) -> str:
+        """Return safetensors' name of the dtype."""
+        dtype: str = self._stored.get_dtype()
+        return dtype
