@@ -53,6 +53,7 @@ def attached(model: nn.Module, name: str, method: Method, *targets: str) -> Adap
     ("first", "second", "keys"),
     [
         (["fused[0:4]"], ["fused[8:12]", "out"], ["fused[0:4]", "fused[8:12]", "out"]),  # apart: they stay rows
+        (["fused[0:4]"], ["fused[4:12]"], ["fused[0:4]", "fused[4:12]"]),
         (["fused[0:4]"], ["fused[0:4]"], ["fused[0:4]"]),
         (["fused[0:4]"], ["fused"], ["fused"]),
         (["fused[0:5]"], ["fused[4:12]"], ["fused"]),

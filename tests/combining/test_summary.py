@@ -16,6 +16,7 @@ from lorakit.core.state import AdapterState, Purpose
 from lorakit.core.targets import resolve
 from lorakit.inject.attach import adapters_named, attach, state
 from lorakit.inject.sites import sites
+from lorakit.methods.adalora import AdaLoRA
 from lorakit.methods.lora import LoRA
 from lorakit.persist import load, save
 from tests.combining.samples import Q, V, adapter, deltas
@@ -78,6 +79,13 @@ def test_what_all_adapters_agree_on_stays() -> None:
     assert combine([one, ONE], weights=[0.5, 0.5]).state.purpose == purpose  # the other does not say
     other = replace(ONE, purpose=Purpose("causal-lm", "text"))
     assert combine([one, other], weights=[0.5, 0.5]).state.purpose is None
+
+
+def test_layers_where_nothing_acts_are_not_meant() -> None:
+    pruned = trained(AdapterSpec(AdaLoRA(1, 2), Targets("up")), 3)
+    pruned.updates[1].tensors["gain"].zero_()
+    together = combine([pruned, pruned]).state
+    assert {match.site.key for match in resolve(together.spec, sites(Blocks()))} == {"h.0.up"}
 
 
 def test_a_truncated_adapter_keeps_its_spec_but_for_the_method() -> None:

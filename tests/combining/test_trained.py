@@ -55,6 +55,7 @@ def test_an_adapter_that_left_it_alone_has_the_base_s_value() -> None:
         combine([ONE, other], weights=[0.5, 0.5])
     assert head(combine([ONE, other], weights=[0.5, 0.5], base={HEAD: START}).state).tolist() == [1.0, 2.5]
     assert head(combine([ONE, other], weights=[1.0, 3.0]).state).tolist() == [1.0, 4.0]
+    assert combine([ONE, other], weights=[0.0, 3.0]).state.trained == {}
 
 
 def test_where_signs_are_elected_it_is_averaged_as_the_changes_are() -> None:
@@ -82,10 +83,10 @@ def test_a_layer_is_not_both_changed_and_trained_whole() -> None:
 
 
 def test_sums_are_wide_and_the_dtype_stays() -> None:
-    states = [with_head(1.0, 256.0, dtype=torch.bfloat16), with_head(1.0, 1.0, dtype=torch.bfloat16)] * 4
+    states = [with_head(256.0, dtype=torch.bfloat16)] + [with_head(1.0, dtype=torch.bfloat16)] * 7
     mean = head(combine(states, weights=[1 / 8] * 8).state)
     assert mean.dtype == torch.bfloat16
-    assert mean.tolist() == [1.0, 128.0]  # 128.5, rounded once
+    assert mean.tolist() == [33.0]  # 32 + 7 / 8, rounded once; each eighth by itself would round back to 32
 
 
 def test_adapters_without_any_update_combine_too() -> None:

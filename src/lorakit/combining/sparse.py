@@ -116,7 +116,6 @@ def disjoint_mean(changes: Float[Tensor, " k *shape"], weights: Sequence[float])
     The vote is unweighted and counts size; where the changes cancel to exactly 0 nobody is elected, and the mean is 0.
     """
     agree = changes.sign() == changes.sum(0).sign()
-    agree &= changes != 0
     scaled = changes * changes.new_tensor(weights).view(-1, *[1] * (changes.dim() - 1))
     return (scaled * agree).sum(0) / agree.sum(0).clamp_min(1)
 

@@ -37,7 +37,7 @@ def _spec(specs: Sequence[AdapterSpec], keys: Sequence[set[str]], updates: tuple
         targets = Targets([_exact(update.site) for update in updates] or ("all-linear",), (), layers)
     train = tuple(dict.fromkeys(word for spec in specs for word in spec.train))
     dropout, seed = _agreed([spec.dropout for spec in specs], 0.0), _agreed([spec.seed for spec in specs], 0)
-    spec = replace(specs[0], targets=targets, train=train, dropout=dropout, overrides=(), seed=seed)
+    spec = replace(specs[0], targets=targets, train=train, dropout=dropout, seed=seed)
     return plain_spec(spec, updates) if updates else spec
 
 
