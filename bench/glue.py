@@ -151,7 +151,7 @@ def once(task: str, method: str, lr: float, seed: int) -> dict[str, Any]:
         print(found, flush=True)
         everything = [*runs_so_far(), found]
         record("glue", (__doc__ or "").splitlines()[0], PACKAGES, epochs=EPOCHS, batch_size=ROWS, dtype="bf16",
-               metrics=TASKS, adapters={name: adapter for name, (adapter, _) in METHODS.items()}, runs=everything)  # fmt: skip
+               metrics=TASKS, adapters={name: m[0] for name, m in METHODS.items()}, runs=everything)  # fmt: skip
     return found
 
 

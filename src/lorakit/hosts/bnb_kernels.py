@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
-
-Unpacker = Callable[[Tensor, Tensor, int, str, torch.dtype], Tensor]
 
 
 @cache
@@ -30,17 +27,28 @@ def bitsandbytes() -> ModuleType | None:
     return package
 
 
-@cache
-def unpacker() -> Unpacker | None:
-    """Return bitsandbytes' dequantisation of whole blocks, `(packed, absmax, block_size, kind, dtype)`, or None."""
-    if bitsandbytes() is None:
-        return None
+class Kernels:
+    """What of bitsandbytes lorakit calls: functions of tensors, the same bits as the plain twins in `nf4`."""
 
-    def unpack(packed: Tensor, absmax: Tensor, block_size: int, kind: str, dtype: torch.dtype) -> Tensor:
-        shape = (absmax.numel(), block_size)  # a row a block: the kernel misplaces the scales of longer, uneven rows
-        found: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
-            packed.reshape(-1, 1), absmax.contiguous(), block_size, kind, shape, dtype
-        )
+    @staticmethod
+    def unpack(
+        packed: Tensor, absmax: Tensor, block_size: int, kind: str, dtype: torch.dtype, shape: tuple[int, int]
+    ) -> Tensor:
+        """Return whole blocks dequantised; the rows of `shape` are whole blocks too.
+
+        Where they are not, the kernel misplaces scales: it counts blocks from the start of each row.
+        """
+        found: Tensor = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, block_size, kind, shape, dtype)
         return found.view(-1)
 
-    return unpack
+    @staticmethod
+    def look_up(codes: Tensor, absmax: Tensor, book: Tensor, block_size: int) -> Tensor:
+        """Return `book[code] * absmax` of each block of 8-bit codes, in fp32."""
+        found: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(codes, absmax, book, block_size, torch.float32)
+        return found
+
+
+@cache
+def kernels() -> type[Kernels] | None:
+    """Return bitsandbytes' kernels, or None where it is not installed."""
+    return None if bitsandbytes() is None else Kernels

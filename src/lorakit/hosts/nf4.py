@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorakit.errors import SpecError
-from lorakit.hosts.bnb_kernels import unpacker
+from lorakit.hosts.bnb_kernels import Kernels, kernels
 from lorakit.hosts.codebooks import BOOKS, dynamic_map, pairs
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -114,29 +114,33 @@ def quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True, ki
     return Quantized(packed, inner, Nested(most, offset), shape, weight.dtype, block_size, kind)
 
 
-@torch.no_grad()
 def dequantize(value: Quantized, dtype: torch.dtype | None = None) -> Tensor:
     """Return the weight as it was shaped, `book[code] * absmax` in fp32, rounded once to `dtype` (its own if None)."""
     return unpack(value, 0, prod(value.shape), dtype or value.dtype).view(value.shape)
 
 
-@torch.no_grad()
 def unpack(value: Quantized, start: int, stop: int, dtype: torch.dtype) -> Float[Tensor, n]:
     """Return weights `start` to `stop` of the flat weight; `start` is a multiple of the block size.
 
     Whole blocks go through bitsandbytes' kernel where it is installed: the same bits, two to four times faster than
     torch alone.
     """
-    size = value.block_size
+    size, count = value.block_size, stop - start
     scales = maxima(value, start // size, -(-stop // size))
-    fits = size < SLOW_KERNEL and (stop - start) % size == 0 and dtype in KERNEL_DTYPES
-    if fits and value.packed.device.type in ("cpu", "cuda") and (kernel := unpacker()) is not None:
-        return kernel(value.packed.view(-1)[start // 2 : stop // 2], scales, size, value.kind, dtype)
-    out = torch.empty(stop - start, dtype=dtype, device=value.packed.device)
+    if size < SLOW_KERNEL and not count % size and dtype in KERNEL_DTYPES and (kernel := _kernels(value)):
+        width = value.shape[-1]  # rows of several blocks are read a little faster than one block a row
+        width = size if width % size or count % width else width
+        packed = value.packed if 2 * value.packed.shape[0] == count else value.packed[start // 2 : stop // 2]
+        return kernel.unpack(packed, scales, size, value.kind, dtype, (count // width, width))
+    out = torch.empty(count, dtype=dtype, device=value.packed.device)
     for here in range(start, stop, CHUNK):
         upto = min(here + CHUNK, stop)
         unpack_plain(value, here, upto, scales[(here - start) // size :], out[here - start : upto - start])
     return out
+
+
+def _kernels(value: Quantized) -> type[Kernels] | None:
+    return kernels() if value.packed.device.type in ("cpu", "cuda") else None
 
 
 def unpack_plain(value: Quantized, start: int, stop: int, scales: Float[Tensor, blocks], out: Tensor) -> None:
@@ -155,15 +159,22 @@ def unpack_plain(value: Quantized, start: int, stop: int, scales: Float[Tensor, 
 
 def maxima(value: Quantized, start: int = 0, stop: int | None = None) -> Float[Tensor, blocks]:
     """Return the absmax of blocks `start` to `stop` in fp32."""
-    stop = value.absmax.numel() if stop is None else stop
-    if value.nested is None:
-        return value.absmax[start:stop]
-    first, last = start // NESTED, -(-stop // NESTED)
-    codes = value.absmax[first * NESTED : stop].to(torch.int32)
-    absmax = torch.empty((last - first) * NESTED, dtype=torch.float32, device=codes.device)
-    torch.index_select(_dynamic_map(codes.device), 0, codes, out=absmax[: codes.numel()])
-    absmax.view(-1, NESTED).mul_(value.nested.absmax[first:last].unsqueeze(1)).add_(value.nested.offset)
-    return absmax[start - first * NESTED : stop - first * NESTED]
+    codes, nested = value.absmax, value.nested
+    stop = codes.numel() if stop is None else stop
+    if nested is None:
+        return codes[start:stop]
+    book, groups, skipped = _dynamic_map(codes.device), nested.absmax, start % NESTED
+    if stop - start < codes.numel():
+        groups = groups[start // NESTED : -(-stop // NESTED)]
+        codes = codes[start - skipped : stop]
+    if kernel := _kernels(value):
+        absmax = kernel.look_up(codes, groups, book, NESTED).add_(nested.offset)
+    else:
+        absmax = torch.empty(groups.numel() * NESTED, dtype=torch.float32, device=codes.device)
+        torch.index_select(book, 0, codes.to(torch.int32), out=absmax[: codes.numel()])
+        absmax.view(-1, NESTED).mul_(groups.unsqueeze(1)).add_(nested.offset)
+        absmax = absmax[: codes.numel()]
+    return absmax[skipped:] if skipped else absmax
 
 
 @cache
