@@ -46,6 +46,28 @@ def test_half_precision_logits_are_summed_in_fp32() -> None:
     assert summed_loss(torch.randn(1, 4, 8).bfloat16(), torch.tensor([[1, 2, 3, 4]]))[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_loss_and_gradient_are_torch_s(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorakit.training.loss.WIDE_VALUES", 40)
+    logits = (3 * torch.randn(4, 7, 11)).to(dtype).requires_grad_()
+    labels = torch.randint(0, 11, (4, 7))
+    labels[torch.rand(4, 7) < 0.4] = -100
+    loss, count = summed_loss(logits, labels)
+    (found,) = torch.autograd.grad(loss / count, logits)
+    flat, right = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    wanted = torch.nn.functional.cross_entropy(flat.to(torch.promote_types(dtype, torch.float32)), right)
+    assert_close(loss / count, wanted)
+    assert_close(found, torch.autograd.grad(wanted, logits)[0])
+
+
+def test_the_gradient_is_kept_once_in_the_logits_dtype_and_nothing_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, saved = torch.randn(1, 64, 1000).bfloat16().requires_grad_(), []
+    pack = lambda t: saved.append((t.numel(), t.dtype)) or t  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        summed_loss(logits, torch.randint(0, 1000, (1, 64)))
+    assert saved == [(64_000, torch.bfloat16)]
+
+
 @pytest.mark.parametrize("size", [1, 3, 50])
 def test_the_mean_does_not_depend_on_the_batches(base: Path, size: int) -> None:
     model, tokenizer = load_base(str(base))

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
+WIDE_VALUES = 2**21
+"""Logits that are in fp32 at once: 8 MB, and as much again for a temporary."""
+
 
 def summed_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the cross-entropy summed over trained labels, in nats and fp32, and their number.
@@ -32,10 +35,39 @@ def summed_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         labels: `(batch, length)`, where position t is predicted by the logits of t - 1; or `(batch,)`.
     """
     if labels.dim() == 2:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    trained = labels != IGNORE
-    loss = F.cross_entropy(logits[trained].float(), labels[trained], reduction="sum")
-    return loss, trained.sum()
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    loss: Tensor = _SummedCrossEntropy.apply(logits.flatten(0, -2), labels.flatten())  # type: ignore[no-untyped-call]
+    return loss, (labels != IGNORE).sum()
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """`sum_i logsumexp(l_i) - l_i[y_i]` over the trained rows, wide for a few rows at a time.
+
+    The gradient, softmax less one at the label, is made on the way, in the logits' dtype: a step holds the logits and
+    their gradient, where a loss of wide logits holds four or five times as much.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        grad = torch.zeros_like(logits) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), dtype=wide, device=logits.device)
+        trained = (labels != IGNORE).nonzero().squeeze(1)
+        for rows in trained.split(max(1, WIDE_VALUES // logits.shape[1])):
+            here, right = logits[rows].to(wide), labels[rows].unsqueeze(1)
+            log_sum = here.logsumexp(1, keepdim=True)
+            total += (log_sum - here.gather(1, right)).sum()
+            if grad is not None:
+                here.sub_(log_sum).exp_()
+                here.scatter_add_(1, right, here.new_full(right.shape, -1.0))
+                grad[rows] = here.to(grad.dtype)
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        (grad,) = ctx.saved_tensors
+        return grad * upstream.to(grad.dtype), None
 
 
 def mean_of_batch(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
