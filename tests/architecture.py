@@ -40,7 +40,7 @@ HEAVY = frozenset(
 )
 AT_THE_TOP = {"training": HEAVY, "cli": frozenset({"typer", "click", "rich"})}  # rooms whose purpose is the package
 OWNERS = {
-    "bitsandbytes": ("hosts/bnb.py", "hosts/bnb_kernels.py"),
+    "bitsandbytes": ("hosts/bnb.py", "hosts/bnb_kernels.py", "training/optimizers.py"),  # layers, kernels, optimizers
     "matplotlib": ("report/plots.py",),
     **dict.fromkeys(("fastapi", "uvicorn", "starlette"), ("serve/http.py", "studio/")),
 }

@@ -26,6 +26,7 @@ from lorakit.errors import AdapterFileError, RecipeError, listing
 from lorakit.inject.attach import adapters_named
 from lorakit.inject.ledger import parameters_of
 from lorakit.persist.native import NATIVE, load_native
+from lorakit.training.optimizers import package_of
 from lorakit.training.progress import Progress
 from lorakit.training.recipe import Recipe
 
@@ -49,11 +50,11 @@ class Memory:
     @classmethod
     def of(cls, recipe: Recipe, data: str, progress: Progress) -> Memory:
         """Return the memory of this moment."""
-        return cls(recipe, data, progress.to_json(), _versions())
+        return cls(recipe, data, progress.to_json(), _versions(recipe))
 
     def versions_changed(self) -> dict[str, tuple[str, str]]:
         """Return the version then and now of every package that differs: its steps may not be bitwise the same."""
-        now = _versions()
+        now = _versions(self.recipe)
         return {name: (then, now[name]) for name, then in self.versions.items() if then != now[name]}
 
     def write(self, folder: Path) -> None:
@@ -156,9 +157,10 @@ def restore(model: nn.Module, state: AdapterState, name: str = "default") -> Non
         base[key].copy_(values)
 
 
-def _versions() -> dict[str, str]:
+def _versions(recipe: Recipe) -> dict[str, str]:
     transformers = need("transformers", "train")
-    return {"lorakit": __version__, "torch": str(torch.__version__), "transformers": str(transformers.__version__)}
+    own = {"lorakit": __version__, "torch": str(torch.__version__), "transformers": str(transformers.__version__)}
+    return own | package_of(recipe.train.optimizer)
 
 
 def fingerprint(rows: Dataset) -> str:

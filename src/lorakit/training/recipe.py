@@ -194,6 +194,7 @@ class TrainSection(Section):
     up_ratio: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(default=0.03, ge=0, lt=1, allow_inf_nan=False)
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = "adamw"
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     clip: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     batch_tokens: int | None = Field(default=None, ge=1, le=MANY)

@@ -134,11 +134,14 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
     from transformers import set_seed
 
     from lorakit.data.preview import example
+    from lorakit.training.base import choose_device
     from lorakit.training.checkpoints import Memory, checkpoints, fingerprint, refuse_changes, refuse_damaged
     from lorakit.training.flow import Interrupt
+    from lorakit.training.optimizers import refuse_optimizer
     from lorakit.training.progress import Progress
     from lorakit.training.stage import build_stage, decided, target_counts
 
+    refuse_optimizer(recipe.train.optimizer, choose_device(recipe.train.device))
     saved = next(reversed(checkpoints(output)), None)
     if saved is not None:
         refuse_damaged(saved)

@@ -34,6 +34,7 @@ from lorakit.training.checkpoints import STATE, Memory, checkpoints, prune, rest
 from lorakit.training.finite import FiniteCheck, refuse_exploded
 from lorakit.training.groups import param_groups
 from lorakit.training.loss import logits_of, mean_loss, summed_loss, trained_labels
+from lorakit.training.optimizers import into_pages, make_optimizer
 from lorakit.training.order import Shuffled
 from lorakit.training.precondition import precondition
 from lorakit.training.progress import Progress
@@ -83,11 +84,11 @@ class AdapterTrainer(Trainer):
         return self._order
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Make AdamW over groups by role, its gradients corrected where a method asks for it."""
+        """Make the recipe's AdamW over groups by role, its gradients corrected where a method asks for it."""
         if self.optimizer is None:
             train = self._recipe.train
             groups = param_groups(self.adapted, self.args.learning_rate, train.up_ratio, train.weight_decay)
-            self.optimizer = torch.optim.AdamW(groups)
+            self.optimizer = make_optimizer(train.optimizer, groups)
             precondition(self.adapted, self.optimizer)
         return self.optimizer
 
@@ -171,6 +172,10 @@ class AdapterTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         restore(self.adapted, load_native(resume_from_checkpoint))
         self.ranks.read(Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        into_pages(self.optimizer)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Leave out what was measured before the ranks were settled."""
