@@ -82,9 +82,9 @@ def attach(
         placed = [(m.site, m.method) for m in resolve(spec, skeleton)]
     else:
         spec, values = what.spec, dict(what.trained)
-        updates = _fit(what, skeleton)
+        updates = fitted(what, skeleton)
         check_tensors(updates)
-        _check_base(what.base, model)
+        check_base(what.base, base_of(model))
         placed = [(u.site, u.method) for u in updates]
         tensors = {u.site.key: u.tensors for u in updates}
     trained = _trained_whole(model, spec, skeleton)
@@ -151,7 +151,7 @@ def adapters_named(model: nn.Module, name: str) -> list[Adapter]:
     return [adapter for key, adapter in attached(model) if key == name]
 
 
-def base_of(model: nn.Module, most: int = 8, values: int = 4) -> Base:
+def base_of(model: nn.Module, most: int = 8) -> Base:
     """Return the base's name and probes: a few evenly spaced weights of the first adaptable layers.
 
     Left out are layers that an adapter trains whole, which are no longer the base's, embeddings and heads, which are
@@ -167,10 +167,25 @@ def base_of(model: nn.Module, most: int = 8, values: int = 4) -> Base:
         lossless = host_at(site, model.get_submodule(site.path)).store.lossless
         readable = weight is not None and lossless and not weight.is_meta and id(weight) not in moved
         if weight is not None and readable and len(probes) < most:
-            flat = weight.detach().reshape(-1)
-            picked = flat[:: max(1, flat.numel() // values)][:values]
-            probes[site.path] = tuple(round(float(v), 6) for v in picked.float())
+            probes[site.path] = probe(weight)
     return Base(getattr(config, "_name_or_path", None) or None, probes)
+
+
+def probe(weight: Tensor, values: int = 4) -> tuple[float, ...]:
+    """Return a few evenly spaced values of a weight as its module keeps it, to know it by."""
+    flat = weight.detach().reshape(-1)
+    picked = flat[:: max(1, flat.numel() // values)][:values]
+    return tuple(round(float(v), 6) for v in picked.float())
+
+
+def check_base(wanted: Base, here: Base) -> None:
+    """Raise `AdapterFileError` where the weights an adapter remembers of its base are not those that are here."""
+    if differing := [f"{p}: expected {wanted.probes[p]}, found {here.probes[p]}" for p in wanted.unlike(here)]:
+        raise AdapterFileError(
+            f"the adapter was trained on another base ({wanted.name or 'unnamed'}) than this model "
+            f"({here.name or 'unnamed'}): the shapes fit but the weights differ; load the base it was trained on\n"
+            f"{listing(differing, 4)}"
+        )
 
 
 def _check_name(name: str, ledger: Ledger) -> None:
@@ -180,8 +195,12 @@ def _check_name(name: str, ledger: Ledger) -> None:
         raise AttachError(f"an adapter named {name!r} is attached already; detach it first or give another name")
 
 
-def _fit(given: AdapterState, skeleton: Skeleton) -> tuple[Update, ...]:
-    """Return the state's updates on this model's own sites, or list the paths it does not have."""
+def fitted(given: AdapterState, skeleton: Skeleton) -> tuple[Update, ...]:
+    """Return the state's updates on this model's own sites, or list the paths it does not have.
+
+    Raises:
+        AdapterFileError: a path that is not here, a layer with a bias for an update without one.
+    """
     by_path = {**skeleton.by_path, **skeleton.blocks}
     if skeleton.reader is not None and any(u.site.kind == "model" for u in given.updates):
         by_path[skeleton.reader.path] = skeleton.reader
@@ -210,17 +229,6 @@ def _on_reader(update: Update, path: str) -> Update:
     """Return an update of what a model reads at its reader, where the file does not tell the path."""
     unknown = update.site.kind == "model" and not update.site.in_
     return replace(update, site=replace(update.site, path=path)) if unknown else update
-
-
-def _check_base(base: Base, model: nn.Module) -> None:
-    """Compare the weights the adapter remembers of its base with this model's."""
-    here = base_of(model)
-    if differing := [f"{path}: expected {base.probes[path]}, found {here.probes[path]}" for path in base.unlike(here)]:
-        raise AdapterFileError(
-            f"the adapter was trained on another base ({base.name or 'unnamed'}) than this model "
-            f"({here.name or 'unnamed'}): the shapes fit but the weights differ; load the base it was trained on\n"
-            f"{listing(differing, 4)}"
-        )
 
 
 def _trained_whole(model: nn.Module, spec: AdapterSpec, skeleton: Skeleton) -> list[str]:

@@ -7,7 +7,7 @@ before the first weight changes. To unmerge, keep the base: subtracting in 16 bi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -20,6 +20,8 @@ from lorakit.errors import MergeError, grouped, listing
 from lorakit.inject.attach import detach
 from lorakit.inject.ledger import ledger_of
 
+_ROWS = 1024  # of a weight that are compared at once: a layer is large enough without copies of it
+
 
 @dataclass(frozen=True)
 class MergeReport:
@@ -30,6 +32,33 @@ class MergeReport:
     largest_rounding: float
     update_lost: float
     """`|kept - exact|_F / |update|_F` over all layers: how much of the update the weights could not hold."""
+
+
+@dataclass
+class Tally:
+    """What the layers merged so far changed, and what rounding took from it."""
+
+    layers: int = 0
+    change: float = 0.0
+    rounding: float = 0.0
+    update: float = 0.0
+    lost: float = 0.0
+
+    def add(self, before: Tensor, total: Tensor, kept: Tensor) -> None:
+        """Count a layer: its weight before, the exact sum, and what is kept of it, in blocks of rows."""
+        self.layers += 1
+        for start in range(0, total.shape[0], _ROWS):
+            rows = slice(start, start + _ROWS)
+            moved, off = total[rows] - before[rows], kept[rows] - total[rows]
+            self.change = max(self.change, float(moved.abs().max()))
+            self.rounding = max(self.rounding, float(off.abs().max()))
+            self.update += float(moved.square().sum())
+            self.lost += float(off.square().sum())
+
+    def report(self) -> MergeReport:
+        """Return the report of all layers."""
+        share = math.sqrt(self.lost / self.update) if self.update else 0.0
+        return MergeReport(self.layers, self.change, self.rounding, share)
 
 
 @torch.no_grad()
@@ -51,7 +80,7 @@ def merge(
     """
     ledger = ledger_of(model)
     layers = {path: m for path, m in model.named_modules() if isinstance(m, Adapted)}
-    shared = _shared(model)
+    shared = shared_weights(model)
     if names is None:
         names = [
             n for n in ledger.specs if any(n in m.adapters.weights for m in layers.values()) or n in ledger.swapped_in
@@ -62,25 +91,22 @@ def merge(
     merging = {path: weights for path, weights in merging.items() if weights}
     _refuse_idle(names, merging, ledger.swapped_in)
     _refuse({path: cast(nn.Module, layers[path]) for path in merging}, merging, {} if untie else shared, lossy)
-    change = rounding = lost = update = 0.0
+    tally = Tally()
     for write in (False, True):  # a first pass proves every sum finite, so that a refusal changes nothing
         for path, weights in merging.items():
             module = cast(nn.Module, layers[path])
-            here = _merged(path, module, weights)
+            here = merged_weight(path, module, weights)
             if write:
                 if path in shared:
                     _untie(model, module)
                 store = cast(Adapters, module.adapters).host.store
                 before = store.read(module).to(here.total.dtype, copy=True)
                 store.write(module, here.kept)
-                off = store.read(module) - here.total
-                rounding, lost = max(rounding, float(off.abs().max())), lost + float(off.square().sum())
-                moved = here.total - before
-                change, update = max(change, float(moved.abs().max())), update + float(moved.square().sum())
+                tally.add(before, here.total, store.read(module))
     for name in names:
         ledger.keep_trained(model, name)
         detach(model, name)
-    return MergeReport(len(merging), change, rounding, math.sqrt(lost / update) if update else 0.0)
+    return tally.report()
 
 
 def _refuse_idle(names: Sequence[str], merging: dict[str, dict[str, Weight]], whole: set[str]) -> None:
@@ -92,7 +118,7 @@ def _refuse_idle(names: Sequence[str], merging: dict[str, dict[str, Weight]], wh
         raise MergeError(f"{which} {verb}, so there is nothing to merge; switch it on with use(model, {{name: 1.0}})")
 
 
-def _shared(model: nn.Module) -> dict[str, list[str]]:
+def shared_weights(model: nn.Module) -> dict[str, list[str]]:
     """Return, for each module whose weight other modules hold too, the other names of that weight."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -114,30 +140,37 @@ def _untie(model: nn.Module, module: nn.Module) -> None:
 
 
 @dataclass(frozen=True)
-class _Merged:
+class Merged:
     """A merged canonical weight: the exact sum, and that in the dtype it is kept in (itself where that is lossy)."""
 
     total: Tensor
     kept: Tensor
 
 
-def _merged(path: str, module: nn.Module, weights: dict[str, Weight]) -> _Merged:
-    """Return the merged weight of one layer."""
+def merged_weight(
+    path: str, module: nn.Module, weights: Mapping[str, Weight], dtype: torch.dtype | None = None
+) -> Merged:
+    """Return `W + sum_i w_i dW_i(W)` of an adapted layer, kept in `dtype` (by default the weight's own).
+
+    Raises:
+        MergeError: values that are NaN, or too large for the dtype.
+    """
     adapters = cast(Adapters, module.adapters)
-    kept = adapters.host.store.read(module)
-    wide = kept.to(torch.promote_types(kept.dtype, torch.float32))
+    weight = adapters.host.store.read(module)
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     total = wide.clone()
     for name, adapter in adapters.named():
         if name in weights:
-            total += float(weights[name]) * adapter.delta(wide)
-    cast_once = total.to(kept.dtype)
+            share, delta = float(weights[name]), adapter.delta(wide)
+            total += delta if share == 1.0 else share * delta
+    cast_once = total.to(dtype or weight.dtype)
     if not cast_once.isfinite().all():
         bad = int((~cast_once.isfinite()).sum())
         raise MergeError(
-            f"{path}: merging would write {bad:,} NaN or infinite values of {cast_once.numel():,} in {kept.dtype}; "
-            "the base is unchanged; check the adapter, or merge in a wider dtype"
+            f"{path}: merging would write {bad:,} NaN or infinite values of {cast_once.numel():,} in "
+            f"{cast_once.dtype}; the base is unchanged; check the adapter, or merge in a wider dtype"
         )
-    return _Merged(total, cast_once)
+    return Merged(total, cast_once)
 
 
 def _weights(adapters: Adapters, names: Sequence[str]) -> dict[str, Weight]:
@@ -154,16 +187,31 @@ def _refuse(
         if not (host.store.lossless or lossy):
             kept = f"its weight is quantised ({host.store_name}), and the sum would be rounded again"
             problems.append(f"{path}: {kept}; merge into the 16-bit base instead, or pass lossy=True")
-        for name, adapter in cast(Adapters, module.adapters).named():
-            if name in merging[path] and not isinstance(adapter.method, Static):
-                why = "acts on what the model reads" if adapter.site.kind == "model" else "depends on the input"
-                problems.append(f"{path}: {adapter.method.name} {why}, so no single weight equals it")
         for name, weight in merging[path].items():
             if isinstance(weight, Tensor) and weight.dim() > 0:
                 problems.append(f"{path}: {name!r} has one weight per row; choose a number with use() first")
-        if path in shared:
-            others = ", ".join(shared[path])
-            problems.append(f"{path}: its weight is tied to {others}, which would change too; pass untie=True")
+    acting = {path: set(weights) for path, weights in merging.items()}
+    problems += not_a_weight(layers, acting) + [f"{tied}; pass untie=True" for tied in tied_weights(layers, shared)]
     if problems:
         count = len({problem.partition(": ")[0] for problem in problems})
         raise MergeError(f"the model is unchanged; {count} layer(s) cannot be merged:\n{listing(grouped(problems))}")
+
+
+def not_a_weight(layers: Mapping[str, nn.Module], acting: Mapping[str, set[str]]) -> list[str]:
+    """Return what speaks against layers whose acting updates are no change of a weight."""
+    problems = []
+    for path, module in layers.items():
+        for name, adapter in cast(Adapters, module.adapters).named():
+            if name in acting[path] and not isinstance(adapter.method, Static):
+                why = "acts on what the model reads" if adapter.site.kind == "model" else "depends on the input"
+                problems.append(f"{path}: {adapter.method.name} {why}, so no single weight equals it")
+    return problems
+
+
+def tied_weights(layers: Iterable[str], shared: Mapping[str, list[str]]) -> list[str]:
+    """Return what speaks against layers whose weight other modules hold too."""
+    return [
+        f"{path}: its weight is tied to {', '.join(shared[path])}, which would change too"
+        for path in layers
+        if path in shared
+    ]

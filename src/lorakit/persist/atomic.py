@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -64,18 +64,37 @@ def write_file(file: Path, data: bytes | str) -> None:
     Raises:
         AdapterFileError: the write failed; says how many bytes it needed and how many are free.
     """
-    raw = memoryview(data.encode() if isinstance(data, str) else data)
-    try:
+    raw = data.encode() if isinstance(data, str) else data
+    write_pieces(file, [memoryview(raw)], len(raw))
+
+
+def write_pieces(file: Path, pieces: Iterable[memoryview], size: int) -> None:
+    """Write pieces of bytes, `size` in all, one after another to a new file.
+
+    Raises:
+        AdapterFileError: the write failed; says how many bytes it needed and how many are free.
+    """
+    with _told(file, size):
         handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        try:
-            done = 0
-            while done < len(raw):
-                done += os.write(handle, raw[done : done + (1 << 24)])
-        finally:
-            os.close(handle)
+    try:
+        for piece in pieces:
+            with _told(file, size):
+                done = 0
+                while done < len(piece):
+                    done += os.write(handle, piece[done : done + (1 << 24)])
+            del piece  # it may be large, and the next one is made before the loop would let go of it
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _told(file: Path, size: int) -> Iterator[None]:
+    """Say of a write that failed how many bytes it needed and how many are free."""
+    try:
+        yield
     except OSError as failed:
         free = shutil.disk_usage(file.parent).free
-        needs = f"it needs {len(raw):,} bytes, {free:,} are free"
+        needs = f"it needs {size:,} bytes, {free:,} are free"
         raise AdapterFileError(f"could not write {file.name}: {failed.strerror or failed} ({needs})") from failed
 
 
