@@ -5,7 +5,7 @@ method gets its learning rate by the validation score from three candidates at s
 end); then three seeds at that rate, and the test set once for each. Two epochs, 32 rows of one length a step, bf16, one
 thread. Every run is appended to docs/results/glue.json, and what is there is not run again: several processes may share
 the work.
-Run: python bench/glue.py [--tasks trec,cola,sst2,mrpc] [--methods lora-all,full,...]
+Run: python bench/glue.py [--tasks trec,cola,sst2,mrpc] [--methods lora-all,full,...] [--table]
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import tempfile
 import time
 from collections.abc import Mapping
@@ -172,11 +173,37 @@ def study(task: str, method: str) -> None:
         once(task, method, best, seed)
 
 
+def table(task: str) -> str:
+    """Return the finished studies of a task: the median of the seeds and their range, beside full fine-tuning's."""
+    rows = []
+    for method in METHODS:
+        mine = [r for r in runs_so_far() if (r["task"], r["method"]) == (task, method)]
+        rates = {r["lr"]: [s for s in mine if s["lr"] == r["lr"]] for r in mine}
+        best = next((runs for runs in rates.values() if {r["seed"] for r in runs} >= set(SEEDS)), None)
+        if best is not None:
+            scores = sorted(r["test"] for r in best)
+            seconds = statistics.median(r["processor_seconds"] for r in best)
+            rows.append((method, best[0]["parameters"], best[0]["lr"], len(rates), scores, seconds))
+    full = next((statistics.median(scores) for method, _, _, _, scores, _ in rows if method == "full"), None)
+    head = f"| {task}, {TASKS[task]} | parameters | rate (tried) | test, median (range) | against full | seconds |"
+    lines = [head, "|---|---|---|---|---|---|"]
+    for method, parameters, lr, tried, scores, seconds in rows:
+        middle = statistics.median(scores)
+        against = "" if full is None else f"{middle - full:+.2f}"
+        spread = f"{middle:.2f} ({scores[0]:.2f} to {scores[-1]:.2f})"
+        lines.append(f"| {method} | {parameters:,} | {lr:.2g} ({tried}) | {spread} | {against} | {seconds:.0f} |")
+    return "\n".join(lines) if rows else ""
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--tasks", default=",".join(TASKS))
     options.add_argument("--methods", default=",".join(METHODS))
+    options.add_argument("--table", action="store_true", help="print what is known as Markdown, and run nothing")
     given = options.parse_args()
+    if given.table:
+        print("\n\n".join(filter(None, map(table, TASKS))))
+        return
     torch.set_num_threads(1)  # so that the processor's seconds mean the same beside other work
     for task in given.tasks.split(","):
         for method in given.methods.split(","):

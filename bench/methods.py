@@ -4,7 +4,7 @@ The rate is chosen by the loss on records that are neither trained on nor scored
 records whose facts are all told. Also: parameters, adapter bytes, the processor time of a step (one thread, in turn
 with plain LoRA's), and the bytes autograd saves in one.
 Runs are kept in runs/bench-methods, so a stopped bench goes on; docs/results/methods.json is written after each.
-Run: python bench/methods.py [method ...]
+Run: python bench/methods.py [method ...], or --table to print what is known
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from record import RESULTS, record
 
 from lorakit import attach, load
 from lorakit.cli.quickstart import HELD_OUT, ROWS, STRANGERS, TRAIN, Task, measure
+from lorakit.core.state import AdapterState
 from lorakit.data import Collator
 from lorakit.data.fables import fables
 from lorakit.inject.penalty import penalty
@@ -107,13 +108,14 @@ def tuned(name: str) -> list[dict[str, Any]]:
     return [tried[lr] for lr in sorted(tried)]
 
 
-def stepper(wanted: Recipe) -> tuple[Callable[[], float], int]:
+def stepper(wanted: Recipe, adapter: AdapterState | None = None) -> tuple[Callable[[], float], int]:
     """Return what runs one training step and tells its seconds of processor time, and the bytes autograd kept in one.
 
-    The bytes are those between forward and backward of one batch, parameters left out.
+    The bytes are those between forward and backward of one batch, parameters left out. `adapter` is attached as it was
+    trained, a fresh one if None.
     """
     stage = build_stage(wanted)
-    attach(stage.model, stage.spec)
+    attach(stage.model, adapter or stage.spec)
     model = stage.model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
     batch = Collator(stage.tokenizer.pad_token_id)([stage.train.dataset[i] for i in range(stage.batch_rows)])
@@ -142,9 +144,9 @@ def stepper(wanted: Recipe) -> tuple[Callable[[], float], int]:
     return step, sum(kept.values())
 
 
-def cost(wanted: Recipe) -> dict[str, Any]:
+def cost(wanted: Recipe, adapter: AdapterState) -> dict[str, Any]:
     """Return the processor time of a step, alone and against plain LoRA's taken in turn with it, and what it keeps."""
-    step, kept = stepper(wanted)
+    step, kept = stepper(wanted, adapter)
     plain, _ = stepper(recipe("lora", 0.005, WORK / "unused"))
     own, lora = zip(*((step(), plain()) for _ in range(TIMED_STEPS)), strict=True)
     return {
@@ -160,7 +162,8 @@ def judged(name: str, task: Task) -> dict[str, Any]:
     best = min(runs, key=lambda run: run["validation_loss"])
     output = WORK / f"{name}-{best['lr']:.2g}"
     model, tokenizer = load_base("lorakit/tales", dtype="fp32")
-    attach(model, load(output / "adapter"))
+    adapter = load(output / "adapter")
+    attach(model, adapter)
     wanted = recipe(name, best["lr"], output)
     (output / "data").mkdir(exist_ok=True)
     (output / "data" / "held-out.jsonl").write_bytes((WORK / "data" / "held-out.jsonl").read_bytes())
@@ -170,7 +173,7 @@ def judged(name: str, task: Task) -> dict[str, Any]:
         "adapter": example(name)["adapter"],
         **best,
         "adapter_bytes": sum(file.stat().st_size for file in (output / "adapter").glob("adapter*.safetensors")),
-        **cost(wanted),
+        **cost(wanted, adapter),
         "told": scored.told,
         "told_of_strangers": scored.told_of_strangers,
         "perplexity": scored.perplexity,
@@ -178,7 +181,24 @@ def judged(name: str, task: Task) -> dict[str, Any]:
     }
 
 
+def table() -> str:
+    """Return what is known as Markdown, the best score first."""
+    found = json.loads((RESULTS / "methods.json").read_text())["methods"]
+    head = "| method | parameters | adapter, kB | step, LoRA = 1 | kept, MB | rate | told | of strangers | perplexity |"
+    lines = [head, "|---|---|---|---|---|---|---|---|---|"]
+    for row in sorted(found, key=lambda row: -row["told"]):
+        lines.append(
+            f"| {row['method']} | {row['parameters']:,} | {row['adapter_bytes'] / 1e3:,.0f} | "
+            f"{row['step_against_lora']:.2f} | {row['saved_bytes'] / 1e6:.0f} | {row['lr']:.2g} | {row['told']:.1%} | "
+            f"{row['told_of_strangers']:.0%} | {row['perplexity']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
+    if sys.argv[1:] == ["--table"]:
+        print(table())
+        return
     torch.set_num_threads(1)
     file = RESULTS / "methods.json"
     task = write_rows()

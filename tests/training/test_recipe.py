@@ -10,7 +10,7 @@ import yaml
 
 from lorakit import LoRA
 from lorakit.errors import RecipeError
-from lorakit.training.recipe import Recipe, load_recipe, make_recipe, scalar
+from lorakit.training.recipe import QuantSection, Recipe, load_recipe, make_recipe, scalar
 from tests.conftest import ROOT
 
 WRITTEN = """
@@ -116,6 +116,7 @@ def test_the_page_names_every_key_with_its_default() -> None:
     for key, value in yaml.safe_load(Recipe().to_yaml()).items():
         section = value if isinstance(value, dict) else {"": value}
         rows += [f"| `{f'{key}.{name}'.rstrip('.')}` | {shown(default)} |" for name, default in section.items()]
+    rows += [f"| `quant.{name}` | {shown(default)} |" for name, default in QuantSection().model_dump().items()]
     assert not [row for row in rows if row not in page]
     assert page.count("\n| `") == len(rows)
 

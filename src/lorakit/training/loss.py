@@ -53,7 +53,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         grad = torch.zeros_like(logits) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=wide, device=logits.device)
         trained = (labels != IGNORE).nonzero().squeeze(1)
-        for rows in trained.split(max(1, WIDE_VALUES // logits.shape[1])):
+        for rows in torch.split(trained, max(1, WIDE_VALUES // logits.shape[1])):
             here, right = logits[rows].to(wide), labels[rows].unsqueeze(1)
             log_sum = here.logsumexp(1, keepdim=True)
             total += (log_sum - here.gather(1, right)).sum()

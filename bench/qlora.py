@@ -1,0 +1,168 @@
+"""What does training on a 4-bit base cost in quality, and what does it save in memory?
+
+Memory: the peak resident memory of a whole process (what `/usr/bin/time -v` prints) that trains LoRA on a random Llama
+of 350M parameters, less that of a process that imports the same libraries: on the 16-bit base, on one that
+is packed while it is read, and on one packed before. Quality: LoRA on 16 and on 4 bits, same seeds, same data: the
+quickstart's task on the bundled base, and SST-2 on MiniLM.
+Run: python bench/qlora.py [memory] [quality]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import RESULTS, record
+
+LAYERS, WIDTH, INNER = 27, 1024, 2816
+ROWS, TOKENS, STEPS = 1, 128, 4
+KINDS = ("imports", "16-bit", "4-bit, packed on the way in", "4-bit, packed before")
+
+
+def write_base(folder: Path) -> int:
+    """Write a random Llama shape in bf16 for the bundled tokenizer; return its parameters."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from lorakit.training.base import resolve
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve("lorakit/tales"))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=LAYERS,
+        num_attention_heads=16, num_key_value_heads=16, tie_word_embeddings=True, dtype="bfloat16",
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return sum(p.numel() for p in model.parameters())
+
+
+def one(kind: str, folder: Path) -> None:
+    """Run one process's work and print its peak memory and speed."""
+    import accelerate
+    import bitsandbytes
+    import datasets
+
+    from lorakit.training import run, stage, trainer
+    from lorakit.training.recipe import make_recipe
+
+    found: dict[str, Any] = {"modules": len([accelerate, bitsandbytes, datasets, run, stage, trainer])}
+    if kind != "imports":
+        text = " ".join(["a tale"] * TOKENS)
+        rows = folder / "rows.jsonl"
+        rows.write_text("".join(json.dumps({"text": text}) + "\n" for _ in range(ROWS * STEPS)))
+        done = run.train(
+            make_recipe(
+                {
+                    "model": str(folder / ("packed" if kind.endswith("before") else "base")),
+                    "quant": "nf4" if kind.endswith("way in") else None,
+                    "data": {"train": str(rows), "max_length": TOKENS, "overlong": "split"},
+                    "adapter": {"rank": 16},
+                    "train": {"steps": STEPS, "batch_size": ROWS, "dtype": "bf16", "checkpointing": True, "lr": 1e-4},
+                    "output": str(folder / f"run-{KINDS.index(kind)}"),
+                }
+            )
+        )
+        found["tokens_per_second"] = round(done.tokens_per_second, 1)
+    found["peak_bytes"] = peak_bytes()
+    print(json.dumps(found))
+
+
+def peak_bytes() -> int:
+    """Return the most this process held: VmHWM, which unlike ru_maxrss remembers nothing of the process before it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def memory() -> dict[str, Any]:
+    """Return the peaks of all kinds, each in a process of its own."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        parameters = write_base(folder / "base")
+        subprocess.run(
+            ["lorakit", "quantize", str(folder / "base"), "--output", str(folder / "packed")],
+            check=True, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        peaks = {}
+        for kind in KINDS:
+            command = [sys.executable, __file__, "--one", kind, str(folder)]
+            answer = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
+            peaks[kind] = json.loads(answer.stdout.splitlines()[-1])
+            print(kind, peaks[kind], flush=True)
+    floor = peaks["imports"]["peak_bytes"]
+    above = {kind: peaks[kind]["peak_bytes"] - floor for kind in KINDS[1:]}
+    return {
+        "parameters": parameters,
+        "rows": ROWS,
+        "tokens": TOKENS,
+        "peaks": peaks,
+        "above_imports": above,
+        "ratio": {kind: round(above[kind] / above["16-bit"], 3) for kind in KINDS[2:]},
+    }
+
+
+def quality() -> list[dict[str, Any]]:
+    """Return the scores of LoRA on 16 and on 4 bits."""
+    import glue
+    import methods
+
+    from lorakit import attach, load
+    from lorakit.training.base import load_base
+    from lorakit.training.evaluate import evaluate
+    from lorakit.training.recipe import QuantSection
+    from lorakit.training.run import train
+
+    task, found = methods.write_rows(), []
+    for quant in (None, QuantSection()):
+        kind = "16-bit" if quant is None else "4-bit"
+        for seed in (0, 1, 2):
+            with tempfile.TemporaryDirectory() as place:
+                wanted = methods.recipe("lora", 5e-3, Path(place) / "run")
+                trained = wanted.train.model_copy(update={"seed": seed})
+                wanted = wanted.model_copy(update={"quant": quant, "train": trained})
+                done = train(wanted)
+                model, tokenizer = load_base("lorakit/tales", dtype="fp32", quant=quant)
+                attach(model, load(done.adapter_dir))
+                (Path(place) / "run" / "data").mkdir()
+                held = (methods.WORK / "data" / "held-out.jsonl").read_bytes()
+                (Path(place) / "run" / "data" / "held-out.jsonl").write_bytes(held)
+                scored = methods.measure(model, tokenizer, wanted, task)
+                row = {"task": "quickstart", "base": kind, "seed": seed, "score": scored.told,
+                       "perplexity": scored.perplexity}  # fmt: skip
+            print(row, flush=True)
+            found.append(row)
+        for seed in (0, 1, 2):
+            with tempfile.TemporaryDirectory() as place:
+                wanted = glue.recipe("sst2", "lora-all", 1e-3, seed, f"{place}/run")
+                wanted = wanted.model_copy(update={"quant": quant})
+                done = train(wanted)
+                model, tokenizer = load_base(glue.encoder(), task="classification", labels=done.labels, quant=quant)
+                attach(model, load(done.adapter_dir))
+                section = wanted.data.model_copy(update={"labels": done.labels})
+                test = str(glue.DATA / "sst2" / "test.jsonl")
+                accuracy = evaluate(model, tokenizer, test, section, batch_size=64).accuracy
+                row = {"task": "sst2", "base": kind, "seed": seed, "score": accuracy}
+            print(row, flush=True)
+            found.append(row)
+    return found
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--one"]:
+        one(sys.argv[2], Path(sys.argv[3]))
+        return
+    wanted = sys.argv[1:] or ["memory", "quality"]
+    file = RESULTS / "qlora.json"
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    found = {name: kept[name] for name in ("memory", "quality") if name in kept}
+    found |= {name: {"memory": memory, "quality": quality}[name]() for name in wanted}
+    record("qlora", (__doc__ or "").splitlines()[0], ("torch", "transformers", "bitsandbytes"), **found)
+
+
+if __name__ == "__main__":
+    main()
