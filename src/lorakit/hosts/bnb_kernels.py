@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 from functools import cache
@@ -19,12 +20,11 @@ def bitsandbytes() -> ModuleType | None:
     noisy = logging.getLogger("bitsandbytes")
     level, noisy.level = noisy.level, logging.ERROR  # it tells of kernels it could fetch from the network
     try:
-        import bitsandbytes as package
+        return importlib.import_module("bitsandbytes")
     except Exception:  # a library that does not fit this torch or driver raises anything
         return None
     finally:
         noisy.level = level
-    return package
 
 
 class Kernels:
