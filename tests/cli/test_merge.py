@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from lorakit.cli.merge import TOLERANCES
-from lorakit.inject.attach import attach
+from lorakit.core.spec import AdapterSpec, Targets
+from lorakit.inject.attach import attach, state
 from lorakit.inject.merge import MergeReport
 from lorakit.inject.merge import merge as fold
-from lorakit.persist import load
+from lorakit.methods.lora import LoRA
+from lorakit.persist import load, save
 from tests.cli.conftest import answer, invoke, write_recipe
 from tests.tolerances import assert_close
 
@@ -121,3 +124,67 @@ def test_an_update_that_rounding_would_swallow_is_not_written(base: Path, tmp_pa
     assert "so most of it would be lost; use --dtype fp32" in result.stderr
     assert not (tmp_path / "merged").exists()
     assert invoke("merge", tmp_path / "run", "--output", tmp_path / "merged", "--dtype", "fp32").exit_code == 0
+
+
+def test_a_streamed_merge_writes_the_tensors_of_the_one_in_memory(run: Path, base: Path, tmp_path: Path) -> None:
+    streamed = answer("merge", run, "--output", tmp_path / "streamed", "--stream")
+    whole = answer("merge", run, "--output", tmp_path / "whole")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("streamed", "whole"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    assert streamed["stream"] is True
+    assert (streamed["layers"], streamed["dtype"]) == (whole["layers"], whole["dtype"]) == (14, "float32")
+    assert (streamed["files"], streamed["tensors"]) == (1, len(one))
+    assert 0 < streamed["max_rel_diff"] < 1e-6
+    assert streamed["worst_layer"].startswith("model.layers.")
+    assert streamed["update_lost"] == whole["update_lost"] == 0
+    assert streamed["seconds"] > 0
+    assert streamed["bytes"] == sum(file.stat().st_size for file in (tmp_path / "streamed").iterdir())
+    assert AutoTokenizer.from_pretrained(tmp_path / "streamed")("ab")["input_ids"] == [266]
+    GenerationConfig.from_pretrained(tmp_path / "streamed")
+
+
+def test_a_streamed_merge_says_what_it_did_and_replaces_only_a_merge(run: Path, base: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        result = invoke("merge", run, "--output", tmp_path / "merged", "--stream", "--dtype", "bf16")
+        assert result.exit_code == 0, result.stderr
+    assert re.fullmatch(
+        rf"merged 14 layers into {base}, in bfloat16\n"
+        r"on random inputs a merged layer differs from the adapted one by at most 0\.00\d+ of its largest output; "
+        r"rounding took \d\.\d\d% of the update \(Frobenius\)\n"
+        rf"wrote {tmp_path}/merged \([\d.]+ kB, 1 file of weights\) in \d+ s; it loads with "
+        r"AutoModelForCausalLM\.from_pretrained\n",
+        result.stdout,
+    ), result.stdout
+    assert invoke("merge", run, "--output", base, "--stream").exit_code == 2
+
+
+@pytest.mark.parametrize("option", ["--untie", "--lossy"])
+def test_what_needs_the_whole_model_is_refused_with_stream(option: str, run: Path, tmp_path: Path) -> None:
+    result = invoke("merge", run, "--output", tmp_path / "merged", "--stream", option)
+    assert result.exit_code == 2
+    assert result.stderr == f"error: {option} changes the model as a whole; leave --stream out, or {option}\n"
+
+
+def test_a_streamed_merge_that_is_refused_writes_nothing_and_says_what_to_do(base: Path, tmp_path: Path) -> None:
+    tied = tmp_path / "tied"
+    shutil.copytree(base, tied)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tied)
+    attach(model, AdapterSpec(LoRA(2), Targets(("embed_tokens",))))
+    save(state(model), tmp_path / "adapter", "native")
+    result = invoke("merge", tmp_path / "adapter", "--base", tied, "--output", tmp_path / "merged", "--stream")
+    assert result.exit_code == 2
+    assert (
+        "embed_tokens: its weight is tied to lm_head.weight, which would change too; leave --stream out and give "
+        in (result.stderr)
+    )
+    assert not (tmp_path / "merged").exists()
+    recipe = write_recipe(tmp_path, base, steps=3, lr=1e-5)
+    assert invoke("train", recipe).exit_code == 0
+    result = invoke("merge", tmp_path / "run", "--output", tmp_path / "merged", "--stream", "--dtype", "bf16")
+    assert result.exit_code == 2
+    assert "so most of it would be lost; use --dtype fp32" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir() if "merged" in path.name) == []

@@ -1,7 +1,8 @@
 """`lorakit merge`: fold an adapter into its base, prove that the answers stay, and write a Hugging Face directory.
 
 The logits of the adapted and of the merged model are compared before a byte is written. Two sums in another order
-differ by rounding, which depends on the dtype; a larger difference is a fault, and nothing is written.
+differ by rounding, which depends on the dtype; a larger difference is a fault, and nothing is written. With --stream
+the model is never built: its files are merged one tensor at a time, and each layer is proved for itself.
 """
 
 from __future__ import annotations
@@ -57,6 +58,9 @@ def merge(
     lossy: Annotated[
         bool, typer.Option("--lossy", help="Merge into the 4-bit base, which rounds the sum again; says what it cost.")
     ] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Merge the base's files tensor by tensor, without loading the model.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Fold an adapter into its base and write the merged model."""
@@ -67,6 +71,12 @@ def merge(
         found = find(source, base)
         state = need_adapter(found, source)
         _refuse_to_overwrite(Path(output))
+        if stream:
+            from lorakit.cli.merge_stream import merge_stream
+
+            _refuse_with_stream({"--untie": untie, "--lossy": lossy})
+            merge_stream(found, state, source, output, dtype, out)
+            return
         model, tokenizer = _load(found, dtype, packed=lossy)
         kind = str(model.dtype).removeprefix("torch.")
         ids = [tokenizer(text)["input_ids"] for text in PROMPTS]
@@ -84,9 +94,7 @@ def merge(
             f"logits: the adapter moved them by up to {proof.changed_from_base:.3g}; "
             f"merged and adapted differ by at most {proof.max_abs_diff:.2g}",
             *(_lost(proof) if lossy else _rounding(kind, proof)),
-            f"wrote {output} ({size(written)}); it loads with AutoModelForCausalLM.from_pretrained"
-            if not found.labels
-            else f"wrote {output} ({size(written)}); it loads with AutoModelForSequenceClassification.from_pretrained",
+            f"wrote {output} ({size(written)}); it loads with {loader(found)}.from_pretrained",
         )
         out.result({**result, "bytes": written})
 
@@ -202,8 +210,18 @@ def _own_dtype(base: str) -> str:
     return {"bfloat16": "bf16", "float16": "fp16"}.get(kept, "fp32")
 
 
+def loader(found: Source) -> str:
+    """Return the class of transformers that loads what was merged."""
+    return "AutoModelForSequenceClassification" if found.labels else "AutoModelForCausalLM"
+
+
 def gap(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
+
+
+def _refuse_with_stream(given: dict[str, bool]) -> None:
+    if both := [name for name, there in given.items() if there]:
+        raise MergeError(f"{' and '.join(both)} changes the model as a whole; leave --stream out, or {both[0]}")
 
 
 def _refuse_to_overwrite(output: Path) -> None:

@@ -20,7 +20,7 @@ from lorakit.errors import MergeError, grouped, listing
 from lorakit.inject.attach import detach
 from lorakit.inject.ledger import ledger_of
 
-_ROWS = 1024  # of a weight that are compared at once: a layer is large enough without copies of it
+_BLOCK = 1 << 20  # values of a weight that are compared at once: a layer is large enough without copies of it
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ class Tally:
     def add(self, before: Tensor, total: Tensor, kept: Tensor) -> None:
         """Count a layer: its weight before, the exact sum, and what is kept of it, in blocks of rows."""
         self.layers += 1
-        for start in range(0, total.shape[0], _ROWS):
-            rows = slice(start, start + _ROWS)
+        height = max(1, _BLOCK * total.shape[0] // max(1, total.numel()))
+        for start in range(0, total.shape[0], height):
+            rows = slice(start, start + height)
             moved, off = total[rows] - before[rows], kept[rows] - total[rows]
             self.change = max(self.change, float(moved.abs().max()))
             self.rounding = max(self.rounding, float(off.abs().max()))
@@ -161,8 +162,7 @@ def merged_weight(
     total = wide.clone()
     for name, adapter in adapters.named():
         if name in weights:
-            share, delta = float(weights[name]), adapter.delta(wide)
-            total += delta if share == 1.0 else share * delta
+            total += _times(float(weights[name]), adapter.delta(wide))
     cast_once = total.to(dtype or weight.dtype)
     if not cast_once.isfinite().all():
         bad = int((~cast_once.isfinite()).sum())
@@ -171,6 +171,10 @@ def merged_weight(
             f"{cast_once.dtype}; the base is unchanged; check the adapter, or merge in a wider dtype"
         )
     return Merged(total, cast_once)
+
+
+def _times(share: float, delta: Tensor) -> Tensor:
+    return delta if share == 1.0 else share * delta
 
 
 def _weights(adapters: Adapters, names: Sequence[str]) -> dict[str, Weight]:

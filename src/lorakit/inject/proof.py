@@ -18,9 +18,10 @@ from lorakit.inject.merge import Merged
 
 EXACT = 1e-5
 """Allowed difference before the cast, as a share of the largest output: eighty roundings of fp32, in one layer."""
-ROUNDED = 1.0
-"""Allowed difference after the cast, in eps of its dtype: a weight is off by a fifth of one (root mean square), and the
-errors of a row add up as its terms do, so an output is off by about as much."""
+ROUNDED = 2.0
+"""Allowed difference after the cast, in eps of its dtype. A weight is off by a fifth of one (root mean square), the
+errors of a row add up as its terms do, and so an output is off by a quarter: measured 0.2 to 0.6, once in 20,000 tiny
+layers 1.3. What a cast cannot explain, the sum before it is held to far more closely."""
 _ROWS = 16  # so many that the largest output is no small one by chance, even of a layer with one output
 
 

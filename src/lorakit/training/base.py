@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Task = Literal["causal-lm", "classification"]
 
 ASSETS = Path(__file__).parents[1] / "assets"
+_AUTO = {"causal-lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification"}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -75,7 +76,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Nothing is lost by that: labels are masked by position, never by looking for the padding id.
     """
     transformers = need("transformers", "train")
-    _check_place(name, "tokenizer*")
+    check_place(name, "tokenizer*")
     with quiet(), explained(name):
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(resolve(name))
     if tokenizer.pad_token_id is None:
@@ -95,17 +96,9 @@ def load_model(
 ) -> Loaded:
     """Return the model of `name` for a task, checked against its tokenizer; a base in 4 bits stays in them."""
     transformers = need("transformers", "train")
-    _check_place(name, "config.json")
+    check_place(name, "config.json")
     place = choose_device(device)
-    options: dict[str, Any] = {}
-    if task == "classification":
-        if len(labels) < 2:
-            raise DataError(f"a classifier needs two labels or more, got {list(labels)}; set data.labels")
-        options = {
-            "num_labels": len(labels),
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: i for i, label in enumerate(labels)},
-        }
+    options = _labels(task, labels)
     with quiet(), explained(name):
         config = transformers.AutoConfig.from_pretrained(resolve(name), **options)
         model, info = _read(name, config, task, choose_dtype(dtype, place), place, packing)
@@ -118,6 +111,37 @@ def load_model(
     return Loaded(model.to(place).eval(), tuple(fresh))
 
 
+def load_empty(name: str, *, task: Task = "causal-lm", labels: Sequence[str] = ()) -> PreTrainedModel:
+    """Return the model of `name` for a task without its weights: layers and names, on the meta device.
+
+    Raises:
+        LorakitError: no such model.
+        DataError: a classifier with fewer than two labels.
+    """
+    transformers = need("transformers", "train")
+    check_place(name, "config.json")
+    options = _labels(task, labels)
+    with quiet(), explained(name), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(resolve(name), **options)
+        model: PreTrainedModel = getattr(transformers, _AUTO[task]).from_config(config, dtype=torch.float32)
+    model.config._name_or_path = name
+    model.train(False)
+    return model
+
+
+def _labels(task: Task, labels: Sequence[str]) -> dict[str, Any]:
+    """Return what a configuration has to know of a classifier's labels."""
+    if task != "classification":
+        return {}
+    if len(labels) < 2:
+        raise DataError(f"a classifier needs two labels or more, got {list(labels)}; set data.labels")
+    return {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
+
+
 def _read(
     name: str, config: Any, task: Task, dtype: torch.dtype, device: torch.device, packing: Packing | None
 ) -> tuple[Any, dict[str, Any]]:
@@ -128,8 +152,7 @@ def _read(
 
     packed = quantised.settings_of(config)
     if packing is None and packed is None:
-        auto = {"causal-lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification"}[task]
-        return getattr(transformers, auto).from_pretrained(  # type: ignore[no-any-return]
+        return getattr(transformers, _AUTO[task]).from_pretrained(  # type: ignore[no-any-return]
             resolve(name), config=config, dtype=dtype, output_loading_info=True
         )
     asked = packing.settings if packing else None
@@ -226,7 +249,7 @@ def quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _check_place(name: str, needed: str) -> None:
+def check_place(name: str, needed: str) -> None:
     """Raise `LorakitError` for a name that is plainly local and plainly no model, before anybody asks a hub for it."""
     place = Path(resolve(name))
     near = did_you_mean(place.name, [p.name for p in place.parent.glob("*/")] if place.parent.is_dir() else [])

@@ -13,11 +13,14 @@ from torch import Tensor
 from lorakit.core.lazy import need
 from lorakit.errors import LorakitError
 
+INDEX = "model.safetensors.index.json"
+
 
 def place_of(name: str) -> Path:
     """Return the directory with the files of a base, fetched from the hub if it is not here."""
-    from lorakit.training.base import resolve
+    from lorakit.training.base import check_place, resolve
 
+    check_place(name, "config.json")
     place = Path(resolve(name))
     if place.is_dir():
         return place
@@ -31,7 +34,7 @@ def shards(place: Path) -> list[Path]:
     Raises:
         LorakitError: there are none, or one of them is missing.
     """
-    index = place / "model.safetensors.index.json"
+    index = place / INDEX
     if index.is_file():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         files = [place / name for name in names]
@@ -56,11 +59,30 @@ def checkpoint(name: str) -> tuple[list[str], int]:
 @contextmanager
 def open_tensors(place: Path, done: Callable[[str], None]) -> Iterator[Mapping[str, Later]]:
     """Yield every tensor of a checkpoint by name, read by `pread`: a mapped file would count as memory, all of it."""
-    from safetensors import safe_open
+    with open_shards(place, done) as files:
+        yield {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
+
+
+@contextmanager
+def open_shards(place: Path, done: Callable[[str], None]) -> Iterator[Mapping[Path, Mapping[str, Later]]]:
+    """Yield the files of a checkpoint, each with its tensors by name.
+
+    Raises:
+        LorakitError: a file that is missing, truncated or corrupt.
+    """
+    from safetensors import SafetensorError, safe_open
 
     with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(file, "pt", backend="pread")) for file in shards(place)]
-        yield {name: Later(name, file.get_slice(name), done) for file in files for name in file.keys()}  # noqa: SIM118
+        files = {}
+        for file in shards(place):
+            try:
+                files[file] = stack.enter_context(safe_open(file, "pt", backend="pread"))
+            except SafetensorError as bad:
+                raise LorakitError(f"{file} is truncated or corrupt: {bad}; get the file again") from bad
+        yield {
+            file: {name: Later(name, opened.get_slice(name), done) for name in opened.keys()}  # noqa: SIM118
+            for file, opened in files.items()
+        }
 
 
 class Later:
