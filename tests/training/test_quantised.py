@@ -23,6 +23,7 @@ from lorakit.methods.lora import LoRA
 from lorakit.persist import load
 from lorakit.training import quantised
 from lorakit.training.base import load_base
+from lorakit.training.dense_weights import DenseWeights
 from lorakit.training.quantised import Packing, pack, packing_in, write_packed
 from lorakit.training.recipe import QuantSection, make_recipe
 from lorakit.training.run import train
@@ -264,3 +265,49 @@ def test_nan_in_a_checkpoint_names_the_layer(tmp_path: Path) -> None:
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     with pytest.raises(LorakitError, match="model.layers.1.mlp.up_proj.weight: 1 of 1,536 weights are NaN or infinite"):
         load_base(str(base), quant=NF4)
+
+
+# ---- loftq ----
+
+
+def loftq_recipe(base: Path, folder: Path, **changes: Any) -> Any:
+    folder.mkdir(exist_ok=True)
+    adapter = {"rank": 8, "alpha": 16, "init": "loftq"}
+    return recipe_of(base, folder, quant="nf4", adapter=adapter, train__steps=2, **changes)
+
+
+def test_loftq_starts_nearer_to_the_dense_base_than_4_bits_alone(base: Path, tmp_path: Path) -> None:
+    recipe = loftq_recipe(base, tmp_path, train__lr=1e-12)
+    run = train(recipe)
+    packed, dense = load_base(str(base), quant=NF4)[0], load_base(str(base))[0]
+    without = (logits(packed) - logits(dense)).norm()
+    attach(packed, load(run.adapter_dir))
+    assert (logits(packed) - logits(dense)).norm() < 0.95 * without
+    update = next(u for u in load(run.adapter_dir).updates if u.site.path.endswith("layers.0.mlp.up_proj"))
+    residual = dense.model.layers[0].mlp.up_proj.weight - nf4.dequantize(
+        nf4.quantize(dense.model.layers[0].mlp.up_proj.weight)
+    )
+    exact = torch.linalg.svdvals(residual)
+    left = residual - 2 * update.tensors["up"] @ update.tensors["down"]  # alpha / rank = 2
+    assert_close(left.norm(), exact[8:].norm(), dtype=torch.bfloat16)  # two steps of almost no length were taken
+
+
+def test_loftq_reads_gpt2_s_layers_the_right_way_round(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=4, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer().save_pretrained(tmp_path / "gpt2")
+    dense = load_base(str(tmp_path / "gpt2"))[0]
+    own = [site for site in sites(dense).sites if site.path != "lm_head"]  # which is tied
+    found = DenseWeights(str(tmp_path / "gpt2"), own, "causal-lm", ())
+    for site in own:
+        weight = dense.get_submodule(site.path).weight
+        assert torch.equal(found[site.key], weight.T if site.kind == "transposed-linear" else weight)
+    assert len(found) == len(list(found)) == len(own)
+    with pytest.raises(RecipeError, match="init loftq: .* has no tensor of its own for lm_head; exclude them"):
+        DenseWeights(str(tmp_path / "gpt2"), sites(dense).sites, "causal-lm", ())
+
+
+def test_loftq_needs_the_dense_base(packed: Path, tmp_path: Path) -> None:
+    recipe = loftq_recipe(packed, tmp_path / "run")
+    with pytest.raises(RecipeError, match="init loftq starts from the dense weights, and .* holds packed ones"):
+        train(recipe)

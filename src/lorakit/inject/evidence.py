@@ -11,6 +11,7 @@ weight, a quantised one too, follows from the layer's input and the gradient of 
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.host import Host
-from lorakit.core.init import init_of
+from lorakit.core.init import Need, init_of
 from lorakit.core.registry import host_at
 from lorakit.core.site import Site
 from lorakit.core.spec import AdapterSpec
@@ -38,13 +39,20 @@ def needs(spec: AdapterSpec) -> bool:
     return any(init.needs is not None for method in methods if (init := init_of(method)) is not None)
 
 
+def sites_that_need(model: nn.Module, spec: AdapterSpec, need: Need) -> list[Site]:
+    """Return the sites of `spec` whose start asks for one kind of evidence."""
+    found = resolve(spec, sites(model))
+    return [m.site for m in found if (init := init_of(m.method)) is not None and init.needs == need]
+
+
 def gather(
     model: nn.Module,
     spec: AdapterSpec,
     batches: Iterable[Any] = (),
     *,
     loss: Callable[[Any, Any], Tensor] | None = None,
-) -> dict[str, Tensor]:
+    weights: Mapping[str, Tensor] | None = None,
+) -> Mapping[str, Tensor]:
     """Return what the initialisations of `spec` ask for, by the key of each site, for `attach(..., evidence=...)`.
 
     Memory beside the model, in fp32 on the CPU: n x n values for each site of EVA, m x n for each of LoRA-GA or LoftQ,
@@ -57,6 +65,8 @@ def gather(
         batches: a few batches, each the keyword arguments of the model (a mapping) or its input (a tensor). Tokens
             whose label is -100, or without labels those the attention mask hides, do not count as inputs. LoftQ needs
             no batch.
+        weights: the dense weights by the key of each site, for LoftQ on a model that is quantised already; it may read
+            them one by one. Without it they are the model's own.
         loss: runs the model on a batch, `(model, batch)`, and returns the mean loss, for gradients; by default what
             the model gives back as `.loss`.
 
@@ -88,8 +98,9 @@ def gather(
                 f"layers:\n{listing(missed)}"
             )
     measured = {probe.site.key: probe.result(need_of[probe.site.key], count) for probe in probes}
-    weights = {s.key: _weight(modules[s.path], s) for s, need in found if need == "weight"}
-    return {site.key: {**measured, **weights}[site.key] for site, _ in found}
+    if weights is None:
+        weights = {s.key: _weight(modules[s.path], s) for s, need in found if need == "weight"}
+    return ChainMap(measured, weights)  # type: ignore[arg-type]  # nothing is written through it
 
 
 @dataclass

@@ -189,10 +189,12 @@ def _attached(recipe: Recipe, stage: Stage, saved: Path | None) -> Handle:
     from itertools import islice
 
     from lorakit.inject.attach import attach
-    from lorakit.inject.evidence import gather, needs
+    from lorakit.inject.evidence import gather, needs, sites_that_need
     from lorakit.persist.native import load_native
+    from lorakit.training.dense_weights import DenseWeights
     from lorakit.training.loss import batches, mean_of_batch
     from lorakit.training.order import row_order
+    from lorakit.training.quantised import packing_in
 
     if not needs(stage.spec):
         return attach(stage.model, stage.spec)
@@ -200,7 +202,11 @@ def _attached(recipe: Recipe, stage: Stage, saved: Path | None) -> Handle:
         return attach(stage.model, load_native(saved))
     first = stage.train.dataset.select(list(islice(row_order(recipe, stage), EVIDENCE_BATCHES * stage.batch_rows)))
     few = batches(first, stage.batch_rows, stage.tokenizer.pad_token_id, stage.model.device)
-    return attach(stage.model, stage.spec, evidence=gather(stage.model, stage.spec, few, loss=mean_of_batch))
+    dense = None
+    if packing_in(stage.model) is not None and (weighed := sites_that_need(stage.model, stage.spec, "weight")):
+        dense = DenseWeights(recipe.model, weighed, stage.task, stage.labels)
+    evidence = gather(stage.model, stage.spec, few, loss=mean_of_batch, weights=dense)
+    return attach(stage.model, stage.spec, evidence=evidence)
 
 
 def _trainer(
