@@ -110,3 +110,22 @@ def test_merging_into_4_bits_is_asked_for_and_measured(packed: Path, base: Path,
     assert "could not hold" in invoke("merge", tmp_path / "run", "--lossy", "--output", tmp_path / "merged").stdout
     load_base(str(tmp_path / "merged"))
     assert answer("merge", tmp_path / "run", "--base", base, "--output", tmp_path / "dense")["update_lost"] < 1e-5
+
+
+def test_merging_into_what_4_bits_stand_for_gives_the_trained_model(base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, base)
+    assert invoke("train", recipe, "--set", "quant=nf4", "--set", "adapter.init=loftq").exit_code == 0
+    refused = invoke("merge", tmp_path / "run", "--output", tmp_path / "merged")
+    assert refused.exit_code == 2
+    assert "part of it corrects what 4 bits lost" in refused.stderr
+    said = answer("merge", tmp_path / "run", "--dequantize", "--output", tmp_path / "merged")
+    assert said["update_lost"] < 1e-5
+    scored = answer("evaluate", tmp_path / "run")["after"]["loss"]
+    merged = answer("evaluate", tmp_path / "merged", "--data", tmp_path / "valid.jsonl")["before"]["loss"]
+    assert scored == pytest.approx(merged, rel=1e-5)
+
+
+def test_a_dense_base_cannot_be_dequantized(base: Path, tmp_path: Path) -> None:
+    assert invoke("train", write_recipe(tmp_path, base)).exit_code == 0
+    refused = invoke("merge", tmp_path / "run", "--dequantize", "--output", tmp_path / "merged")
+    assert f"{base} is not in 4 bits, so there is nothing to dequantize" in refused.stderr

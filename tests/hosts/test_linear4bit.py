@@ -111,6 +111,18 @@ def test_gpt2_s_layer_keeps_its_meaning() -> None:
     assert (layer.in_features, layer.out_features, layer.transposed) == (12, 8, True)
     assert_close(layer(x), x @ layer.dense().T + conv.bias)
     assert nf4.error(conv.weight.T, layer.quantized).relative < 0.15
+    assert type(layer.to_dense()) is Conv1D
+    assert_close(layer.to_dense()(x), layer(x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_layer_becomes_dense_again(bias: bool) -> None:
+    layer, x = Linear4bit.of(nn.Linear(64, 48, bias=bias).eval()), torch.randn(2, 64)
+    dense = layer.to_dense(torch.bfloat16)
+    assert type(dense) is nn.Linear
+    assert dense.training is False
+    assert {p.dtype for p in dense.parameters()} == {torch.bfloat16}
+    assert_close(layer.to_dense()(x), layer(x))
 
 
 # ---- its state ----

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lorakit.core.state import AdapterState
+
 MARK = "lorakit-merge.json"
 """What a merge was, in the folder it wrote: by it a later merge knows that the folder may be replaced."""
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
@@ -58,6 +60,9 @@ def merge(
     lossy: Annotated[
         bool, typer.Option("--lossy", help="Merge into the 4-bit base, which rounds the sum again; says what it cost.")
     ] = False,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Merge into what the 4-bit base stands for, and write that dense.")
+    ] = False,
     stream: Annotated[
         bool, typer.Option("--stream", help="Merge the base's files tensor by tensor, without loading the model.")
     ] = False,
@@ -71,13 +76,16 @@ def merge(
         found = find(source, base)
         state = need_adapter(found, source)
         _refuse_to_overwrite(Path(output))
+        _refuse_a_correction(state, lossy or dequantize)
         if stream:
             from lorakit.cli.merge_stream import merge_stream
 
-            _refuse_with_stream({"--untie": untie, "--lossy": lossy})
+            _refuse_with_stream({"--untie": untie, "--lossy": lossy, "--dequantize": dequantize})
             merge_stream(found, state, source, output, dtype, out)
             return
-        model, tokenizer = _load(found, dtype, packed=lossy)
+        model, tokenizer = _load(found, dtype, packed=lossy or dequantize)
+        if dequantize:
+            _make_dense(model, found)
         kind = str(model.dtype).removeprefix("torch.")
         ids = [tokenizer(text)["input_ids"] for text in PROMPTS]
         out.note(f"merging {source} into {found.base} in {kind} ...")
@@ -217,6 +225,25 @@ def loader(found: Source) -> str:
 
 def gap(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
+
+
+def _make_dense(model: PreTrainedModel, found: Source) -> None:
+    from lorakit.training.quantised import make_dense, packing_in
+
+    if packing_in(model) is None:
+        raise MergeError(f"{found.base} is not in 4 bits, so there is nothing to dequantize; leave --dequantize out")
+    make_dense(model, model.dtype)
+
+
+def _refuse_a_correction(state: AdapterState, on_packed: bool) -> None:
+    """Raise `MergeError` for a start that corrects a 4-bit base, on the way into one that needs no correction."""
+    from lorakit.core.init import init_of
+
+    if not on_packed and any((init := init_of(u.method)) and init.name == "loftq" for u in state.updates):
+        raise MergeError(
+            "the adapter started by LoftQ, so part of it corrects what 4 bits lost, and the 16-bit base lost nothing; "
+            "give --dequantize, which merges into what the 4-bit base stands for"
+        )
 
 
 def _refuse_with_stream(given: dict[str, bool]) -> None:

@@ -84,6 +84,21 @@ class Linear4bit(nn.Module):
             return found
         return dequantize(value)
 
+    def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Return the dense layer of the same product, of the class it was made of: the inverse of `of`."""
+        weight, bias = self.dense(dtype), None if self.bias is None else self.bias.detach()
+        if self.transposed:
+            from transformers.pytorch_utils import Conv1D
+
+            made: nn.Module = Conv1D(self.out_features, self.in_features)  # type: ignore[no-untyped-call]
+            weight, bias = weight.T.contiguous(), weight.new_zeros(self.out_features) if bias is None else bias
+        else:
+            made = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
+        made.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            made.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
+        return made.train(self.training)
+
     def forward(self, x: Tensor) -> Tensor:
         """Return `x W^T + b` in the dtype of `x`, or autocast's."""
         if torch.is_autocast_enabled(x.device.type):

@@ -153,6 +153,13 @@ def _is_packed(model: nn.Module, path: str) -> bool:
     return isinstance(model.get_submodule(path), Linear4bit)
 
 
+@torch.no_grad()
+def make_dense(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put a dense layer in the place of every packed one, in place: the inverse of packing, up to what it lost."""
+    for path, layer in [(path, m) for path, m in model.named_modules() if isinstance(m, Linear4bit)]:
+        model.set_submodule(path, layer.to_dense(dtype))
+
+
 def write_packed(model: PreTrainedModel, packing: Packing, folder: Path) -> None:
     """Write a packed model as Hugging Face and bitsandbytes keep one; the tokenizer is the caller's to add."""
     model.save_pretrained(folder)
