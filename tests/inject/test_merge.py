@@ -10,7 +10,7 @@ from lorakit.core.spec import AdapterSpec, Targets
 from lorakit.errors import MergeError
 from lorakit.inject.activate import active, use
 from lorakit.inject.attach import adapters_named
-from lorakit.inject.merge import merge
+from lorakit.inject.merge import Tally, merge
 from lorakit.methods.lora import LoRA
 from tests.inject.test_attach import IDS, gpt2, llama, moved
 from tests.law.cases import Net
@@ -115,3 +115,16 @@ def test_leaving_a_choice_after_merging_inside_it_is_quiet() -> None:
         merge(model)
     assert active(model) == {"b": 1.0}
     assert not [name for name, _ in model.named_parameters() if ".q_proj.adapters" in name]
+
+
+def test_what_rounding_took_is_counted_over_all_layers_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Updates of 3 and 4 (norm 5) of which 0.3 and 0.4 are lost: a tenth, whatever the blocks."""
+    monkeypatch.setattr("lorakit.inject.merge._BLOCK", 4)
+    tally = Tally()
+    for update in (3.0, 4.0):
+        before, total = torch.zeros(5, 2), torch.zeros(5, 2)
+        total[4, 1] = update
+        tally.add(before, total, 0.9 * total)
+    report = tally.report()
+    assert report.layers == 2
+    assert [report.update_lost, report.largest_change, report.largest_rounding] == pytest.approx([0.1, 4.0, 0.4])

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     GPT2Config,
     LlamaConfig,
+    LlamaForCausalLM,
     MixtralConfig,
 )
 
@@ -174,6 +175,27 @@ def test_another_dtype_is_the_one_a_merge_in_memory_writes(kept: str, asked: str
     index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors(tmp_path / "merged").values())
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+
+
+def test_what_transformers_keeps_wide_stays_wide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the correction of a router in DeepSeek-V3, here the norms of a block."""
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["layers.*.input_layernorm"])
+    base = save_base(tmp_path / "base", "llama")
+    adapter = trained(base, AdapterSpec(LoRA(4)))
+    report = streamed(base, adapter, tmp_path / "merged", dtype=torch.bfloat16)
+    assert report.dtypes == ("bfloat16", "float32")
+    assert_same(tensors(tmp_path / "merged"), tensors(in_memory(base, adapter, tmp_path / "memory", "bf16")))
+
+
+def test_what_transformers_does_not_ask_for_is_not_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = save_base(tmp_path / "base", "llama", shards="1GB")
+    adapter = trained(base, AdapterSpec(LoRA(4)))
+    file = base / "model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if k != "model.norm.weight"}, file, {"format": "pt"})
+    assert "model.norm.weight: the files of the base have no tensor for it" in refused(base, adapter, tmp_path / "one")
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_missing", [r"model\.norm"])
+    streamed(base, adapter, tmp_path / "two")
+    assert layout(tmp_path / "two") == layout(base)
 
 
 def test_a_classifier_with_its_head_is_written_as_in_memory(tmp_path: Path) -> None:
