@@ -115,6 +115,9 @@ KINDS: dict[str, Kind] = {
     "module": Kind(MLP, lambda: torch.randn(3, 5, 12)),
 }
 
+DENSE = [kind for kind in KINDS if not KINDS[kind].lossy]
+"""The kinds that others know as well, and whose merged weights are kept."""
+
 METHODS: dict[str, Method] = {
     "lora": LoRA(rank=4, alpha=8.0),
     "lora, rank-stabilised": LoRA(rank=4, alpha=8.0, stabilised=True),

@@ -20,7 +20,7 @@ from lorakit.inject.attach import adapters_named, attach
 from lorakit.inject.merge import merge
 from lorakit.persist import load
 from tests.conftest import ROOT
-from tests.law.cases import KINDS, Net, dense, inputs, jitter, weight_of
+from tests.law.cases import DENSE, KINDS, Net, dense, inputs, jitter, weight_of
 from tests.methods.test_registry import SITES, expected
 from tests.tolerances import assert_close
 from tests.training.samples import pairs, save_base, write_rows
@@ -56,7 +56,7 @@ def test_an_update_of_rank_one_factors_has_the_rank_of_the_weight(hira: Callable
     assert int(torch.linalg.matrix_rank(hira(1).delta(p, weight))) == 6  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "module"])
+@pytest.mark.parametrize("kind", [kind for kind in DENSE if kind != "module"])
 def test_the_laws_hold_on_every_layer_kind(hira: Callable[..., Method], kind: str) -> None:
     model, x = Net(KINDS[kind].layer()), inputs(kind)
     before = model(x)

@@ -14,12 +14,12 @@ from lorakit.core.spec import AdapterSpec, Targets
 from lorakit.inject.attach import adapters_named, attach
 from lorakit.inject.merge import merge
 from lorakit.methods.lora import LoRA
-from tests.law.cases import KINDS, Kind, Net, jitter
+from tests.law.cases import DENSE, KINDS, Kind, Net, jitter
 from tests.tolerances import assert_close
 
 DIVERGING = ("conv1d", "conv2d, circular, no bias", "conv2d, grouped, reflected")
 """PEFT 0.21's convolutions drop the base's dilation and padding mode; the last test shows that they do."""
-LAYERS = [kind for kind in KINDS if kind != "module"]
+LAYERS = [kind for kind in DENSE if kind != "module"]
 """A module that holds layers has no low-rank update, here or in PEFT."""
 
 SHARED = {kind: KINDS[kind] for kind in LAYERS if kind not in DIVERGING} | {

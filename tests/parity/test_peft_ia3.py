@@ -14,11 +14,11 @@ from lorakit.core.spec import AdapterSpec, Targets
 from lorakit.inject.attach import adapters_named, attach
 from lorakit.inject.merge import merge
 from lorakit.methods.ia3 import IA3
-from tests.law.cases import KINDS, Kind, Net, jitter
+from tests.law.cases import DENSE, KINDS, Kind, Net, jitter
 from tests.tolerances import assert_close
 
 Side = Literal["output", "input"]
-PEFT_KINDS = {kind: KINDS[kind] for kind in KINDS if kind.startswith(("linear", "transposed", "conv2d", "conv3d"))}
+PEFT_KINDS = {kind: KINDS[kind] for kind in DENSE if kind.startswith(("linear", "transposed", "conv2d", "conv3d"))}
 """PEFT has no IA3 of an embedding or of a one-dimensional convolution."""
 
 
