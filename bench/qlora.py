@@ -4,7 +4,7 @@ Memory: the peak resident memory of a whole process (what `/usr/bin/time -v` pri
 of 350M parameters, less that of a process that imports the same libraries: on the 16-bit base, on one that
 is packed while it is read, and on one packed before. Quality: LoRA on 16 and on 4 bits, same seeds, same data: the
 quickstart's task on the bundled base, and SST-2 on MiniLM.
-Run: python bench/qlora.py [memory] [quality]
+Run: python bench/qlora.py [memory] [quality]; quality goes on where it stopped
 """
 
 from __future__ import annotations
@@ -14,11 +14,16 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from record import RESULTS, record
+
+if TYPE_CHECKING:
+    from lorakit.training.recipe import Recipe
 
 LAYERS, WIDTH, INNER = 27, 1024, 2816
 ROWS, TOKENS, STEPS = 1, 128, 4
@@ -106,50 +111,62 @@ def memory() -> dict[str, Any]:
     }
 
 
-def quality() -> list[dict[str, Any]]:
-    """Return the scores of LoRA on 16 and on 4 bits."""
-    import glue
+def quality(kept: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the score of each run that is not among the `kept` ones: both tasks, both bases, three seeds."""
+    for task, run in (("quickstart", quickstart), ("sst2", sst2)):
+        for seed in (0, 1, 2):
+            for base in ("16-bit", "4-bit"):
+                key = {"task": task, "base": base, "seed": seed}
+                if not any(key.items() <= row.items() for row in kept):
+                    yield {**key, **run(base, seed)}
+
+
+def quickstart(base: str, seed: int) -> dict[str, Any]:
+    """Train LoRA on the bundled base and return the share of held-out records that are told whole."""
     import methods
 
     from lorakit import attach, load
     from lorakit.training.base import load_base
-    from lorakit.training.evaluate import evaluate
-    from lorakit.training.recipe import QuantSection
     from lorakit.training.run import train
 
-    task, found = methods.write_rows(), []
-    for quant in (None, QuantSection()):
-        kind = "16-bit" if quant is None else "4-bit"
-        for seed in (0, 1, 2):
-            with tempfile.TemporaryDirectory() as place:
-                wanted = methods.recipe("lora", 5e-3, Path(place) / "run")
-                trained = wanted.train.model_copy(update={"seed": seed})
-                wanted = wanted.model_copy(update={"quant": quant, "train": trained})
-                done = train(wanted)
-                model, tokenizer = load_base("lorakit/tales", dtype="fp32", quant=quant)
-                attach(model, load(done.adapter_dir))
-                (Path(place) / "run" / "data").mkdir()
-                held = (methods.WORK / "data" / "held-out.jsonl").read_bytes()
-                (Path(place) / "run" / "data" / "held-out.jsonl").write_bytes(held)
-                scored = methods.measure(model, tokenizer, wanted, task)
-                row = {"task": "quickstart", "base": kind, "seed": seed, "score": scored.told,
-                       "perplexity": scored.perplexity}  # fmt: skip
-            print(row, flush=True)
-            found.append(row)
-        for seed in (0, 1, 2):
-            with tempfile.TemporaryDirectory() as place:
-                wanted = glue.recipe("sst2", "lora-all", 1e-3, seed, f"{place}/run")
-                wanted = wanted.model_copy(update={"quant": quant})
-                done = train(wanted)
-                model, tokenizer = load_base(glue.encoder(), task="classification", labels=done.labels, quant=quant)
-                attach(model, load(done.adapter_dir))
-                section = wanted.data.model_copy(update={"labels": done.labels})
-                test = str(glue.DATA / "sst2" / "test.jsonl")
-                accuracy = evaluate(model, tokenizer, test, section, batch_size=64).accuracy
-                row = {"task": "sst2", "base": kind, "seed": seed, "score": accuracy}
-            print(row, flush=True)
-            found.append(row)
-    return found
+    task = methods.write_rows()
+    with tempfile.TemporaryDirectory() as place:
+        wanted = with_base(methods.recipe("lora", 5e-3, Path(place) / "run"), base, seed)
+        done = train(wanted)
+        model, tokenizer = load_base("lorakit/tales", dtype="fp32", quant=wanted.quant)
+        attach(model, load(done.adapter_dir))
+        (Path(place) / "run" / "data").mkdir()
+        held = (methods.WORK / "data" / "held-out.jsonl").read_bytes()
+        (Path(place) / "run" / "data" / "held-out.jsonl").write_bytes(held)
+        scored = methods.measure(model, tokenizer, wanted, task)
+    return {"score": scored.told, "perplexity": scored.perplexity}
+
+
+def sst2(base: str, seed: int) -> dict[str, Any]:
+    """Train LoRA on MiniLM and return the test accuracy."""
+    import glue
+
+    from lorakit import attach, load
+    from lorakit.training.base import load_base
+    from lorakit.training.evaluate import evaluate
+    from lorakit.training.run import train
+
+    with tempfile.TemporaryDirectory() as place:
+        wanted = with_base(glue.recipe("sst2", "lora-all", 1e-3, seed, f"{place}/run"), base, seed)
+        done = train(wanted)
+        model, tokenizer = load_base(glue.encoder(), task="classification", labels=done.labels, quant=wanted.quant)
+        attach(model, load(done.adapter_dir))
+        section = wanted.data.model_copy(update={"labels": done.labels})
+        test = str(glue.DATA / "sst2" / "test.jsonl")
+        return {"score": evaluate(model, tokenizer, test, section, batch_size=64).accuracy}
+
+
+def with_base(wanted: Recipe, base: str, seed: int) -> Recipe:
+    """Return the recipe on a base in 16 bits or in 4, with a seed."""
+    from lorakit.training.recipe import QuantSection
+
+    train = wanted.train.model_copy(update={"seed": seed})
+    return wanted.model_copy(update={"quant": QuantSection() if base == "4-bit" else None, "train": train})
 
 
 def main() -> None:
@@ -158,10 +175,17 @@ def main() -> None:
         return
     wanted = sys.argv[1:] or ["memory", "quality"]
     file = RESULTS / "qlora.json"
-    kept = json.loads(file.read_text()) if file.exists() else {}
-    found = {name: kept[name] for name in ("memory", "quality") if name in kept}
-    found |= {name: {"memory": memory, "quality": quality}[name]() for name in wanted}
-    record("qlora", (__doc__ or "").splitlines()[0], ("torch", "transformers", "bitsandbytes"), **found)
+    found = json.loads(file.read_text()) if file.exists() else {}
+    found = {name: found[name] for name in ("memory", "quality") if name in found}
+    keep = partial(record, "qlora", (__doc__ or "").splitlines()[0], ("torch", "transformers", "bitsandbytes"))
+    if "memory" in wanted:
+        found["memory"] = memory()
+        keep(**found)
+    if "quality" in wanted:
+        for row in quality(found.setdefault("quality", [])):
+            print(row, flush=True)
+            found["quality"].append(row)
+            keep(**found)
 
 
 if __name__ == "__main__":
