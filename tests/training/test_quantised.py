@@ -171,6 +171,22 @@ def test_a_packed_checkpoint_reloads_as_it_is(base: Path, packed: Path) -> None:
     assert (found.settings, found.dense) == (NF4, ["lm_head"])
 
 
+def test_what_is_dense_in_a_packed_checkpoint_comes_in_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
+    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+                         num_attention_heads=4, num_key_value_heads=4, pad_token_id=0, dtype="bfloat16")  # fmt: skip
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    packing, packed = Packing(NF4), tmp_path / "packed"
+    write_packed(pack(str(tmp_path / "base"), packing, torch.device("cpu")), packing, packed)
+    tokenizer().save_pretrained(packed)
+    again, fresh = (
+        load_base(str(packed), dtype="fp32")[0],
+        load_base(str(tmp_path / "base"), dtype="fp32", quant=NF4)[0],
+    )
+    assert {p.dtype for p in again.parameters() if p.is_floating_point()} == {torch.float32}
+    assert torch.equal(logits(again), logits(fresh))
+
+
 def test_transformers_with_bitsandbytes_loads_it_with_the_same_bytes(tmp_path: Path) -> None:
     """Widths are whole blocks: bitsandbytes' kernel misplaces the scales of rows that are not."""
     pytest.importorskip("bitsandbytes")

@@ -76,7 +76,8 @@ def merge(
         found = find(source, base)
         state = need_adapter(found, source)
         _refuse_to_overwrite(Path(output))
-        _refuse_a_correction(state, lossy or dequantize)
+        _refuse_both(lossy, dequantize)
+        _refuse_a_correction(state, dequantize)
         if stream:
             from lorakit.cli.merge_stream import merge_stream
 
@@ -84,8 +85,10 @@ def merge(
             merge_stream(found, state, source, output, dtype, out)
             return
         model, tokenizer = _load(found, dtype, packed=lossy or dequantize)
+        if lossy or dequantize:
+            _refuse_dense(model, found, "--dequantize" if dequantize else "--lossy")
         if dequantize:
-            _make_dense(model, found)
+            make_dense(model)
         kind = str(model.dtype).removeprefix("torch.")
         ids = [tokenizer(text)["input_ids"] for text in PROMPTS]
         out.note(f"merging {source} into {found.base} in {kind} ...")
@@ -130,7 +133,8 @@ def merge_proved(
         report = fold(model, untie=untie, lossy=lossy)
     except MergeError as refused:
         said = str(refused).replace("pass untie=True", "give --untie").replace("pass lossy=True", "give --lossy")
-        raise MergeError(said.replace("the 16-bit base instead", "the 16-bit base, named with --base")) from refused
+        advice = "the 16-bit base, named with --base; or give --dequantize, which writes this one dense"
+        raise MergeError(said.replace("the 16-bit base instead", advice)) from refused
     merged = logits_of(model, ids)
     largest = max(float(t.abs().max()) for t in adapted)
     proof = Proof(gap(adapted, merged), largest, gap(adapted, bare), report.layers, report.update_lost)
@@ -187,9 +191,11 @@ def _rounding(kind: str, proof: Proof) -> list[str]:
 def _lost(proof: Proof) -> list[str]:
     """Say what a lossy merge cost."""
     share = proof.max_abs_diff / proof.changed_from_base if proof.changed_from_base else 0.0
+    mostly = ["4 bits lost most of what the adapter learned; --dequantize keeps it"] if share > 0.5 else []
     return [
-        f"4 bits could not hold {proof.update_lost:.0%} of the update (Frobenius), and the logits are off by "
-        f"{share:.0%} of what the adapter moved them by; without --lossy the 16-bit base is merged into"
+        *mostly,
+        f"rounding to 4 bits moved the weights by {proof.update_lost:.0%} of the update itself (Frobenius), and the "
+        f"logits by {share:.0%} of what the adapter moved them by",
     ]
 
 
@@ -227,22 +233,33 @@ def gap(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
 
 
-def _make_dense(model: PreTrainedModel, found: Source) -> None:
-    from lorakit.training.quantised import make_dense, packing_in
+def make_dense(model: PreTrainedModel) -> None:
+    """Put dense layers in the place of packed ones, in the model's dtype."""
+    from lorakit.training import quantised
+
+    quantised.make_dense(model, model.dtype)
+
+
+def _refuse_dense(model: PreTrainedModel, found: Source, option: str) -> None:
+    from lorakit.training.quantised import packing_in
 
     if packing_in(model) is None:
-        raise MergeError(f"{found.base} is not in 4 bits, so there is nothing to dequantize; leave --dequantize out")
-    make_dense(model, model.dtype)
+        raise MergeError(f"{found.base} is not in 4 bits, so {option} means nothing here; leave it out")
 
 
-def _refuse_a_correction(state: AdapterState, on_packed: bool) -> None:
+def _refuse_both(lossy: bool, dequantize: bool) -> None:
+    if lossy and dequantize:
+        raise MergeError("--lossy writes 4 bits and --dequantize writes none; give one of them")
+
+
+def _refuse_a_correction(state: AdapterState, dequantize: bool) -> None:
     """Raise `MergeError` for a start that corrects a 4-bit base, on the way into one that needs no correction."""
     from lorakit.core.init import init_of
 
-    if not on_packed and any((init := init_of(u.method)) and init.name == "loftq" for u in state.updates):
+    if not dequantize and any((init := init_of(u.method)) and init.name == "loftq" for u in state.updates):
         raise MergeError(
-            "the adapter started by LoftQ, so part of it corrects what 4 bits lost, and the 16-bit base lost nothing; "
-            "give --dequantize, which merges into what the 4-bit base stands for"
+            "the adapter started by LoftQ, so part of it corrects what 4 bits lost, and it fits no base that is "
+            "rounded anew; give --dequantize, which merges into what the 4-bit base stands for"
         )
 
 

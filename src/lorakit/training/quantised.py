@@ -237,7 +237,7 @@ def _registered() -> _Classes:
             tensors = {k: v[0] if isinstance(v, list) else v for k, v in input_dict.items()}
             layer = model.get_submodule(full_layer_name.rpartition(".")[0])
             if not isinstance(layer, Linear4bit):
-                return {"weight": tensors["weight"]}
+                return {"weight": tensors["weight"].to(model.get_parameter(full_layer_name).dtype)}
             state = {key.removeprefix("weight").removeprefix("."): tensor for key, tensor in tensors.items()}
             with _told(self.packing):
                 layer.take(from_tensors(state, full_layer_name))
