@@ -45,14 +45,13 @@ def quantize(
         with explained(base), quiet(), atomic_directory(output, clean=True) as draft:
             names, before = checkpoint(base)
             with bar(f"packing {base}", len(names)) as step:
-                packing = Packing(settings, done=lambda name: step())
+                packing = Packing(settings, errors={}, done=lambda name: step())
                 model = pack(base, packing, choose_device("auto"))
             write_packed(model, packing, draft)
             tokenizer.save_pretrained(draft)
         result = {
             "source": base,
             "output": output,
-            "layers": len(packing.errors),
             "bytes_before": before,
             "bytes": sum(file.stat().st_size for file in target.glob("*.safetensors")),
             "seconds": time.perf_counter() - began,
@@ -71,10 +70,11 @@ def quantize(
 
 def _lost(packing: Packing) -> dict[str, Any]:
     """Return what packing cost over all layers, and in the worst one."""
-    errors = packing.errors
+    errors = packing.errors or {}
     worst = max(errors, key=lambda name: errors[name].relative)
     lost, norm = (math.hypot(*(getattr(e, field) for e in errors.values())) for field in ("lost", "norm"))
     return {
+        "layers": len(errors),
         "bits_per_weight": 8 * packing.packed_bytes / packing.weights,
         "relative_error": lost / norm,
         "worst": worst,

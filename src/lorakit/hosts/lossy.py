@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,9 +35,7 @@ class Packed(Lossy):
     def write(self, module: nn.Module, weight: Tensor) -> None:
         """Quantise `weight` as the one before was, and take it."""
         assert isinstance(module, Linear4bit)
-        old = module.quantized
-        value = nf4.quantize(weight.to(old.dtype), old.block_size, old.nested is not None, old.kind)
-        module.take(replace(value, dtype=old.dtype))
+        module.take(_packed_like(module.quantized, weight))
 
 
 class Bnb4bit(Lossy):
@@ -50,8 +47,7 @@ class Bnb4bit(Lossy):
 
     def write(self, module: nn.Module, weight: Tensor) -> None:
         """Quantise `weight` as the one before was, and give it to the layer."""
-        old = quantized_of(module)
-        take(module, nf4.quantize(weight.to(old.dtype), old.block_size, old.nested is not None, old.kind))
+        take(module, _packed_like(quantized_of(module), weight))
 
 
 class Bnb8bit(Lossy):
@@ -79,3 +75,8 @@ class TorchAO(Lossy):
         """Refuse: how the tensor was quantised is torchao's to know."""
         kind = type(module.weight).__name__
         raise MergeError(f"torchao's {kind} cannot be written to; merge into the 16-bit base, then quantise that")
+
+
+def _packed_like(old: nf4.Quantized, weight: Tensor) -> nf4.Quantized:
+    """Return `weight` quantised as another one was."""
+    return nf4.quantize(weight.to(old.dtype), old.block_size, old.nested is not None, old.kind)

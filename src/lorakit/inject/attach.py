@@ -163,10 +163,12 @@ def base_of(model: nn.Module, most: int = 8) -> Base:
     probes: dict[str, tuple[float, ...]] = {}
     skeleton = sites(model)
     for site in (s for s in skeleton.sites if s.kind != "embedding" and s.path not in skeleton.heads):
+        if len(probes) == most:
+            break
         weight = named.get(f"{site.path}.weight")
         lossless = host_at(site, model.get_submodule(site.path)).store.lossless
         readable = weight is not None and lossless and not weight.is_meta and id(weight) not in moved
-        if weight is not None and readable and len(probes) < most:
+        if weight is not None and readable:
             probes[site.path] = probe(weight)
     return Base(getattr(config, "_name_or_path", None) or None, probes)
 

@@ -35,6 +35,7 @@ def sites(model_or_config: Any) -> Skeleton:
     parents = {f"{path}.{name}" if path else name: parent for path, parent in model.named_modules()
                for name, _ in parent.named_children()}  # fmt: skip
     ours: tuple[str, ...] = ()
+    hidden = 0
     for path, module in model.named_modules():
         if isinstance(module, Adapters):
             ours += (f"{path}.",)
@@ -48,6 +49,8 @@ def sites(model_or_config: Any) -> Skeleton:
             others[path] = (name, f"whose weight {parent} reads directly, past the layer's forward")
         else:
             found.append(replace(host.site(path, module), bias=getattr(module, "bias", None) is not None))
+            if not host.store.lossless:  # a packed tensor stands for more weights than it has values
+                hidden += found[-1].out * found[-1].in_ - module.get_parameter("weight").numel()
     blocks = {path: block for path in others if (block := _block(path, model.get_submodule(path), found)) is not None}
     return Skeleton(
         sites=tuple(found),
@@ -56,7 +59,7 @@ def sites(model_or_config: Any) -> Skeleton:
         parts={site.path: parts for site in found if (parts := _parts(site, model))},
         blocks=blocks,
         reader=reader(model),
-        total_parameters=sum(p.numel() for p in _base_parameters(model)) + sum(_hidden(s, model) for s in found),
+        total_parameters=sum(p.numel() for p in _base_parameters(model)) + hidden,
     )
 
 
@@ -75,13 +78,6 @@ def _block(path: str, module: nn.Module, found: list[Site]) -> Site | None:
 
 def _base_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if ".adapters.by_name." not in f".{name}"]
-
-
-def _hidden(site: Site, model: nn.Module) -> int:
-    """Return how many more weights a layer stands for than its packed tensor counts; 0 where nothing is packed."""
-    module = model.get_submodule(site.path)
-    host = host_of(module)
-    return 0 if host is None or host.store.lossless else site.out * site.in_ - module.get_parameter("weight").numel()
 
 
 def _reads_weight(parent: nn.Module, path: str) -> str | None:

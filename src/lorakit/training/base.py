@@ -164,8 +164,6 @@ def _read(
     model, info = quantised.load_packed(
         quantised.model_class(config, task), place, config, packing, dtype=dtype, device=device
     )
-    if (place / "generation_config.json").is_file() and model.can_generate():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(place)
     return model, info
 
 

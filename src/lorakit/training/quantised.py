@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.lazy import need
+from lorakit.core.sublayers import LINEAR_KINDS
 from lorakit.errors import AdapterFileError, LorakitError, RecipeError, SpecError, listing
 from lorakit.hosts import nf4
 from lorakit.hosts.bnb_keys import NAMES, from_tensors
@@ -45,7 +46,8 @@ class Packing:
     """Modules a checkpoint keeps dense, by their names in it; without any, output layers stay dense."""
     weights: int = 0
     packed_bytes: int = 0
-    errors: dict[str, nf4.QuantizationError] = field(default_factory=dict)
+    errors: dict[str, nf4.QuantizationError] | None = None
+    """By layer, where somebody wants to know: measuring costs as much as packing."""
     dense: list[str] = field(default_factory=list)
     """The linear layers that were left as they are."""
     problems: list[str] = field(default_factory=list)
@@ -55,9 +57,8 @@ class Packing:
 
 def settings_of(config: Any) -> QuantSection | None:
     """Return how a checkpoint's configuration says it is packed, or None for one that is not in 4 bits."""
-    kept = getattr(config, "quantization_config", None)
-    kept = kept if isinstance(kept, dict) or kept is None else kept.to_dict()
-    if kept is None or not kept.get("load_in_4bit", kept.get("_load_in_4bit", False)):
+    kept = _quantization(config)
+    if not kept.get("load_in_4bit", kept.get("_load_in_4bit", False)):
         return None
     return QuantSection(
         kind=kept.get("bnb_4bit_quant_type", "fp4"), double_quant=kept.get("bnb_4bit_use_double_quant", False)
@@ -66,9 +67,14 @@ def settings_of(config: Any) -> QuantSection | None:
 
 def skipped_by(config: Any) -> tuple[str, ...]:
     """Return the modules a packed checkpoint keeps dense, as its configuration names them."""
-    kept = getattr(config, "quantization_config", None) or {}
-    kept = kept if isinstance(kept, dict) else kept.to_dict()
-    return tuple(kept.get("llm_int8_skip_modules") or ())
+    return tuple(_quantization(config).get("llm_int8_skip_modules") or ())
+
+
+def _quantization(config: Any) -> dict[str, Any]:
+    """Return what a configuration says of quantisation; empty for a dense checkpoint."""
+    kept: Any = getattr(config, "quantization_config", None) or {}
+    said: dict[str, Any] = kept if isinstance(kept, dict) else kept.to_dict()
+    return said
 
 
 def bnb_config(packing: Packing, compute_dtype: str) -> dict[str, Any]:
@@ -96,7 +102,6 @@ def load_packed(cls: Any, place: Path, config: Any, packing: Packing, *, dtype: 
         dtype: of everything that stays dense.
         device: where each tensor goes before it is packed.
     """
-    made = _registered()
     packing.packed = settings_of(config) is not None
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -105,12 +110,14 @@ def load_packed(cls: Any, place: Path, config: Any, packing: Packing, *, dtype: 
             None,
             config=config,
             state_dict=tensors,
-            quantization_config=made.config(packing),
+            quantization_config=_config_class()(packing),
             dtype=dtype,
             device_map={"": device},
             output_loading_info=True,
         )
     _forget(model)
+    if (place / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = need("transformers", "train").GenerationConfig.from_pretrained(place)
     return model, info
 
 
@@ -131,8 +138,6 @@ def pack(name: str, packing: Packing, device: Any) -> PreTrainedModel:
     model, info = load_packed(cls, place, config, packing, dtype=dtype, device=device)
     if missing := sorted(info["missing_keys"]):
         raise LorakitError(f"{place} has no values for {len(missing)} weights of {kind} ({', '.join(missing[:6])})")
-    if (place / "generation_config.json").is_file() and model.can_generate():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(place)
     return model  # type: ignore[no-any-return]
 
 
@@ -144,8 +149,7 @@ def packing_in(model: nn.Module) -> Packing | None:
     value = layers[0].quantized
     kept = {"kind": value.kind, "block_size": value.block_size, "double_quant": value.nested is not None}
     settings = QuantSection.model_validate(kept)
-    linear = ("linear", "transposed-linear")
-    dense = [s.path for s in sites(model).sites if s.kind in linear and not _is_packed(model, s.path)]
+    dense = [s.path for s in sites(model).sites if s.kind in LINEAR_KINDS and not _is_packed(model, s.path)]
     return Packing(settings, packed=True, dense=dense)
 
 
@@ -175,7 +179,7 @@ def empty_layers(model: nn.Module, skipped: tuple[str, ...] = ()) -> list[str]:
     skeleton = sites(model)
     dense = []
     for site in skeleton.sites:
-        if site.kind not in ("linear", "transposed-linear"):
+        if site.kind not in LINEAR_KINDS:
             continue
         if site.path in skeleton.heads or _named(site.path, skipped):
             dense.append(site.path)
@@ -191,14 +195,9 @@ def _named(path: str, skipped: tuple[str, ...]) -> bool:
     return any(path == name or path.endswith(f".{name}") or path.startswith(f"{name}.") for name in skipped)
 
 
-@dataclass(frozen=True)
-class _Classes:
-    config: Any
-
-
 @cache
-def _registered() -> _Classes:
-    """Make transformers know the quantisation; its classes are imported here and nowhere else."""
+def _config_class() -> Any:
+    """Make transformers know the quantisation, and return what carries a `Packing` through it."""
     need("transformers", "train")
     from transformers.core_model_loading import ConversionOps
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -286,7 +285,7 @@ def _registered() -> _Classes:
         def is_trainable(self) -> bool:
             return True
 
-    return _Classes(FourBitConfig)
+    return FourBitConfig
 
 
 @contextmanager
@@ -309,7 +308,8 @@ def _told(packing: Packing, where: str = "") -> Iterator[None]:
 def _pack(layer: Linear4bit, weight: Tensor, name: str, packing: Packing) -> nn.Parameter:
     made = packing.settings
     value = nf4.quantize(weight, made.block_size, made.double_quant, made.kind)
-    packing.errors[name.rpartition(".")[0]] = nf4.error(weight, value)
+    if packing.errors is not None:
+        packing.errors[name.rpartition(".")[0]] = nf4.error(weight, value)
     packing.weights += weight.numel()
     packing.packed_bytes += round(value.bits_per_weight * weight.numel() / 8)
     layer.take(value)
