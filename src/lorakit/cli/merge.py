@@ -88,6 +88,8 @@ def merge(
         if lossy or dequantize:
             _refuse_dense(model, found, "--dequantize" if dequantize else "--lossy")
         if dequantize:
+            from lorakit.training.quantised import make_dense
+
             make_dense(model)
         kind = str(model.dtype).removeprefix("torch.")
         ids = [tokenizer(text)["input_ids"] for text in PROMPTS]
@@ -233,17 +235,10 @@ def gap(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
 
 
-def make_dense(model: PreTrainedModel) -> None:
-    """Put dense layers in the place of packed ones, in the model's dtype."""
-    from lorakit.training import quantised
-
-    quantised.make_dense(model, model.dtype)
-
-
 def _refuse_dense(model: PreTrainedModel, found: Source, option: str) -> None:
-    from lorakit.training.quantised import packing_in
+    from lorakit.training.quantised import is_packed
 
-    if packing_in(model) is None:
+    if not is_packed(model):
         raise MergeError(f"{found.base} is not in 4 bits, so {option} means nothing here; leave it out")
 
 

@@ -52,19 +52,21 @@ def shards(place: Path) -> list[Path]:
 def checkpoint(name: str) -> tuple[list[str], int]:
     """Return the names of a base's tensors, and the bytes of its files."""
     place = place_of(name)
-    with open_tensors(place, lambda _: None) as tensors:
+    with open_tensors(place) as tensors:
         return list(tensors), sum(file.stat().st_size for file in shards(place))
 
 
 @contextmanager
-def open_tensors(place: Path, done: Callable[[str], None]) -> Iterator[Mapping[str, Later]]:
+def open_tensors(place: Path, done: Callable[[str], None] = lambda name: None) -> Iterator[Mapping[str, Later]]:
     """Yield every tensor of a checkpoint by name, read by `pread`: a mapped file would count as memory, all of it."""
     with open_shards(place, done) as files:
         yield {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
 
 
 @contextmanager
-def open_shards(place: Path, done: Callable[[str], None]) -> Iterator[Mapping[Path, Mapping[str, Later]]]:
+def open_shards(
+    place: Path, done: Callable[[str], None] = lambda name: None
+) -> Iterator[Mapping[Path, Mapping[str, Later]]]:
     """Yield the files of a checkpoint, each with its tensors by name.
 
     Raises:

@@ -31,7 +31,7 @@ class DenseWeights(Mapping[str, Tensor]):
                 f"init loftq starts from the dense weights, and {base} holds packed ones; set model to the base it was "
                 "made of, and quant to how to pack it"
             )
-        with open_tensors(self._place, lambda _: None) as stored:
+        with open_tensors(self._place) as stored:
             sources = checkpoint_of(model, stored).sources
         self._names = {key: sources.get(f"{site.path}.weight", []) for key, site in self._sites.items()}
         if absent := [key for key, names in self._names.items() if len(names) != 1]:
@@ -39,7 +39,7 @@ class DenseWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, key: str) -> Tensor:
         site, (name,) = self._sites[key], self._names[key]
-        with open_tensors(self._place, lambda _: None) as stored:
+        with open_tensors(self._place) as stored:
             weight = stored[name][...].to(torch.float32)
         weight = weight.T if site.kind == "transposed-linear" else weight
         return weight if site.rows is None else weight[site.rows[0] : site.rows[1]]

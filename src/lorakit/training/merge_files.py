@@ -77,7 +77,7 @@ def merging_files(
     """
     model = load_empty(base, task=task, labels=labels)
     place = place_of(base)
-    with open_shards(place, lambda _: None) as files:
+    with open_shards(place) as files:
         found = checkpoint_of(model, {name: tensor for tensors in files.values() for name, tensor in tensors.items()})
         absent = found.missing(state.trained)
         merge = StreamedMerge(model, state)

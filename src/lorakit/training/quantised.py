@@ -141,27 +141,30 @@ def pack(name: str, packing: Packing, device: Any) -> PreTrainedModel:
     return model  # type: ignore[no-any-return]
 
 
+def is_packed(model: nn.Module) -> bool:
+    """Return whether any layer of a model is packed."""
+    return any(isinstance(module, Linear4bit) for module in model.modules())
+
+
 def packing_in(model: nn.Module) -> Packing | None:
     """Return how a model's layers are packed, or None where none of them is."""
-    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
-    if not layers:
+    first = next((module for module in model.modules() if isinstance(module, Linear4bit)), None)
+    if first is None:
         return None
-    value = layers[0].quantized
+    value = first.quantized
     kept = {"kind": value.kind, "block_size": value.block_size, "double_quant": value.nested is not None}
     settings = QuantSection.model_validate(kept)
-    dense = [s.path for s in sites(model).sites if s.kind in LINEAR_KINDS and not _is_packed(model, s.path)]
+    dense = [
+        s.path for s in sites(model).sites if s.kind in LINEAR_KINDS and not is_packed(model.get_submodule(s.path))
+    ]
     return Packing(settings, packed=True, dense=dense)
 
 
-def _is_packed(model: nn.Module, path: str) -> bool:
-    return isinstance(model.get_submodule(path), Linear4bit)
-
-
 @torch.no_grad()
-def make_dense(model: nn.Module, dtype: torch.dtype) -> None:
-    """Put a dense layer in the place of every packed one, in place: the inverse of packing, up to what it lost."""
+def make_dense(model: PreTrainedModel) -> None:
+    """Put dense layers, in the model's dtype, in the place of packed ones: the inverse of packing but for its loss."""
     for path, layer in [(path, m) for path, m in model.named_modules() if isinstance(m, Linear4bit)]:
-        model.set_submodule(path, layer.to_dense(dtype))
+        model.set_submodule(path, layer.to_dense(model.dtype))
 
 
 def write_packed(model: PreTrainedModel, packing: Packing, folder: Path) -> None:

@@ -194,7 +194,7 @@ def _attached(recipe: Recipe, stage: Stage, saved: Path | None) -> Handle:
     from lorakit.training.dense_weights import DenseWeights
     from lorakit.training.loss import batches, mean_of_batch
     from lorakit.training.order import row_order
-    from lorakit.training.quantised import packing_in
+    from lorakit.training.quantised import is_packed
 
     if not needs(stage.spec):
         return attach(stage.model, stage.spec)
@@ -203,7 +203,7 @@ def _attached(recipe: Recipe, stage: Stage, saved: Path | None) -> Handle:
     first = stage.train.dataset.select(list(islice(row_order(recipe, stage), EVIDENCE_BATCHES * stage.batch_rows)))
     few = batches(first, stage.batch_rows, stage.tokenizer.pad_token_id, stage.model.device)
     dense = None
-    if packing_in(stage.model) is not None and (weighed := sites_that_need(stage.model, stage.spec, "weight")):
+    if is_packed(stage.model) and (weighed := sites_that_need(stage.model, stage.spec, "weight")):
         dense = DenseWeights(recipe.model, weighed, stage.task, stage.labels)
     evidence = gather(stage.model, stage.spec, few, loss=mean_of_batch, weights=dense)
     return attach(stage.model, stage.spec, evidence=evidence)
