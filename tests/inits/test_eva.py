@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lorakit import load, save
+from lorakit.core.method import Static
+from lorakit.core.registry import host_of
 from lorakit.core.spec import AdapterSpec, Targets
 from lorakit.inits.eva import Eva
-from lorakit.inject.attach import adapters_named, attach
+from lorakit.inject.attach import adapters_named, attach, state
 from lorakit.inject.evidence import gather
+from lorakit.methods.dora import DoRA
 from lorakit.methods.lora import LoRA
 from tests.inits.samples import started
-from tests.law.cases import KINDS, Net
+from tests.law.cases import KINDS, Net, jitter
 from tests.tolerances import assert_close
 
 
@@ -83,3 +90,102 @@ def test_tokens_that_do_not_count_are_left_out(said: str) -> None:
     batch = {"x": x, said: marks[said]}
     assert gather(model, spec, [batch])["layer"].tolist() == [[9.0, 0.0], [0.0, 0.0]]
     assert gather(model, spec, [{"x": x}])["layer"].tolist() == [[9.0, 0.0], [0.0, 25.0]]
+
+
+class Beside(nn.Module):
+    """Three layers side by side, each reading features of its own."""
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.one, self.two, self.three = (nn.Linear(4, 4, bias=bias) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two, three = (part.contiguous() for part in x.split(4, dim=-1))
+        y: Tensor = self.one(one) + self.two(two) + self.three(three)
+        return y
+
+
+def with_variances(*of_layers: tuple[float, ...]) -> Tensor:
+    """Return rows, as many of either sign, whose second moment is diagonal with these values."""
+    flat = torch.tensor(of_layers).sqrt().flatten()
+    return torch.cat([torch.diag(flat), -torch.diag(flat)])
+
+
+SHARES = with_variances((5.0, 5.0, 0.0, 0.0), (7.0, 1.0, 1.0, 1.0), (40.0, 30.0, 20.0, 10.0))
+"""What components explain: 0.5 0.5, and 0.7 0.1 0.1 0.1, and 0.4 0.3 0.2 0.1."""
+
+
+@pytest.mark.parametrize(
+    ("rank", "rho", "ranks"),
+    [
+        (1, 1.0, {"one": 1, "two": 1, "three": 1}),
+        (1, 2.0, {"one": 2, "two": 1}),  # 0.7, 0.5, 0.5 of six components, and 0.4 is left out
+        (2, 2.0, {"one": 2, "two": 1, "three": 3}),  # 0.7 0.5 0.5 0.4 0.3 0.2
+        (2, 1.0, {"one": 2, "two": 2, "three": 2}),
+        (2, 1.5, {"one": 2, "two": 1, "three": 3}),
+    ],
+)
+@pytest.mark.parametrize("method", [LoRA(1, 8.0), LoRA(1, 8.0, stabilised=True), DoRA(LoRA(1, 8.0))])
+def test_ranks_go_where_they_explain_most(method: Static, rank: int, rho: float, ranks: dict[str, int]) -> None:
+    model = Beside()
+    lora = replace(method.inner if isinstance(method, DoRA) else method, rank=rank, init_=Eva(rho))  # type: ignore[type-var]
+    spec = AdapterSpec(DoRA(lora) if isinstance(method, DoRA) else lora, Targets("*"))  # type: ignore[arg-type]
+    before = model(SHARES)
+    attach(model, spec, evidence=gather(model, spec, [SHARES]))
+    updates = state(model).updates
+    assert {u.site.path: u.tensors["down"].shape[0] for u in updates} == ranks
+    owns = [u.method.inner if isinstance(u.method, DoRA) else u.method for u in updates]
+    assert [own.scale for own in owns] == pytest.approx([lora.scale] * len(owns))  # type: ignore[attr-defined]
+    assert torch.equal(model(SHARES), before)
+
+
+def test_a_grouped_convolution_keeps_its_rank() -> None:
+    init, site = Eva(2.0), host_of(nn.Conv2d(12, 8, 3, groups=2)).site("layer", nn.Conv2d(12, 8, 3, groups=2))
+    assert list(init.ranks([site], [4], [torch.eye(54).expand(2, 54, 54)])) == [4]
+
+
+def test_shared_out_ranks_are_saved_and_come_back(tmp_path: Path) -> None:
+    model, spec = Beside(), AdapterSpec(LoRA(1, 8.0, init_=Eva(2.0)), Targets("*"))
+    attach(model, spec, evidence=gather(model, spec, [SHARES]))
+    for adapter in adapters_named(model, "default"):
+        jitter(adapter)
+    wanted = model(SHARES)
+    for form in ("peft", "native"):
+        save(state(model), tmp_path / form, form)
+        bare = Beside()
+        bare.load_state_dict({k: v for k, v in model.state_dict().items() if "adapters" not in k})
+        attach(bare, load(tmp_path / form))
+        assert_close(bare(SHARES), wanted)
+
+
+def test_the_ranks_are_peft_s() -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    spread = torch.cat([torch.linspace(3, 1, 4), torch.tensor([5.0, 1, 0.8, 0.6]), torch.tensor([2.0, 1.9, 0.3, 0.2])])
+    half = torch.randn(64, 12) * spread
+    rows = torch.cat([half, -half])  # centred, so that PEFT's centring changes nothing
+    model, spec = Beside(), AdapterSpec(LoRA(2, init_=Eva(2.0)), Targets("*"))
+    attach(model, spec, evidence=gather(model, spec, [rows]))
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=["one", "two", "three"],
+        init_lora_weights="eva",
+        eva_config=peft.EvaConfig(rho=2.0, use_label_mask=False),
+    )
+    theirs = peft.get_peft_model(Beside(), config, low_cpu_mem_usage=True)
+    peft.initialize_lora_eva_weights(
+        theirs,
+        [rows],
+        forward_fn=lambda m, x: m(x),
+        prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=lambda x, *_: x[0] if isinstance(x, tuple) else x,
+        show_progress_bar=False,
+    )
+    expected = {
+        name.removeprefix("base_model.model."): module.lora_A["default"].weight.shape[0]
+        for name, module in theirs.named_modules()
+        if hasattr(module, "lora_A") and module.lora_A
+    }
+    ours = {u.site.path: u.tensors["down"].shape[0] for u in state(model).updates}
+    assert ours == expected
+    assert len(set(ours.values())) > 1, "the ranks must differ for this to say anything"

@@ -169,7 +169,9 @@ def test_an_override_may_start_elsewhere() -> None:
     [
         ("pisa", "unknown initialisation 'pisa'; did you mean 'pissa'"),
         ({"name": "pissa", "iteration": 16}, "init pissa has no field 'iteration'; did you mean 'iterations'"),
-        ({"name": "eva", "rho": 2}, "init eva has no field 'rho'; its fields: none"),
+        ({"name": "eva", "tau": 2}, "init eva has no field 'tau'; its fields: rho"),
+        ({"name": "eva", "rho": 0.5}, "rho must be a number from 1, not 0.5; 1 keeps every rank, 2 is usual"),
+        ({"name": "olora", "rho": 2}, "init olora has no field 'rho'; its fields: none"),
         ({"iterations": 16}, "names none; write init: pissa, or init: {name: pissa, iterations: 16}"),
         ({"name": "pissa", "iterations": -1}, "iterations must be a whole number from 0, or none for an exact SVD"),
         ({"name": "lora-ga", "gamma": 0}, "gamma must be a positive number, not 0"),

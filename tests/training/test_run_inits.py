@@ -24,7 +24,12 @@ from tests.tolerances import assert_close
 from tests.training.samples import labelled, recipe_of, write_rows
 from tests.training.test_resume import Stopped, stop_at
 
-MEASURED = [("eva", Eva()), ("lora-ga", LoRAGA()), ({"name": "lora-ga", "iterations": 4}, LoRAGA(iterations=4))]
+MEASURED = [
+    ("eva", Eva()),
+    ({"name": "eva", "rho": 2}, Eva(2)),
+    ("lora-ga", LoRAGA()),
+    ({"name": "lora-ga", "iterations": 4}, LoRAGA(iterations=4)),
+]
 
 
 def run_of(base: Path, folder: Path, init: Any, **changes: Any) -> Run:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -53,6 +54,10 @@ class Init(ABC):
         if site.kind not in self.kinds:
             raise SpecError(f"init {self.name} does not fit a layer of kind {site.kind}; it fits {sorted(self.kinds)}")
 
+    def ranks(self, sites: Sequence[Site], ranks: Sequence[int], evidence: Sequence[Tensor]) -> Sequence[int]:
+        """Return the rank of each site that starts so, shared out by what was measured there; by default as given."""
+        return ranks
+
     def check_evidence(self, site: Site, weight: Tensor, evidence: Tensor | None) -> None:
         """Raise `SpecError` where what the start needs was not measured, or was measured elsewhere."""
         if self.needs is None:
@@ -73,9 +78,59 @@ class Init(ABC):
 
 def init_of(method: Method) -> Init | None:
     """Return the initialisation of a method, or of the method it wraps, or None where it has no such choice."""
+    own = _holder(method)
+    return None if own is None else _own_init(own)
+
+
+@runtime_checkable
+class Ranked(Protocol):
+    """A method that can have another rank and the same scale."""
+
+    @property
+    def rank(self) -> int:
+        """Return the rank."""
+
+    def at_rank(self, rank: int) -> Method:
+        """Return this method at another rank and the same scale."""
+
+
+def shared_out(placed: Sequence[tuple[Site, Method]], evidence: Mapping[str, Tensor]) -> list[tuple[Site, Method]]:
+    """Return the updates at the ranks their initialisation shares out by what was measured; one of rank 0 is left out.
+
+    The sites of one initialisation share. Where nothing was measured, on the meta device, ranks stay as planned.
+    """
+    ranks: dict[str, int] = {}
+    by_init: dict[Init, list[Site]] = {}
+    for site, method in placed:
+        own = _holder(method)
+        if own is not None and site.key in evidence and isinstance(own, Ranked):
+            ranks[site.key] = own.rank
+            by_init.setdefault(_own_init(own), []).append(site)
+    moved: dict[str, int] = {}
+    for init, sites in by_init.items():
+        found = init.ranks(sites, [ranks[s.key] for s in sites], [evidence[s.key] for s in sites])
+        moved |= {s.key: rank for s, rank in zip(sites, found, strict=True) if rank != ranks[s.key]}
+    return [(s, _at_rank(m, moved[s.key]) if s.key in moved else m) for s, m in placed if moved.get(s.key, 1)]
+
+
+def _holder(method: Method) -> Method | None:
+    """Return the method that has the initialisation among its fields: this one, or one inside."""
     values = [getattr(method, f.name) for f in dataclasses.fields(method)]
-    inside = [init_of(value) for value in values if isinstance(value, Method)]
-    return next((value for value in (*values, *inside) if isinstance(value, Init)), None)
+    if any(isinstance(value, Init) for value in values):
+        return method
+    return next((own for value in values if isinstance(value, Method) and (own := _holder(value))), None)
+
+
+def _own_init(holder: Method) -> Init:
+    values = (getattr(holder, f.name) for f in dataclasses.fields(holder))
+    return next(value for value in values if isinstance(value, Init))
+
+
+def _at_rank(method: Method, rank: int) -> Method:
+    if isinstance(method, Ranked):
+        return method.at_rank(rank)
+    inside = {f.name: v for f in dataclasses.fields(method) if isinstance(v := getattr(method, f.name), Method)}
+    return dataclasses.replace(method, **{name: _at_rank(value, rank) for name, value in inside.items()})
 
 
 def by_group(site: Site, tensor: Tensor) -> Float[Tensor, "groups rows columns"]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.adapters import Adapted, Adapter, Adapters, attached, swap_in, swap_out
-from lorakit.core.init import init_of
+from lorakit.core.init import init_of, shared_out
 from lorakit.core.method import Method
 from lorakit.core.peft_form import settle
 from lorakit.core.registry import host_at
@@ -96,6 +96,7 @@ def attach(
     refuse_context(model, placed)
     if isinstance(what, AdapterSpec):
         _check_evidence(modules, placed, evidence or {})
+        placed = shared_out(placed, evidence or {})
     ledger.freeze(model)
     held: dict[str, nn.Parameter] = {}
     for site, method in placed:

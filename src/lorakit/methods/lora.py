@@ -11,7 +11,7 @@ to the bit at the start, and no small difference of two large products later.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -69,6 +69,11 @@ class LoRA(LowRank):
     def scale(self) -> float:
         """Return s."""
         return self.alpha / (math.sqrt(self.rank) if self.stabilised else self.rank)
+
+    def at_rank(self, rank: int) -> LoRA:
+        """Return this method at another rank and the same scale."""
+        ratio = rank / self.rank
+        return replace(self, rank=rank, alpha=self.alpha * (math.sqrt(ratio) if self.stabilised else ratio))
 
     def check(self, site: Site) -> None:
         """Raise `SpecError` for a rank the weight cannot have, or one that cannot start as `init` says."""
