@@ -2,8 +2,8 @@
 
 Memory: the peak resident memory of a whole process (what `/usr/bin/time -v` prints) that trains LoRA on a random Llama
 of 350M parameters, less that of a process that imports the same libraries: on the 16-bit base, on one that
-is packed while it is read, and on one packed before. Quality: LoRA on 16 and on 4 bits, same seeds, same data: the
-quickstart's task on the bundled base, and SST-2 on MiniLM.
+is packed while it is read, and on one packed before, for several ranks. Quality: LoRA on 16 and on 4 bits, same seeds,
+same data: the quickstart's task on the bundled base, and SST-2 on MiniLM.
 Run: python bench/qlora.py [memory] [quality]; quality goes on where it stopped
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 LAYERS, WIDTH, INNER = 27, 1024, 2816
 ROWS, TOKENS, STEPS = 1, 128, 4
+RANKS = (8, 16)
+REPEATS = 3
 KINDS = ("imports", "16-bit", "4-bit, packed on the way in", "4-bit, packed before")
 
 
@@ -47,7 +50,7 @@ def write_base(folder: Path) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def one(kind: str, folder: Path) -> None:
+def one(kind: str, folder: Path, rank: int) -> None:
     """Run one process's work and print its peak memory and speed."""
     import accelerate
     import bitsandbytes
@@ -67,9 +70,9 @@ def one(kind: str, folder: Path) -> None:
                     "model": str(folder / ("packed" if kind.endswith("before") else "base")),
                     "quant": "nf4" if kind.endswith("way in") else None,
                     "data": {"train": str(rows), "max_length": TOKENS, "overlong": "split"},
-                    "adapter": {"rank": 16},
+                    "adapter": {"rank": rank, "alpha": 2 * rank},
                     "train": {"steps": STEPS, "batch_size": ROWS, "dtype": "bf16", "checkpointing": True, "lr": 1e-4},
-                    "output": str(folder / f"run-{KINDS.index(kind)}"),
+                    "output": tempfile.mkdtemp(dir=folder),
                 }
             )
         )
@@ -93,22 +96,26 @@ def memory() -> dict[str, Any]:
             ["lorakit", "quantize", str(folder / "base"), "--output", str(folder / "packed")],
             check=True, stdout=subprocess.DEVNULL,
         )  # fmt: skip
-        peaks = {}
-        for kind in KINDS:
-            command = [sys.executable, __file__, "--one", kind, str(folder)]
-            answer = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
-            peaks[kind] = json.loads(answer.stdout.splitlines()[-1])
-            print(kind, peaks[kind], flush=True)
-    floor = peaks["imports"]["peak_bytes"]
-    above = {kind: peaks[kind]["peak_bytes"] - floor for kind in KINDS[1:]}
-    return {
-        "parameters": parameters,
-        "rows": ROWS,
-        "tokens": TOKENS,
-        "peaks": peaks,
-        "above_imports": above,
-        "ratio": {kind: round(above[kind] / above["16-bit"], 3) for kind in KINDS[2:]},
-    }
+        floor = statistics.median(peak("imports", folder, 0)["peak_bytes"] for _ in range(REPEATS))
+        runs = [
+            {"rank": rank, "base": kind, "peaks": [peak(kind, folder, rank)["peak_bytes"] for _ in range(REPEATS)]}
+            for rank in RANKS
+            for kind in KINDS[1:]
+        ]
+    for run in runs:
+        run["above_imports"] = statistics.median(run["peaks"]) - floor
+        dense = next(r for r in runs if (r["rank"], r["base"]) == (run["rank"], "16-bit"))
+        run["ratio"] = round(run["above_imports"] / dense["above_imports"], 3)
+    return {"parameters": parameters, "rows": ROWS, "tokens": TOKENS, "imports": floor, "runs": runs}
+
+
+def peak(kind: str, folder: Path, rank: int) -> dict[str, Any]:
+    """Run one kind in a process of its own and return its peak memory and speed."""
+    command = [sys.executable, __file__, "--one", kind, str(folder), str(rank)]
+    answer = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
+    found: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
+    print(rank, kind, found, flush=True)
+    return found
 
 
 def quality(kept: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -171,7 +178,7 @@ def with_base(wanted: Recipe, base: str, seed: int) -> Recipe:
 
 def main() -> None:
     if sys.argv[1:2] == ["--one"]:
-        one(sys.argv[2], Path(sys.argv[3]))
+        one(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
         return
     wanted = sys.argv[1:] or ["memory", "quality"]
     file = RESULTS / "qlora.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,9 @@ def test_a_step_holds_a_block_of_the_weight_and_never_all_of_it(monkeypatch: pyt
     monkeypatch.setattr(linear4bit, "BLOCK", 64 * 128)
     sizes: list[int] = []
 
-    def watched(value: nf4.Quantized, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        sizes.append(stop - start)
-        return unpack(value, start, stop, dtype)
+    def watched(value: nf4.Quantized, start: int, out: Tensor) -> None:
+        sizes.append(out.numel())
+        unpack(value, start, out)
 
     unpack = nf4.unpack
     monkeypatch.setattr(nf4, "unpack", watched)
@@ -58,6 +59,25 @@ def test_a_step_holds_a_block_of_the_weight_and_never_all_of_it(monkeypatch: pyt
     layer(x).sum().backward()
     assert max(sizes) == 64 * 128
     assert sum(sizes) == 2 * 128 * 512, "forward and backward unpack every weight once"
+
+
+def test_the_buffer_of_a_thread_serves_every_layer_in_and_out_of_inference_mode() -> None:
+    wide, narrow = Linear4bit.of(nn.Linear(256, 128)), Linear4bit.of(nn.Linear(64, 32))
+    linear4bit._BUFFER.__dict__.clear()
+    with torch.inference_mode():
+        narrow(torch.randn(2, 64))
+    x, y = torch.randn(2, 256, requires_grad=True), torch.randn(2, 64, dtype=torch.bfloat16)
+    assert_close(wide(x), x @ wide.dense().T + wide.bias)
+    room = linear4bit._BUFFER.room
+    assert_close(narrow(y), y @ narrow.dense(torch.bfloat16).T + narrow.bias.bfloat16())
+    wide(x).sum().backward()
+    assert_close(x.grad, wide.dense().sum(0).expand(2, -1))
+    assert linear4bit._BUFFER.room is room, "what fits the room needs no other"
+    found: list[Tensor] = []
+    thread = threading.Thread(target=lambda: (narrow(torch.randn(2, 64)), found.append(linear4bit._BUFFER.room)))
+    thread.start()
+    thread.join()
+    assert found[0] is not room, "two threads at once would write over each other's rows"
 
 
 def test_the_backward_keeps_the_packed_weight_and_nothing_of_the_input() -> None:

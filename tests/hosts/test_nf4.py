@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorakit.errors import SpecError
-from lorakit.hosts import nf4
+from lorakit.hosts import bnb_kernels, nf4
 from lorakit.hosts.codebooks import BOOKS
 
 functional = pytest.importorskip("bitsandbytes.functional")
@@ -146,11 +146,26 @@ def test_plain_torch_gives_the_bits_of_the_kernel(kind: str, monkeypatch: pytest
         monkeypatch.undo()
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", nf4.KERNEL_DTYPES)
+def test_the_c_function_gives_the_bits_of_its_operator(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    assert bnb_kernels._cpu_unpack(kind, dtype) is not None, "this version calls it otherwise: the detour is slower"
+    value = nf4.quantize(torch.randn(64, 256).to(dtype), kind=kind)
+    direct = nf4.dequantize(value)
+    monkeypatch.setattr(bnb_kernels, "_cpu_unpack", lambda *_: None)
+    assert torch.equal(nf4.dequantize(value), direct)
+
+
 def test_a_part_is_the_part_of_the_whole() -> None:
     value = nf4.quantize(torch.randn(40, 100))
     whole = nf4.dequantize(value).flatten()
     for start, stop in ((0, 4000), (64, 1000), (640, 641), (3968, 4000)):
-        assert torch.equal(nf4.unpack(value, start, stop, torch.float32), whole[start:stop])
+        part = torch.empty(stop - start)
+        nf4.unpack(value, start, part)
+        assert torch.equal(part, whole[start:stop])
         assert torch.equal(
             nf4.maxima(value, start // 64, -(-stop // 64)), nf4.maxima(value)[start // 64 : -(-stop // 64)]
         )

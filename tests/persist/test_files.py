@@ -11,6 +11,7 @@ import torch
 
 from lorakit.errors import AdapterFileError
 from lorakit.persist import files, load, save
+from lorakit.persist.shard import write_tensors
 from tests.persist.samples import adapter
 
 
@@ -34,7 +35,8 @@ def test_a_truncated_file_is_named(format: Any, keep: float, tmp_path: Path) -> 
 
 def test_how_much_is_missing_is_said(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
-    data = files.tensors_to_bytes({"w": torch.zeros(100)}, {})
+    write_tensors(file, {"w": torch.zeros(100)}, {})
+    data = file.read_bytes()
     file.write_bytes(data[:-100])
     with pytest.raises(AdapterFileError, match=f"is truncated: {len(data) - 100} of {len(data)} bytes"):
         files.read_safetensors(file)
@@ -126,7 +128,7 @@ def test_a_pickle_of_something_else_says_what_it_holds(tmp_path: Path) -> None:
 def test_tensors_that_share_memory_are_each_written_out(tmp_path: Path) -> None:
     whole = torch.randn(4, 6)
     given = {"whole": whole, "view": whole[1:3], "turned": whole.T, "again": whole}
-    (tmp_path / "x").write_bytes(files.tensors_to_bytes(given, {"format": "pt"}))
+    write_tensors(tmp_path / "x", given)
     found, metadata = files.read_safetensors(tmp_path / "x")
     assert all(torch.equal(found[name], tensor) for name, tensor in given.items())
     assert metadata == {"format": "pt"}

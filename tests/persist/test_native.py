@@ -17,6 +17,7 @@ from lorakit.errors import AdapterFileError
 from lorakit.methods.lora import LoRA
 from lorakit.persist import files, load, save
 from lorakit.persist.native import NATIVE
+from lorakit.persist.shard import write_tensors
 from tests.persist.samples import adapter, lora_update, same, slices
 
 
@@ -47,7 +48,7 @@ def test_every_misfit_is_listed(tmp_path: Path) -> None:
     tensors["h.1.attn.q.up"][0, 0] = float("nan")
     tensors["h.1.attn.q.gain"] = torch.zeros(1)
     del tensors["h.0.attn.q.up"]
-    (tmp_path / NATIVE).write_bytes(files.tensors_to_bytes(tensors, metadata))
+    write_tensors(tmp_path / NATIVE, tensors, metadata)
     with pytest.raises(AdapterFileError) as caught:
         load(tmp_path)
     for line in (
@@ -64,7 +65,7 @@ def test_tensors_of_no_site_are_listed(tmp_path: Path) -> None:
     save(adapter(), tmp_path, "native")
     tensors, metadata = files.read_safetensors(tmp_path / NATIVE)
     tensors["h.7.attn.q.down"] = tensors.pop("trained:score.weight")
-    (tmp_path / NATIVE).write_bytes(files.tensors_to_bytes(tensors, metadata))
+    write_tensors(tmp_path / NATIVE, tensors, metadata)
     with pytest.raises(AdapterFileError) as caught:
         load(tmp_path)
     assert "trained:score.weight: missing" in str(caught.value)
@@ -76,11 +77,10 @@ def test_another_version_and_another_file_are_named(tmp_path: Path) -> None:
     tensors, metadata = files.read_safetensors(tmp_path / NATIVE)
     head = json.loads(metadata["lorakit"])
     for change, said in (({"format": 9}, "has format 9, this lorakit reads 1"), ({"sites": None}, "is damaged")):
-        data = files.tensors_to_bytes(tensors, {"lorakit": json.dumps({**head, **change})})
-        (tmp_path / NATIVE).write_bytes(data)
+        write_tensors(tmp_path / NATIVE, tensors, {"lorakit": json.dumps({**head, **change})})
         with pytest.raises(AdapterFileError, match=said):
             load(tmp_path)
-    (tmp_path / NATIVE).write_bytes(files.tensors_to_bytes(tensors, {}))
+    write_tensors(tmp_path / NATIVE, tensors, {})
     with pytest.raises(AdapterFileError, match="is a safetensors file, but not a lorakit adapter"):
         load(tmp_path)
 

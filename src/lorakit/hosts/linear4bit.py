@@ -7,6 +7,7 @@ packed weight, and of the input it keeps nothing: W is frozen, so only `dx = dy 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from math import gcd
@@ -22,6 +23,7 @@ from lorakit.hosts.nf4 import Nested, Quantized, dequantize, maxima, quantize, u
 
 BLOCK = 2**22
 """Weights that are dense at once: 16 MB in fp32, enough rows for a product at full speed."""
+_BUFFER = threading.local()
 
 
 class Linear4bit(nn.Module):
@@ -188,11 +190,10 @@ def _forward(
     flat = x.reshape(-1, in_)
     spans = list(_spans(out, in_, block_size))
     if len(spans) == 1:
-        return F.linear(flat, dequantize(value)).view(*x.shape[:-1], out)
+        return F.linear(flat, _unpacked(value, 0, out)).view(*x.shape[:-1], out)
     y = x.new_empty(flat.shape[0], out)
     for start, stop in spans:
-        rows = unpack(value, start * in_, stop * in_, x.dtype).view(stop - start, in_)
-        torch.mm(flat, rows.T, out=y[:, start:stop])
+        torch.mm(flat, _unpacked(value, start, stop).T, out=y[:, start:stop])
     return y.view(*x.shape[:-1], out)
 
 
@@ -203,7 +204,7 @@ def _backward(
     value = _value(packed, absmax, groups, offset, out, in_, block_size, kind, dy.dtype)
     flat = dy.reshape(-1, out)
     if out * in_ <= BLOCK:
-        dx = flat @ dequantize(value)
+        dx = flat @ _unpacked(value, 0, out)
     elif in_ % block_size or out * block_size > BLOCK:
         dx = _by_rows(flat, value)
     else:
@@ -212,7 +213,7 @@ def _backward(
         value = replace(value, absmax=maxima(value), nested=None)
         for start in range(0, in_, width):
             part = _columns(value, start, min(start + width, in_))
-            torch.mm(flat, dequantize(part), out=dx[:, start : start + width])
+            torch.mm(flat, _unpacked(part, 0, out), out=dx[:, start : start + width])
     return dx.view(*dy.shape[:-1], in_)
 
 
@@ -279,8 +280,28 @@ def _by_rows(dy: Tensor, value: Quantized) -> Tensor:
     out, in_ = value.shape
     dx = torch.zeros(dy.shape[0], in_, device=dy.device, dtype=torch.promote_types(dy.dtype, torch.float32))
     for start, stop in _spans(out, in_, value.block_size):
-        dx += dy[:, start:stop] @ unpack(value, start * in_, stop * in_, dy.dtype).view(stop - start, in_)
+        dx += dy[:, start:stop] @ _unpacked(value, start, stop)
     return dx.to(dy.dtype)
+
+
+def _unpacked(value: Quantized, start: int, stop: int) -> Tensor:
+    """Return rows `start` to `stop` dense in the value's dtype, to be used before the next call on this thread.
+
+    On a CPU they lie in one buffer a thread: a new one for each product costs the pages' first touch every time, and
+    leaves the heap in pieces that are never given back. Elsewhere torch's allocator reuses memory itself.
+    """
+    in_, device = value.shape[1], value.packed.device
+    count = (stop - start) * in_
+    if device.type == "cpu":
+        room = getattr(_BUFFER, "room", None)
+        if room is None or room.numel() < count * value.dtype.itemsize:
+            with torch.inference_mode(False):  # a tensor of that mode could not be written outside of it
+                room = _BUFFER.room = torch.empty(count * value.dtype.itemsize, dtype=torch.uint8)
+        rows = room[: count * value.dtype.itemsize].view(value.dtype)
+    else:
+        rows = torch.empty(count, dtype=value.dtype, device=device)
+    unpack(value, start * in_, rows)
+    return rows.view(stop - start, in_)
 
 
 def _columns(value: Quantized, start: int, stop: int) -> Quantized:

@@ -116,27 +116,28 @@ def quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True, ki
 
 def dequantize(value: Quantized, dtype: torch.dtype | None = None) -> Tensor:
     """Return the weight as it was shaped, `book[code] * absmax` in fp32, rounded once to `dtype` (its own if None)."""
-    return unpack(value, 0, prod(value.shape), dtype or value.dtype).view(value.shape)
+    out = torch.empty(value.shape, dtype=dtype or value.dtype, device=value.packed.device)
+    unpack(value, 0, out.view(-1))
+    return out
 
 
-def unpack(value: Quantized, start: int, stop: int, dtype: torch.dtype) -> Float[Tensor, n]:
-    """Return weights `start` to `stop` of the flat weight; `start` is a multiple of the block size.
+def unpack(value: Quantized, start: int, out: Float[Tensor, n]) -> None:
+    """Fill `out` with the flat weight from `start` on, a multiple of the block size.
 
     Whole blocks go through bitsandbytes' kernel where it is installed: the same bits, two to four times faster than
     torch alone.
     """
-    size, count = value.block_size, stop - start
+    size, count, stop = value.block_size, out.numel(), start + out.numel()
     scales = maxima(value, start // size, -(-stop // size))
-    if size < SLOW_KERNEL and not count % size and dtype in KERNEL_DTYPES and (kernel := _kernels(value)):
+    if size < SLOW_KERNEL and not count % size and out.dtype in KERNEL_DTYPES and (kernel := _kernels(value)):
         width = value.shape[-1]  # rows of several blocks are read a little faster than one block a row
         width = size if width % size or count % width else width
         packed = value.packed if 2 * value.packed.shape[0] == count else value.packed[start // 2 : stop // 2]
-        return kernel.unpack(packed, scales, size, value.kind, dtype, (count // width, width))
-    out = torch.empty(count, dtype=dtype, device=value.packed.device)
+        kernel.unpack(packed, scales, size, value.kind, out.view(-1, width))
+        return
     for here in range(start, stop, CHUNK):
         upto = min(here + CHUNK, stop)
         unpack_plain(value, here, upto, scales[(here - start) // size :], out[here - start : upto - start])
-    return out
 
 
 def _kernels(value: Quantized) -> type[Kernels] | None:

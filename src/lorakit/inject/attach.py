@@ -129,22 +129,29 @@ def detach(model: nn.Module, name: str = "default") -> None:
     ledger.remove(model, name)
 
 
-def state(model: nn.Module, name: str = "default") -> AdapterState:
+def state(model: nn.Module, name: str = "default", *, live: bool = False) -> AdapterState:
     """Return a copy of an adapter as a value: spec, tensors, modules trained whole, and what base it sits on.
+
+    With `live` its tensors are the model's own, which change when it trains: enough to write them to a file.
 
     Raises:
         AttachError: no adapter of that name.
     """
     ledger = ledger_of(model)
     ledger.require(name)
-    copies: dict[int, Tensor] = {}
-    updates = []
-    for adapter in adapters_named(model, name):
-        own = adapter.tensors()
-        for tensor in own.values():
-            copies.setdefault(id(tensor), tensor.detach().clone())
-        updates.append(Update(adapter.site, adapter.method, {k: copies[id(t)] for k, t in own.items()}))
-    return AdapterState(ledger.specs[name], tuple(updates), ledger.trained_values(model, name), base_of(model))
+    taken: dict[int, Tensor] = {}
+
+    def take(tensor: Tensor) -> Tensor:
+        if id(tensor) not in taken:
+            taken[id(tensor)] = tensor.detach() if live else tensor.detach().clone()
+        return taken[id(tensor)]
+
+    updates = tuple(
+        Update(adapter.site, adapter.method, {key: take(tensor) for key, tensor in adapter.tensors().items()})
+        for adapter in adapters_named(model, name)
+    )
+    trained = {key: take(value) for key, value in ledger.trained_values(model, name).items()}
+    return AdapterState(ledger.specs[name], updates, trained, base_of(model))
 
 
 def adapters_named(model: nn.Module, name: str) -> list[Adapter]:

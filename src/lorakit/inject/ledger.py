@@ -91,10 +91,10 @@ class Ledger:
                 self.swapped_in ^= {name}
 
     def trained_values(self, model: nn.Module, name: str) -> dict[str, Tensor]:
-        """Return the values of an adapter's wholly trained parameters, wherever they rest."""
+        """Return the live values of an adapter's wholly trained parameters, wherever they rest."""
         named = parameters_of(model)
         source = named if name in self.swapped_in else self.resting
-        return {key: source[key].detach().clone() for key in self.trained[name]}
+        return {key: source[key].detach() for key in self.trained[name]}
 
     def remove(self, model: nn.Module, name: str) -> None:
         """Strike an adapter out, its wholly trained modules back to the base's; the last one restores the flags."""

@@ -8,14 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as _tensors_of
-from safetensors.torch import save as _bytes_of
 from torch import Tensor
 
 from lorakit.core.jsontext import JsonFault, parse_json
@@ -29,24 +29,9 @@ __all__ = [
     "read_safetensors",
     "resting",
     "sha256",
-    "tensors_to_bytes",
     "to_json",
     "write_file",
 ]
-
-
-def tensors_to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Return the bytes of a safetensors file; tensors that share memory are written out each by itself."""
-    seen: set[int] = set()
-    plain: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        ready = tensor.detach().cpu().contiguous()
-        storage = ready.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != ready.nbytes:
-            ready = ready.clone()
-        seen.add(ready.untyped_storage().data_ptr())
-        plain[name] = ready
-    return bytes(_bytes_of(plain, dict(metadata)))
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -110,15 +95,26 @@ def to_json(value: Mapping[str, Any]) -> str:
 
 
 def sha256(path: str | Path) -> str:
-    """Return the hexadecimal SHA-256 of a file."""
-    return hashlib.sha256(_read(Path(path))).hexdigest()
+    """Return the hexadecimal SHA-256 of a file, read a piece at a time."""
+    digest = hashlib.sha256()
+    with _opened(Path(path)) as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _read(path: Path, most: int = -1) -> bytes:
     """Return the first `most` bytes of a file, or all of them."""
+    with _opened(path) as file:
+        return file.read(most)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to read, and say of a failure which file it was."""
     try:
         with path.open("rb") as file:
-            return file.read(most)
+            yield file
     except FileNotFoundError:
         raise AdapterFileError(f"{path} is missing") from None
     except OSError as failed:

@@ -20,6 +20,7 @@ from lorakit.core.spec import AdapterSpec, method_from_json, method_to_json
 from lorakit.core.state import AdapterState, Base, Purpose, Update, check_tensors
 from lorakit.errors import AdapterFileError, listing
 from lorakit.persist import files
+from lorakit.persist.shard import write_tensors
 
 NATIVE = "adapter.lorakit.safetensors"
 VERSION = 1
@@ -34,7 +35,7 @@ def save_native(state: AdapterState, path: str | Path) -> None:
     """
     others = frozenset({"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "lorakit.json"})
     with files.atomic_directory(path, drop=others) as draft:
-        files.write_file(draft / NATIVE, to_native(state))
+        write_native(draft / NATIVE, state)
 
 
 def load_native(path: str | Path) -> AdapterState:
@@ -59,8 +60,12 @@ def load_native(path: str | Path) -> AdapterState:
         raise AdapterFileError(f"{file}: {problem}") from problem.__cause__
 
 
-def to_native(state: AdapterState) -> bytes:
-    """Return the bytes of the native file of an adapter."""
+def write_native(file: Path, state: AdapterState) -> None:
+    """Write the native file of an adapter, tensor by tensor, so that live ones need no copy.
+
+    Raises:
+        AdapterFileError: a write that failed.
+    """
     head = {
         "format": VERSION,
         "lorakit": __version__,
@@ -73,7 +78,7 @@ def to_native(state: AdapterState) -> bytes:
     tensors = {_key(u, name): t for u in state.updates for name, t in u.tensors.items()}
     tensors.update({f"{_TRAINED}{name}": t for name, t in state.trained.items()})
     # One metadata key: safetensors writes several in random order, and equal adapters shall give equal bytes.
-    return files.tensors_to_bytes(tensors, {"lorakit": json.dumps(head, separators=(",", ":"))})
+    write_tensors(file, tensors, {"lorakit": json.dumps(head, separators=(",", ":"))})
 
 
 def _state(head: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState:

@@ -29,6 +29,7 @@ from lorakit.persist import files
 from lorakit.persist.card import card, is_ours
 from lorakit.persist.peft_config import Settings, config_of
 from lorakit.persist.peft_tensors import Reading, trained_to_peft, updates_to_peft
+from lorakit.persist.shard import write_tensors
 from lorakit.persist.slices import gather, gathers, split
 
 CONFIG, WEIGHTS, PICKLE, NOTE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "lorakit.json"
@@ -52,7 +53,7 @@ def save_peft(state: AdapterState, path: str | Path) -> None:
     old = frozenset({CONFIG, WEIGHTS, PICKLE, NOTE, "adapter.lorakit.safetensors"})
     with files.atomic_directory(path, drop=old) as draft:
         files.write_file(draft / CONFIG, files.to_json(config))
-        files.write_file(draft / WEIGHTS, files.tensors_to_bytes(tensors, {"format": "pt"}))
+        write_tensors(draft / WEIGHTS, tensors)
         sums = {name: files.sha256(draft / name) for name in (CONFIG, WEIGHTS)}
         files.write_file(draft / NOTE, files.to_json(_note(state, from_peft(config, tensors), sums)))
         if is_ours(Path(path) / "README.md"):

@@ -35,6 +35,9 @@ STORED: dict[str, torch.dtype] = {
 FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
 """Those of dense weights; a base in 8 bits or fewer has scales beside it, and is quantised."""
 
+FORMAT = {"format": "pt"}
+"""The metadata transformers and PEFT look for."""
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -60,7 +63,19 @@ def name_of(dtype: torch.dtype) -> str:
     return next(name for name, known in STORED.items() if known == dtype)
 
 
-def write_shard(file: Path, slots: Mapping[str, Slot], read: Callable[[str], Tensor]) -> int:
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = FORMAT) -> int:
+    """Write tensors as a safetensors file and return its size in bytes; those that share memory are each written out.
+
+    Raises:
+        AdapterFileError: the write failed, or a dtype that is not known here.
+    """
+    slots = {name: Slot(name_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return write_shard(file, slots, tensors.__getitem__, metadata)
+
+
+def write_shard(
+    file: Path, slots: Mapping[str, Slot], read: Callable[[str], Tensor], metadata: Mapping[str, str] = FORMAT
+) -> int:
     """Write a safetensors file, asking `read` for each tensor when its turn comes; return its size in bytes.
 
     The widest dtypes come first, each by name, as safetensors itself orders them, so that every tensor is aligned.
@@ -69,7 +84,7 @@ def write_shard(file: Path, slots: Mapping[str, Slot], read: Callable[[str], Ten
         AdapterFileError: the write failed, or a dtype that is not known here.
     """
     order = sorted(slots, key=lambda name: (-STORED.get(slots[name].dtype, torch.uint8).itemsize, name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in order:
         begin, end = end, end + slots[name].bytes
@@ -90,4 +105,4 @@ def write_shard(file: Path, slots: Mapping[str, Slot], read: Callable[[str], Ten
 def _raw(tensor: Tensor, name: str, slot: Slot) -> memoryview:
     found = Slot(name_of(tensor.dtype), tuple(tensor.shape))
     assert found == slot, f"{name}: {found}, announced as {slot}"
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -17,7 +17,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lorakit.core.method import Method, Schedule, Scheduled, Tensors
 from lorakit.core.site import Site
 from lorakit.inject.attach import adapters_named
-from lorakit.persist.files import read_safetensors, tensors_to_bytes
+from lorakit.persist.files import read_safetensors
+from lorakit.persist.shard import write_tensors
 
 RANKS = "rank_schedule.safetensors"
 
@@ -63,7 +64,7 @@ class RankSchedules(TrainerCallback):
         if self.schedules:
             states = [schedule.state_dict() for schedule in self.schedules]
             named = {f"{i}/{key}": value for i, own in enumerate(states) for key, value in own.items()}
-            (folder / RANKS).write_bytes(tensors_to_bytes(named, {"format": "pt"}))
+            write_tensors(folder / RANKS, named)
 
     def read(self, folder: Path) -> None:
         """Go on from the state in a checkpoint."""

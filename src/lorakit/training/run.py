@@ -271,7 +271,7 @@ def _finish(recipe: Recipe, stage: Stage, trainer: AdapterTrainer, output: Path,
     from lorakit.training.events import peak_memory_bytes
 
     trainer._load_best_model()
-    adapter = trim(replace(state(stage.model), purpose=_purpose(recipe, stage)))
+    adapter = trim(replace(state(stage.model, live=True), purpose=_purpose(recipe, stage)))
     in_peft = bool(adapter.updates) and all(update.method.peft for update in adapter.updates)
     if in_peft and (why := peft_refusal(adapter)):
         log.append("format", trainer.state.global_step, format="native", why=why)

@@ -29,7 +29,7 @@ from lorakit.inject.alive import alive
 from lorakit.inject.attach import state
 from lorakit.inject.penalty import penalty
 from lorakit.persist.atomic import atomic_directory
-from lorakit.persist.native import NATIVE, load_native, to_native
+from lorakit.persist.native import NATIVE, load_native, write_native
 from lorakit.training.checkpoints import STATE, Memory, checkpoints, prune, restore
 from lorakit.training.finite import FiniteCheck, refuse_exploded
 from lorakit.training.groups import param_groups
@@ -145,9 +145,9 @@ class AdapterTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write the adapter alone, bit for bit."""
-        folder, adapter = Path(output_dir) if output_dir else self.folder, state(self.adapted)
+        folder, adapter = Path(output_dir) if output_dir else self.folder, state(self.adapted, live=True)
         refuse_exploded(adapter, self.state.global_step, self.args.learning_rate)
-        (folder / NATIVE).write_bytes(to_native(adapter))
+        write_native(folder / NATIVE, adapter)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint that is whole or absent, then delete what is too old."""
