@@ -100,3 +100,12 @@ def test_a_merged_classifier_of_the_decoder_family_is_no_language_model(base: Pa
     assert "is a classifier, which writes no answers" in no.stderr
     rows = samples.write_rows(tmp_path / "rows.jsonl", samples.labelled(6))
     assert list(answer("evaluate", tmp_path / "classifier", "--data", rows)["before"]["classes"]) == ["low", "high"]
+
+
+def test_rows_that_are_not_there_are_missed_before_the_base_is_loaded(
+    finished: tuple[Path, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorakit.training.base.load_base", None)
+    no = invoke("evaluate", finished[0], "--data", tmp_path / "missing.jsonl")
+    assert no.exit_code == 2
+    assert f"{tmp_path / 'missing.jsonl'}: no such file or folder" in no.stderr

@@ -40,10 +40,24 @@ def test_what_it_says_can_be_pasted(base: Path, tmp_path: Path) -> None:
     assert lines[-1] == f"wrote {tmp_path / 'packed'}; train on it with model: {tmp_path / 'packed'}, merge into {base}"
 
 
+def test_it_names_the_layers_that_another_tool_may_misread(base: Path, tmp_path: Path) -> None:
+    said = " ".join(invoke("quantize", base, "--output", tmp_path / "packed", "--block-size", 4096).stdout.split())
+    assert "in 14 layers a row is no whole number of blocks of 4096: model.layers.0." in said
+    few = invoke("quantize", base, "--output", tmp_path / "narrow", "--block-size", 32).stdout
+    assert "in 2 layers" in few, "those of 48 columns alone: the others have 32"
+
+
+def test_its_files_have_the_mode_of_any_other(base: Path, tmp_path: Path) -> None:
+    assert invoke("quantize", base, "--output", tmp_path / "packed").exit_code == 0
+    (tmp_path / "usual").touch()
+    modes = {file.stat().st_mode for file in (tmp_path / "packed").iterdir()}
+    assert modes == {(tmp_path / "usual").stat().st_mode}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--block-size", 48), "quant.block_size: expected 32, 64, 128"),
+        (("--block-size", 48), "--block-size 48: must be one of 32, 64, 128"),
         (("--kind", "nf3"), "'nf3' is not one of 'nf4', 'fp4'"),
     ],
 )
@@ -83,9 +97,12 @@ def test_a_conversion_that_stops_leaves_nothing(
 
 def test_a_run_on_4_bits_merges_into_its_16_bit_base(base: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, base)
-    assert invoke("train", recipe, "--set", "quant=nf4").exit_code == 0
+    trained = invoke("train", recipe, "--set", "quant=nf4")
+    assert trained.stdout.splitlines()[-1] == f"  lorakit merge {tmp_path}/run --output {tmp_path}/run/merged"
     said = answer("merge", tmp_path / "run", "--output", tmp_path / "merged")
     assert said["update_lost"] < 1e-5
+    shown = invoke("merge", tmp_path / "run", "--output", tmp_path / "merged").stdout
+    assert "the run trained on nf4, and these weights are those from before packing" in shown
     merged, _ = load_base(str(tmp_path / "merged"))
     assert merged.lm_head.weight.dtype == merged.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
     scored = answer("evaluate", tmp_path / "run")
@@ -96,7 +113,8 @@ def test_a_run_on_4_bits_merges_into_its_16_bit_base(base: Path, tmp_path: Path)
 
 def test_merging_into_4_bits_is_asked_for_and_measured(packed: Path, base: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, packed)
-    assert invoke("train", recipe).exit_code == 0
+    trained = invoke("train", recipe)
+    assert f"lorakit merge {tmp_path}/run --base THE_16_BIT_BASE --output" in trained.stdout
     refused = invoke("merge", tmp_path / "run", "--output", tmp_path / "merged")
     assert refused.exit_code == 2
     assert (
@@ -107,17 +125,17 @@ def test_merging_into_4_bits_is_asked_for_and_measured(packed: Path, base: Path,
     said = answer("merge", tmp_path / "run", "--lossy", "--output", tmp_path / "merged")
     assert said["update_lost"] > 0.05
     assert said["max_abs_diff"] > 1e-3
-    assert (
-        "rounding to 4 bits moved the weights by"
-        in invoke("merge", tmp_path / "run", "--lossy", "--output", tmp_path / "merged").stdout
-    )
+    shown = invoke("merge", tmp_path / "run", "--lossy", "--output", tmp_path / "merged").stdout
+    assert "rounding to 4 bits moved the weights by" in shown
+    assert ", in 4 bits and float32" in shown
     load_base(str(tmp_path / "merged"))
     assert answer("merge", tmp_path / "run", "--base", base, "--output", tmp_path / "dense")["update_lost"] < 1e-5
 
 
 def test_merging_into_what_4_bits_stand_for_gives_the_trained_model(base: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, base)
-    assert invoke("train", recipe, "--set", "quant=nf4", "--set", "adapter.init=loftq").exit_code == 0
+    trained = invoke("train", recipe, "--set", "quant=nf4", "--set", "adapter.init=loftq")
+    assert f"lorakit merge {tmp_path}/run --dequantize --output" in trained.stdout
     refused = invoke("merge", tmp_path / "run", "--output", tmp_path / "merged")
     assert refused.exit_code == 2
     assert "part of it corrects what 4 bits lost" in refused.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -243,3 +244,17 @@ def test_what_a_recipe_names_stands_in_the_place_of_the_method_s_own() -> None:
 def test_a_method_without_its_own_goes_to_all_linear_layers_named_or_not() -> None:
     assert make_recipe({"adapter": {"method": "lora"}}) == make_recipe({}) == Recipe()
     assert make_recipe({"adapter": {"method": "none", "train": "norms"}}).adapter.targets == "all-linear"
+
+
+def test_the_short_form_of_quant_takes_changes_of_its_section(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("quant: nf4\n")
+    assert load_recipe(file, {"quant.block_size": 128}).quant == QuantSection(block_size=128)
+    assert load_recipe(file, {"quant.kind": "fp4"}).quant == QuantSection(kind="fp4")
+    assert load_recipe(file, {"quant": "none"}).quant is None
+
+
+@pytest.mark.parametrize(("name", "train"), [("full", "'*'"), ("bitfit", "biases"), ("norms", "norms")])
+def test_what_is_no_method_of_its_own_says_how_it_is_written(name: str, train: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(f"method '{name}' is written method: none, train: {train}")):
+        make_recipe({"adapter": {"method": name}})

@@ -30,6 +30,7 @@ def evaluate(
 ) -> None:
     """Score a model on a file of rows, before and after."""
     with screen(json) as out:
+        from lorakit.data.readers import check_there
         from lorakit.inject.attach import attach
         from lorakit.training.evaluate import evaluate as score
 
@@ -38,6 +39,7 @@ def evaluate(
         rows, part = (data, split) if data else (section.validation, split or section.validation_split)
         if rows is None:
             raise DataError(f"{source} names no validation data; give some with --data FILE")
+        check_there(rows, part)  # before a large base is loaded for nothing
         model, tokenizer = found.load_base()
         headless = found.state is not None and bool(found.labels)  # the base's head would be random
         scores: dict[str, Evaluation] = {}

@@ -11,7 +11,7 @@ import json as jsonlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lorakit.core.method import Method
     from lorakit.core.state import AdapterState
+    from lorakit.training.recipe import Recipe
 
 MARK = "lorakit-merge.json"
 """What a merge was, in the folder it wrote: by it a later merge knows that the folder may be replaced."""
@@ -103,10 +105,11 @@ def merge(
             (draft / MARK).write_text(jsonlib.dumps(result, indent=2) + "\n", encoding="utf-8")
         written = sum(file.stat().st_size for file in Path(output).iterdir())
         out.say(
-            f"merged {proof.layers} layers into {found.base}, in {kind}",
+            f"merged {proof.layers} layers into {found.base}, in {f'4 bits and {kind}' if lossy else kind}",
             f"logits: the adapter moved them by up to {proof.changed_from_base:.3g}; "
             f"merged and adapted differ by at most {proof.max_abs_diff:.2g}",
             *(_lost(proof) if lossy else _rounding(kind, proof)),
+            *_moved(found, dequantize or lossy),
             f"wrote {output} ({size(written)}); it loads with {loader(found)}.from_pretrained",
         )
         out.result({**result, "bytes": written})
@@ -190,6 +193,17 @@ def _rounding(kind: str, proof: Proof) -> list[str]:
     ]
 
 
+def _moved(found: Source, packed: bool) -> list[str]:
+    """Say of a run on 4 bits that its adapter now sits on other weights than it was trained on."""
+    quant = None if found.recipe is None else found.recipe.quant
+    if quant is None or packed:
+        return []
+    return [
+        f"the run trained on {quant.kind}, and these weights are those from before packing: its answers are near the "
+        "trained ones and not the same; lorakit evaluate tells how near, and --dequantize keeps them"
+    ]
+
+
 def _lost(proof: Proof) -> list[str]:
     """Say what a lossy merge cost."""
     share = proof.max_abs_diff / proof.changed_from_base if proof.changed_from_base else 0.0
@@ -213,17 +227,21 @@ def _load(found: Source, dtype: str, *, packed: bool) -> tuple[PreTrainedModel, 
 
 def _own_dtype(base: str) -> str:
     """Return the dtype a base's files are kept in; fp32 where its configuration says nothing."""
+    kept = str(_config_of(base, "dtype")).removeprefix("torch.")
+    return {"bfloat16": "bf16", "float16": "fp16"}.get(kept, "fp32")
+
+
+def _config_of(base: str, key: str) -> Any:
+    """Return what a base's configuration says of a key; None where it says nothing or cannot be read."""
     from lorakit.core.hub import hub_at_hand
     from lorakit.core.lazy import need
     from lorakit.training.base import resolve
 
     try:
         with hub_at_hand():
-            config = need("transformers", "train").AutoConfig.from_pretrained(resolve(base))
+            return getattr(need("transformers", "train").AutoConfig.from_pretrained(resolve(base)), key, None)
     except (OSError, ValueError):
-        return "fp32"  # loading the model is about to fail too, and says why
-    kept = str(getattr(config, "dtype", None)).removeprefix("torch.")
-    return {"bfloat16": "bf16", "float16": "fp16"}.get(kept, "fp32")
+        return None  # loading the model is about to fail too, and says why
 
 
 def loader(found: Source) -> str:
@@ -247,11 +265,25 @@ def _refuse_both(lossy: bool, dequantize: bool) -> None:
         raise MergeError("--lossy writes 4 bits and --dequantize writes none; give one of them")
 
 
-def _refuse_a_correction(state: AdapterState, dequantize: bool) -> None:
-    """Raise `MergeError` for a start that corrects a 4-bit base, on the way into one that needs no correction."""
+def flags_for(recipe: Recipe) -> list[str]:
+    """Return the options a merge of this recipe's adapter needs: where the base is in 4 bits, into what."""
+    method = recipe.adapter.build_method()
+    if method is not None and _corrects(method):
+        return ["--dequantize"]
+    return ["--base THE_16_BIT_BASE"] if _config_of(recipe.model, "quantization_config") else []
+
+
+def _corrects(method: Method) -> bool:
+    """Return whether an update starts as the correction of a 4-bit base."""
     from lorakit.core.init import init_of
 
-    if not dequantize and any((init := init_of(u.method)) and init.name == "loftq" for u in state.updates):
+    init = init_of(method)
+    return init is not None and init.name == "loftq"
+
+
+def _refuse_a_correction(state: AdapterState, dequantize: bool) -> None:
+    """Raise `MergeError` for a start that corrects a 4-bit base, on the way into one that needs no correction."""
+    if not dequantize and any(_corrects(update.method) for update in state.updates):
         raise MergeError(
             "the adapter started by LoftQ, so part of it corrects what 4 bits lost, and it fits no base that is "
             "rounded anew; give --dequantize, which merges into what the 4-bit base stands for"

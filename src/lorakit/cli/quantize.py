@@ -13,6 +13,8 @@ from lorakit.cli.screen import bar, screen, size
 from lorakit.errors import LorakitError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from lorakit.training.quantised import Packing
 
 
@@ -28,15 +30,17 @@ def quantize(
 ) -> None:
     """Pack a base into 4 bits, in bitsandbytes' format."""
     with screen(json) as out:
+        from lorakit.hosts.nf4 import BLOCK_SIZES
         from lorakit.persist.atomic import atomic_directory
         from lorakit.training.base import choose_device, explained, load_tokenizer, quiet
         from lorakit.training.base_files import checkpoint
         from lorakit.training.quantised import Packing, pack, write_packed
-        from lorakit.training.recipe import make_recipe
+        from lorakit.training.recipe import QuantSection
 
+        if block_size not in BLOCK_SIZES:
+            raise LorakitError(f"--block-size {block_size}: must be one of {', '.join(map(str, BLOCK_SIZES))}")
         asked = {"kind": kind, "block_size": block_size, "double_quant": double_quant}
-        settings = make_recipe({"quant": asked}, "the options").quant
-        assert settings is not None
+        settings = QuantSection.model_validate(asked)
         target = Path(output)
         if target.exists() and not (target.is_dir() and not any(target.iterdir())):
             raise LorakitError(f"{output} is there already; name another --output")
@@ -63,9 +67,25 @@ def quantize(
             "norms stay as they are",
             f"the weights lost {result['relative_error']:.2%} (relative Frobenius error), most in "
             f"{result['worst']}: {result['worst_error']:.2%}",
+            *_narrow(model, block_size),
             f"wrote {output}; train on it with model: {output}, merge into {base}",
         )
         out.result(result)
+
+
+def _narrow(model: PreTrainedModel, block_size: int) -> list[str]:
+    """Say which layers bitsandbytes may misread: on a CPU it counts blocks from the start of each row."""
+    from lorakit.hosts.linear4bit import Linear4bit
+
+    layers = {path: m.in_features for path, m in model.named_modules() if isinstance(m, Linear4bit)}
+    narrow = [f"{path} ({width})" for path, width in layers.items() if width % block_size]
+    if not narrow:
+        return []
+    return [
+        f"in {len(narrow)} layers a row is no whole number of blocks of {block_size}: {', '.join(narrow[:3])}"
+        f"{', ...' if len(narrow) > 3 else ''}. lorakit reads them right, and "
+        "bitsandbytes 0.50 on a CPU with AVX-512 does not"
+    ]
 
 
 def _lost(packing: Packing) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def train(
             raise type(error)(f"{recipe}: adapter: {error}") from error
         if finished:
             out.say(f"{run.output} is already finished; nothing done")
-        _summary(run, out)
+        _summary(run, made, out)
         out.result(run.to_json())
 
 
@@ -109,7 +109,7 @@ def _changes(given: list[str]) -> dict[str, Any]:
     return changes
 
 
-def _summary(run: Run, out: Screen) -> None:
+def _summary(run: Run, recipe: Recipe, out: Screen) -> None:
     """Say what came out, and the next commands."""
     losses = f"training loss {run.train_loss:.4f}"
     if run.validation_loss is not None:
@@ -124,4 +124,6 @@ def _summary(run: Run, out: Screen) -> None:
     )
     if run.task == "causal-lm":
         out.say(f'  lorakit generate {run.output} --prompt "..."')
-    out.say(f"  lorakit merge {run.output} --output {run.output}/merged")
+    from lorakit.cli.merge import flags_for
+
+    out.say(" ".join([f"  lorakit merge {run.output}", *flags_for(recipe), f"--output {run.output}/merged"]))

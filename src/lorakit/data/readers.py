@@ -43,6 +43,12 @@ def load(
     return "rows in memory", rows, lambda numbers: [f"row {number + 1}" for number in numbers]
 
 
+def check_there(source: str, split: str | None = None) -> None:
+    """Raise `DataError` where a local source is not there or not of a kind that can be read."""
+    if _path(source).exists() or _looks_local(source):
+        data_files(source, split)
+
+
 def read_rows(source: str, split: str | None = None) -> Dataset:
     """Read every row of a file, a folder or a hub dataset; `split` chooses among those of a folder or of the hub.
 

@@ -12,6 +12,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -136,9 +137,13 @@ def _link_or_copy(source: str, target: str) -> str:
 
 def _publish(draft: Path, place: Path) -> None:
     """Sync the draft and put it in the old version's place; whatever fails leaves the old version there."""
+    usual = _usual_mode(draft)
     for folder, _, files in os.walk(draft):
         for name in files:
-            _sync(Path(folder, name))
+            file = Path(folder, name)
+            if stat.S_IMODE(file.stat().st_mode) == stat.S_IRUSR | stat.S_IWUSR:  # as safetensors makes its files
+                file.chmod(usual)
+            _sync(file)
         _sync(Path(folder))
     existed = place.exists()
     put = _swap if existed else os.rename
@@ -148,6 +153,15 @@ def _publish(draft: Path, place: Path) -> None:
     except OSError:
         put(*((draft, place) if existed else (place, draft)))
         raise
+
+
+def _usual_mode(folder: Path) -> int:
+    """Return the mode the user's umask gives a new file."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    return mode
 
 
 def _swap(draft: Path, place: Path) -> None:

@@ -68,6 +68,10 @@ class OverrideSection(Section):
     fields: dict[str, Any]
 
 
+_BASELINES = {"full": "'*'", "bitfit": "biases", "norms": "norms", "heads": "heads"}
+"""What people call training a part of the base, and the value of `train` that means it."""
+
+
 def _blamed(error: SpecError, fields: dict[str, Any]) -> tuple[str, str]:
     """Return the field an error of a method is about (else `method`), and the rest of its words."""
     text = str(error)
@@ -161,6 +165,8 @@ class AdapterSection(BaseModel):
             if extra:
                 raise SpecError(f"method none has no field {next(iter(extra))!r}: only what `train` names is trained")
             return None
+        if self.method in _BASELINES:
+            raise SpecError(f"method {self.method!r} is written method: none, train: {_BASELINES[self.method]}")
         try:
             return method_from_json({"name": self.method, **extra})
         except SpecError as error:
@@ -246,7 +252,7 @@ class Recipe(Section):
     @field_validator("quant", mode="before")
     @classmethod
     def _a_kind_is_enough(cls, given: Any) -> Any:
-        return {"kind": given} if isinstance(given, str) else given
+        return None if given == "none" else {"kind": given} if isinstance(given, str) else given
 
     @field_validator("output")
     @classmethod
@@ -312,6 +318,8 @@ def _read(file: Path) -> Any:
 
 def _changed(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     result = {k: dict(v) if isinstance(v, dict) else v for k, v in raw.items()}
+    if isinstance(kind := result.get("quant"), str) and any(key.startswith("quant.") for key in changes):
+        result["quant"] = {"kind": kind}  # the short form of the section
     for key, value in changes.items():
         section, _, rest = key.partition(".")
         if not rest:
