@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.core.fronts import Front, put_in_front, take_from_front
+from lorakit.core.hollow import is_hollow
 from lorakit.core.host import Host
 from lorakit.core.method import Call, Method, Start, Static
 from lorakit.core.site import Site
@@ -68,7 +69,7 @@ class Adapter(nn.Module):
     def init(self, read: Callable[[], Tensor], rng: torch.Generator, evidence: Tensor | None = None) -> None:
         """Fill the tensors; drawn on the CPU so that a seed means the same values on every device."""
         own = {name: t for name, t in self.tensors().items() if name not in self.borrowed}
-        if any(t.is_meta for t in own.values()):
+        if any(map(is_hollow, own.values())):
             return
         drawn = {name: torch.empty_like(t, device="cpu") for name, t in own.items()}
         self.method.init(drawn, Start(self.site, read, rng, evidence))

@@ -10,13 +10,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from math import gcd
+from math import gcd, prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
+from lorakit.core.hollow import is_hollow
 from lorakit.errors import AdapterFileError, AttachError
 from lorakit.hosts.bnb_keys import NAMES, from_tensors, to_tensors
 from lorakit.hosts.nf4 import Nested, Quantized, dequantize, maxima, quantize, unpack
@@ -81,7 +83,7 @@ class Linear4bit(nn.Module):
         """Return the weight `(out, in)`, as the product sees it, in `dtype` (its own if None)."""
         value = self.quantized
         value = value if dtype is None else replace(value, dtype=dtype)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_hollow(value.packed):
             found: Tensor = _traced_dense(torch.empty(0, dtype=value.dtype, device=value.packed.device), *_parts(value))
             return found
         return dequantize(value)
@@ -164,7 +166,7 @@ class Linear4bit(nn.Module):
 def product(x: Tensor, value: Quantized) -> Tensor:
     """Return `x W^T (..., out)` for `x (..., in)`, differentiable in x, with no more than a block of W dense."""
     parts = _parts(value)
-    traced = torch.compiler.is_compiling() or x.is_meta
+    traced = torch.compiler.is_compiling() or is_hollow(x)
     found: Tensor = _traced(x, *parts) if traced else _Product.apply(x, *parts)  # type: ignore[no-untyped-call]
     return found
 
@@ -257,6 +259,9 @@ _traced_dense = torch.library.custom_op("lorakit::dense_4bit", _dense, mutates_a
 _traced_dense.register_fake(lambda like, *parts: like.new_empty(parts[4], parts[5]))
 _traced_back.register_fake(lambda dy, *parts: dy.new_empty(*dy.shape[:-1], parts[5]))
 _traced.register_autograd(lambda ctx, dy: _grads(ctx, _traced_back, dy), setup_context=_keep)
+register_flop_formula([torch.ops.lorakit.product_4bit, torch.ops.lorakit.product_4bit_back])(
+    lambda x, packed, absmax, groups, offset, out, in_, *_, **__: 2 * prod(x) // x[-1] * out * in_
+)
 
 
 def _value(

@@ -114,6 +114,18 @@ def quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True, ki
     return Quantized(packed, inner, Nested(most, offset), shape, weight.dtype, block_size, kind)
 
 
+def hollow(
+    shape: tuple[int, ...], dtype: torch.dtype, block_size: int = 64, double_quant: bool = True, kind: str = "nf4"
+) -> Quantized:
+    """Return a weight of that shape whose bytes mean nothing yet, on the default device."""
+    n = prod(shape)
+    blocks = -(-n // block_size)
+    packed = torch.empty(-(-n // 2), 1, dtype=torch.uint8)
+    absmax = torch.empty(blocks, dtype=torch.uint8 if double_quant else torch.float32)
+    nested = Nested(torch.empty(-(-blocks // NESTED)), torch.empty(())) if double_quant else None
+    return Quantized(packed, absmax, nested, shape, dtype, block_size, kind)
+
+
 def dequantize(value: Quantized, dtype: torch.dtype | None = None) -> Tensor:
     """Return the weight as it was shaped, `book[code] * absmax` in fp32, rounded once to `dtype` (its own if None)."""
     out = torch.empty(value.shape, dtype=dtype or value.dtype, device=value.packed.device)

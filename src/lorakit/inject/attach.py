@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.adapters import Adapted, Adapter, Adapters, attached, swap_in, swap_out
+from lorakit.core.hollow import is_hollow
 from lorakit.core.init import init_of, shared_out
 from lorakit.core.method import Method
 from lorakit.core.peft_form import settle
@@ -175,7 +176,7 @@ def base_of(model: nn.Module, most: int = 8) -> Base:
             break
         weight = named.get(f"{site.path}.weight")
         lossless = host_at(site, model.get_submodule(site.path)).store.lossless
-        readable = weight is not None and lossless and not weight.is_meta and id(weight) not in moved
+        readable = weight is not None and lossless and not is_hollow(weight) and id(weight) not in moved
         if weight is not None and readable:
             probes[site.path] = probe(weight)
     return Base(getattr(config, "_name_or_path", None) or None, probes)
@@ -295,7 +296,7 @@ def _check_evidence(
     problems: dict[str, list[str]] = {}
     for site, method in placed:
         init = init_of(method)
-        if init is None or init.needs is None or (weight := _weight(modules[site.path], site)).is_meta:
+        if init is None or init.needs is None or is_hollow(weight := _weight(modules[site.path], site)):
             continue
         try:
             init.check_evidence(site, weight, evidence.get(site.key))

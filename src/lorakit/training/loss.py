@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorakit.core.hollow import is_hollow
 from lorakit.core.layout import row_ends
 from lorakit.data import IGNORE, Collator
 from lorakit.inject.context import virtual_positions
@@ -52,7 +53,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(logits.dtype, torch.float32)
         grad = torch.zeros_like(logits) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=wide, device=logits.device)
-        trained = (labels != IGNORE).nonzero().squeeze(1)
+        everything = torch.arange(len(labels), device=labels.device)  # a rehearsal's labels have no values
+        trained = everything if is_hollow(labels) else (labels != IGNORE).nonzero().squeeze(1)
         for rows in torch.split(trained, max(1, WIDE_VALUES // logits.shape[1])):
             here, right = logits[rows].to(wide), labels[rows].unsqueeze(1)
             log_sum = here.logsumexp(1, keepdim=True)

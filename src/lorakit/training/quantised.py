@@ -167,6 +167,34 @@ def make_dense(model: PreTrainedModel) -> None:
         model.set_submodule(path, layer.to_dense(model.dtype))
 
 
+def pack_layers(model: nn.Module, settings: QuantSection) -> None:
+    """Put packed layers in the place of a model's linear ones but the output layers."""
+    skeleton = sites(model)
+    for site in skeleton.sites:
+        if site.kind in LINEAR_KINDS and site.path not in skeleton.heads:
+            layer = model.get_submodule(site.path)
+            made = settings.block_size, settings.double_quant, settings.kind
+            model.set_submodule(site.path, Linear4bit.of(layer, *made))
+
+
+def pack_hollow(model: nn.Module, settings: QuantSection) -> None:
+    """Put 4-bit layers without values in the place of a model's linear ones, as packing does with values."""
+    dtypes = {path: m.get_parameter("weight").dtype for path, m in model.named_modules() if hasattr(m, "weight")}
+    empty_layers(model)
+    for path, layer in model.named_modules():
+        if isinstance(layer, Linear4bit):
+            shape = (layer.out_features, layer.in_features)
+            made = settings.block_size, settings.double_quant, settings.kind
+            layer.take(nf4.hollow(shape, dtypes[path], *made))
+
+
+def state_tensors(model: nn.Module) -> list[Tensor]:
+    """Return what a model's packed layers keep beside their bytes: the scales of the blocks."""
+    values = [module.quantized for module in model.modules() if isinstance(module, Linear4bit)]
+    nested = [t for v in values if v.nested is not None for t in (v.nested.absmax, v.nested.offset)]
+    return [*(v.absmax for v in values), *nested]
+
+
 def write_packed(model: PreTrainedModel, packing: Packing, folder: Path) -> None:
     """Write a packed model as Hugging Face and bitsandbytes keep one; the tokenizer is the caller's to add."""
     model.save_pretrained(folder)

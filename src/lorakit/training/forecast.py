@@ -1,0 +1,163 @@
+"""What a step of a recipe will hold and compute, from a model without weights.
+
+A stack of blocks that are all alike is rehearsed with two blocks and with three, and continued in a straight line: each
+block adds the same, to the byte (tests/training/test_forecast.py), so eighty blocks take no longer than five.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.method import Context
+from lorakit.core.site import layer_of
+from lorakit.core.spec import AdapterSpec
+from lorakit.inject.attach import attach
+from lorakit.inject.penalty import penalty
+from lorakit.training.arguments import widen
+from lorakit.training.groups import param_groups
+from lorakit.training.loss import mean_of_batch
+from lorakit.training.quantised import pack_hollow, state_tensors
+from lorakit.training.recipe import QuantSection
+from lorakit.training.rehearsal import Held, Rehearsal, Scene, rehearse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FEW = 4
+"""Blocks that are rehearsed one and all; of more, two and three are."""
+MOMENTS = {"adamw": 8.0, "paged-adamw": 8.0, "adamw-8bit": 2.0, "paged-adamw-8bit": 2.0}
+"""Bytes of an optimizer's two moments for each trained number; 8 bits have an fp32 scale for every 256 beside them."""
+SMALL = 4096
+"""A tensor of fewer numbers keeps its moments in 32 bits (bitsandbytes)."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one micro-batch is: rows, their length in tokens, whether they are packed; and how the step is run."""
+
+    rows: int
+    length: int
+    packed: bool = False
+    classes: bool = False
+    checkpointing: bool = False
+    dtype: torch.dtype = torch.float32
+    quant: QuantSection | None = None
+    optimizer: str = "adamw"
+
+
+def forecast(model: PreTrainedModel, spec: AdapterSpec, load: Load) -> Rehearsal:
+    """Return what a step holds and computes.
+
+    Args:
+        model: the base, without weights or with; its class and its configuration count.
+        spec: what will be attached.
+        load: the batch, and how the step is run.
+
+    Raises:
+        LorakitError: a model whose shapes depend on values, such as one that routes tokens to experts.
+    """
+    depth = _depth(model)
+    if depth <= FEW or _depends_on_depth(spec):
+        found = rehearse(scene(model, spec, load, None))
+    else:
+        two, three = (rehearse(scene(model, spec, load, blocks)) for blocks in (2, 3))
+        found = two.continued(three, depth - 2)
+    return replace(found, step=_moments(found.step, load.optimizer), between=_moments(found.between, load.optimizer))
+
+
+def scene(
+    model: PreTrainedModel,
+    spec: AdapterSpec,
+    load: Load,
+    blocks: int | None = None,
+    pack: Callable[[nn.Module, QuantSection], None] = pack_hollow,
+) -> Scene:
+    """Return the functions that make a step of this model, or of the same one with fewer blocks.
+
+    They make real tensors where nobody says otherwise; `pack` then has to pack real weights.
+    """
+    config = model.config if blocks is None else _shortened(model.config, blocks)
+
+    def build() -> nn.Module:
+        made: nn.Module = type(model)._from_config(copy.deepcopy(config), dtype=load.dtype)  # type: ignore[no-untyped-call]
+        made.config.use_cache = False  # type: ignore[union-attr]
+        if load.quant is not None:
+            pack(made, load.quant)
+        return made
+
+    def prepare(made: nn.Module) -> None:
+        attach(made, spec)
+        widen(made)
+        if load.checkpointing:
+            made.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+
+    def loss(made: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        own, term = mean_of_batch(made, batch), penalty(made)  # type: ignore[arg-type]
+        return own if term is None else own + term
+
+    return Scene(
+        build,
+        prepare,
+        partial(_batch, load),
+        loss,
+        lambda made: torch.optim.AdamW(param_groups(made, 1e-3)),
+        state_tensors,
+        partial(_autocast, load.dtype, not spec.train),
+    )
+
+
+def _autocast(dtype: torch.dtype, narrow: bool) -> AbstractContextManager[Any]:
+    """Return the context of a forward: where 16-bit weights are trained whole, they are widened, and this narrows."""
+    return nullcontext() if narrow or dtype == torch.float32 else torch.autocast("cpu", dtype)
+
+
+def _batch(load: Load) -> dict[str, Tensor]:
+    """Return one micro-batch, as the collator makes it."""
+    shape = (load.rows, load.length)
+    batch = {"input_ids": torch.zeros(shape, dtype=torch.long)}
+    batch["labels"] = torch.zeros(load.rows if load.classes else shape, dtype=torch.long)
+    batch["position_ids" if load.packed else "attention_mask"] = torch.zeros(shape, dtype=torch.long)
+    return batch
+
+
+def _moments(held: Held, optimizer: str) -> Held:
+    """Return what is held with the moments of the recipe's optimizer in the place of AdamW's."""
+    return replace(held, optimizer=round(held.optimizer * MOMENTS[optimizer] / MOMENTS["adamw"]))
+
+
+def _depth(model: nn.Module) -> int:
+    """Return the number of blocks of a model's one stack of equal blocks; 0 where there is no such stack."""
+    shapes: dict[tuple[str, int], Counter[tuple[str, torch.Size]]] = {}
+    for name, parameter in model.named_parameters():
+        if (place := layer_of(name)) is not None:
+            inside = name.partition(f"{place[0]}.{place[1]}.")[2]
+            shapes.setdefault(place, Counter())[inside, parameter.shape] += 1
+    stacks = {stack for stack, _ in shapes}
+    equal = all(one == next(iter(shapes.values())) for one in shapes.values())
+    told = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    return len(shapes) if len(stacks) == 1 and equal and told == len(shapes) else 0
+
+
+def _depends_on_depth(spec: AdapterSpec) -> bool:
+    """Return whether a spec means other blocks in a shorter model: it numbers them, or shares tensors among them."""
+    numbered = spec.targets.layers is not None or any(o.targets.layers is not None for o in spec.overrides)
+    return numbered or isinstance(spec.method, Context)
+
+
+def _shortened(config: Any, blocks: int) -> Any:
+    """Return the configuration of the same model with fewer blocks."""
+    short = copy.deepcopy(config)
+    kinds = getattr(short, "layer_types", None)
+    short.num_hidden_layers = blocks
+    if kinds is not None:
+        short.layer_types = list(kinds[:blocks])
+    return short

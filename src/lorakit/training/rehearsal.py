@@ -1,0 +1,235 @@
+"""One training step of the real model code on tensors without values: what it will hold, before a weight is loaded.
+
+Nothing is estimated that can be run. The model is built from its configuration with fake tensors, which have a shape, a
+dtype and a device and no memory; the adapter is attached, the loss computed, the backward and the optimizer run, as in
+training. Every piece of memory that comes to life and goes is counted, by what it is for.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes held at one moment of a step, by what they are for.
+
+    `adapters` are the trained tensors, those of the base that are trained whole among them; `activations` what the
+    forward left for the backward; `logits` what is as wide as the vocabulary; `temporaries` everything else.
+    """
+
+    weights: int = 0
+    adapters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    logits: int = 0
+    temporaries: int = 0
+
+    @property
+    def total(self) -> int:
+        """Return the sum."""
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a step holds at its fullest moment, between forward and backward, and in an evaluation; and its FLOPs."""
+
+    step: Held
+    between: Held
+    evaluation: Held
+    flops: int
+
+    def continued(self, other: Rehearsal, blocks: int) -> Rehearsal:
+        """Return this rehearsal with `blocks` more blocks, where `other` has one more than this."""
+
+        def line(one: int, two: int) -> int:
+            return one + blocks * (two - one)
+
+        def held(one: Held, two: Held) -> Held:
+            return Held(**{f.name: line(getattr(one, f.name), getattr(two, f.name)) for f in fields(Held)})
+
+        return Rehearsal(
+            held(self.step, other.step),
+            held(self.between, other.between),
+            held(self.evaluation, other.evaluation),
+            line(self.flops, other.flops),
+        )
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is rehearsed: functions that make the base, prepare it, and make the rest of a step.
+
+    `build` makes the base in the dtype it is loaded in, `prepare` attaches the adapter and puts the model into the
+    state training has it in, `extra` names tensors a model keeps that are neither parameters nor buffers, and `forward`
+    is the context of a forward, such as autocast.
+    """
+
+    build: Callable[[], nn.Module]
+    prepare: Callable[[nn.Module], None]
+    batch: Callable[[], dict[str, Tensor]]
+    loss: Callable[[nn.Module, dict[str, Tensor]], Tensor]
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    extra: Callable[[nn.Module], Iterable[Tensor]] = lambda model: ()
+    forward: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+def rehearse(scene: Scene) -> Rehearsal:
+    """Run one step on fake tensors and return what it held.
+
+    Raises:
+        torch._subclasses.fake_tensor.DataDependentOutputException: a model whose shapes depend on values, such as one
+            that routes tokens to experts.
+    """
+    with FakeTensorMode():
+        model = scene.build()
+        scene.prepare(model)
+        optimizer, rows = scene.optimizer(model), scene.batch()
+        live = _Live(_vocabulary(model))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        with live:
+            for tensor in (*model.parameters(), *model.buffers(), *scene.extra(model)):
+                live.mark(tensor, "adapters" if tensor.requires_grad else "weights")
+            _make_states(trained, optimizer, live)
+            live.begin()
+            model.train(False)
+            with torch.no_grad(), scene.forward():
+                scene.loss(model, rows)
+            evaluation = live.fullest()
+            model.train(True)
+            hooks = [_on_gradient(p, live) for p in trained]
+            live.begin()
+            with scene.forward():
+                loss = scene.loss(model, rows)
+            live.rename("temporaries", "activations")
+            between = live.now()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            step = live.fullest()
+            for hook in hooks:
+                hook.remove()
+    return Rehearsal(step, between, evaluation, live.flops)
+
+
+@dataclass(eq=False)
+class _Piece:
+    """A piece of memory: what it is for, and from when to when it lives."""
+
+    bytes: int
+    kind: str
+    born: int
+    died: int | None = None
+    ref: weakref.ReferenceType[Any] | None = None
+
+
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Knows every piece of memory that lives, and when there was the most of it; counts FLOPs as torch does."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._vocabulary = vocabulary
+        self._pieces: dict[int, _Piece] = {}
+        self._ever: list[_Piece] = []
+        self._clock = self._held = self._most = self._most_at = 0
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor):
+                wide = tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary
+                self._see(tensor, "logits" if wide else "temporaries")
+        return out
+
+    def _see(self, tensor: Tensor, kind: str) -> _Piece:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._pieces:
+            return self._pieces[key]
+        self._clock += 1
+        made = self._pieces[key] = _Piece(storage.nbytes(), kind, self._clock)
+        self._ever.append(made)
+
+        def gone(_: Any) -> None:
+            self._clock += 1
+            made.died = self._clock
+            self._held -= made.bytes
+            if self._pieces.get(key) is made:
+                del self._pieces[key]
+
+        made.ref = weakref.ref(storage, gone)
+        self._held += made.bytes
+        if self._held > self._most:
+            self._most, self._most_at = self._held, self._clock
+        return made
+
+    def mark(self, tensor: Tensor | None, kind: str) -> None:
+        """Say what a tensor is for."""
+        if tensor is not None:
+            self._see(tensor, kind).kind = kind
+
+    def rename(self, old: str, new: str) -> None:
+        """Say that all that lives as `old` is for `new`."""
+        for piece in self._pieces.values():
+            piece.kind = new if piece.kind == old else piece.kind
+
+    def begin(self) -> None:
+        """Forget earlier moments."""
+        self.flops = 0
+        self._most, self._most_at = self._held, self._clock
+        self._ever = list(self._pieces.values())
+
+    def now(self) -> Held:
+        """Return what is held."""
+        return self._at(self._clock)
+
+    def fullest(self) -> Held:
+        """Return what was held when there was the most since `begin`."""
+        return self._at(self._most_at)
+
+    def _at(self, moment: int) -> Held:
+        held = dict.fromkeys((f.name for f in fields(Held)), 0)
+        for piece in self._ever:
+            if piece.born <= moment and (piece.died is None or piece.died > moment):
+                held[piece.kind] += piece.bytes
+        return Held(**held)
+
+
+def _make_states(trained: list[nn.Parameter], optimizer: torch.optim.Optimizer, live: _Live) -> None:
+    """Let the optimizer make its states, which from the second step on are there all the time."""
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                live.mark(value, "optimizer")
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """Return the width of the output layer of a language model, or one that no tensor has."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return -1 if head is None else int(head.weight.shape[0])
+
+
+def _on_gradient(parameter: nn.Parameter, live: _Live) -> Any:
+    """Have a gradient known as one when it is there."""
+    return parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+        lambda p: live.mark(p.grad, "gradients")
+    )
