@@ -1,0 +1,167 @@
+"""The forecast of a step: equal to the real step's allocations, and the straight line over blocks exact."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from lorakit.core.spec import AdapterSpec, Override, Targets
+from lorakit.methods.dora import DoRA
+from lorakit.methods.lora import LoRA
+from lorakit.training import forecast as module
+from lorakit.training.forecast import Load, forecast, scene
+from lorakit.training.quantised import pack_layers
+from lorakit.training.recipe import QuantSection
+from lorakit.training.rehearsal import rehearse
+
+FULL = AdapterSpec(None, train=("*",))
+LOAD = Load(2, 24)
+
+
+def llama(blocks: int = 3, **fields: Any) -> LlamaForCausalLM:
+    with torch.device("meta"):
+        return LlamaForCausalLM(
+            LlamaConfig(
+                **{
+                    "vocab_size": 96,
+                    "hidden_size": 32,
+                    "intermediate_size": 48,
+                    "num_hidden_layers": blocks,
+                    "num_attention_heads": 4,
+                    "num_key_value_heads": 2,
+                    **fields,
+                }
+            )
+        )
+
+
+def kept(model: nn.Module, spec: AdapterSpec, load: Load) -> int:
+    """Return what autograd saves in a real forward, each storage once, parameters left out, and the loss itself."""
+    made = scene(model, spec, load, pack=pack_layers)  # type: ignore[arg-type]
+    real = made.build()
+    made.prepare(real)
+    rows = made.batch()
+    real.train()
+    there = [*real.parameters(), *real.buffers(), *made.extra(real)]
+    own, found = {t.untyped_storage().data_ptr() for t in there}, {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), made.forward():
+        made.loss(real, rows)
+    return sum(found.values())
+
+
+@pytest.mark.parametrize(
+    ("spec", "load"),
+    [
+        (AdapterSpec(LoRA(4)), LOAD),
+        (AdapterSpec(LoRA(4), dropout=0.1), LOAD),
+        (AdapterSpec(DoRA(LoRA(4))), LOAD),
+        (AdapterSpec(LoRA(4)), replace(LOAD, dtype=torch.bfloat16)),
+        (AdapterSpec(LoRA(4)), replace(LOAD, quant=QuantSection())),
+        (FULL, LOAD),
+        (FULL, replace(LOAD, dtype=torch.bfloat16)),
+    ],
+)
+def test_what_is_saved_is_what_autograd_saves(spec: AdapterSpec, load: Load) -> None:
+    found = forecast(llama(), spec, load).between
+    own, real = found.activations + found.logits, kept(llama(), spec, load)
+    assert own == pytest.approx(real, rel=0.02), "few bytes live that nobody saved: the loss, positions"
+    assert own >= real
+
+
+def test_an_encoder_with_a_head_is_forecast_too() -> None:
+    config = BertConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    with torch.device("meta"):
+        model = BertForSequenceClassification(config)
+    spec, load = AdapterSpec(LoRA(4), train=("heads",)), Load(3, 12, classes=True)
+    found = forecast(model, spec, load).between
+    assert found.activations + found.logits == pytest.approx(kept(model, spec, load), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("spec", "load"),
+    [
+        (AdapterSpec(LoRA(4)), LOAD),
+        (AdapterSpec(LoRA(4)), replace(LOAD, checkpointing=True)),
+        (AdapterSpec(DoRA(LoRA(4))), replace(LOAD, quant=QuantSection())),
+        (FULL, LOAD),
+    ],
+)
+def test_the_line_over_blocks_is_exact(spec: AdapterSpec, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_the_line = forecast(llama(6), spec, load)
+    monkeypatch.setattr(module, "FEW", 6)
+    assert on_the_line == forecast(llama(6), spec, load)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        AdapterSpec(LoRA(4), Targets(layers="top:2")),
+        AdapterSpec(LoRA(4), overrides=[Override.of("*", layers="5", rank=2)]),
+    ],
+)
+def test_a_spec_that_numbers_blocks_is_rehearsed_on_all_of_them(spec: AdapterSpec) -> None:
+    found = forecast(llama(6), spec, LOAD)
+    everywhere = forecast(llama(6), AdapterSpec(LoRA(4)), LOAD)
+    assert found.step.adapters < everywhere.step.adapters
+
+
+def test_unequal_blocks_are_rehearsed_one_and_all() -> None:
+    model = llama(6)
+    assert module._depth(model) == 6
+    with torch.device("meta"):
+        model.model.layers[3].mlp.up_proj = nn.Linear(32, 48, bias=True)
+    assert module._depth(model) == 0
+
+
+def test_dropout_raises_what_is_saved_and_checkpointing_lowers_it() -> None:
+    plain = forecast(llama(), AdapterSpec(LoRA(4)), LOAD).between.activations
+    assert forecast(llama(), AdapterSpec(LoRA(4), dropout=0.1), LOAD).between.activations > 1.2 * plain
+    assert forecast(llama(), AdapterSpec(LoRA(4)), replace(LOAD, checkpointing=True)).between.activations < 0.5 * plain
+
+
+def test_flops_are_torch_s_and_those_of_the_formula() -> None:
+    model, spec, load = llama(), AdapterSpec(LoRA(4)), LOAD
+    made = scene(model, spec, load)
+    real = made.build()
+    made.prepare(real)
+    real.train()
+    with FlopCounterMode(display=False) as counter:
+        made.loss(real, made.batch()).backward()  # type: ignore[no-untyped-call]
+    found = rehearse(scene(model, spec, load)).flops
+    assert found == counter.get_total_flops()
+    tokens, adapters = 48, 4 * 3 * (64 + 48 + 48 + 64 + 3 * 80)
+    blocks = 3 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48)
+    assert adapters == sum(p.numel() for p in real.parameters() if p.requires_grad)
+    head = 4 * tokens * 32 * 96
+    below = 2 * tokens * (32 * 32 + 2 * 32 * 16 + 3 * 4 * 32)  # the first block's inputs need no gradient
+    attention = found - (4 * blocks + 6 * adapters) * tokens - head + below
+    assert 0 <= attention < 0.1 * found
+
+
+def test_a_packed_base_holds_4_bits_a_weight_and_computes_the_same() -> None:
+    dense, packed = (
+        forecast(llama(hidden_size=64), AdapterSpec(LoRA(4)), replace(LOAD, quant=q)) for q in (None, QuantSection())
+    )
+    assert packed.flops == dense.flops
+    assert packed.step.activations <= dense.step.activations
+    weights = 3 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 48)
+    saved = dense.step.weights - packed.step.weights
+    assert saved == pytest.approx(weights * (4 - 4.127 / 8), rel=0.02)
+
+
+def test_moments_in_8_bits_take_a_quarter() -> None:
+    whole, small = (forecast(llama(), FULL, replace(LOAD, optimizer=name)) for name in ("adamw", "adamw-8bit"))
+    assert small.step.optimizer == pytest.approx(whole.step.optimizer / 4, rel=0.01)
