@@ -21,6 +21,7 @@ from lorakit.cli.evaluate import evaluate
 from lorakit.cli.generate import generate
 from lorakit.cli.merge import merge
 from lorakit.cli.methods import methods
+from lorakit.cli.plan import plan
 from lorakit.cli.quantize import quantize
 from lorakit.cli.quickstart import quickstart
 from lorakit.cli.screen import print_error
@@ -85,7 +86,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (quickstart, train, evaluate, generate, merge, convert, quantize, methods):
+for verb in (quickstart, plan, train, evaluate, generate, merge, convert, quantize, methods):
     app.command()(verb)
 
 
@@ -103,7 +104,7 @@ def options(
         bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Make a pretrained model yours with a low-rank update: train, evaluate, generate, merge, convert, quantize."""
+    """Make a pretrained model yours with a low-rank update: plan, train, evaluate, generate, merge, convert."""
 
 
 def _discard_output() -> None:

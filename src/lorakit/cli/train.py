@@ -31,7 +31,7 @@ def train(
     with screen(json) as out:
         from lorakit.training.recipe import load_recipe
 
-        changes = _changes(set or [])
+        changes = changes_of(set or [])
         if output is not None:
             changes["output"] = output
         made = load_recipe(recipe, changes)
@@ -93,7 +93,8 @@ def _refuse_elsewhere(file: Path, recipe: Recipe) -> None:
     )
 
 
-def _changes(given: list[str]) -> dict[str, Any]:
+def changes_of(given: list[str]) -> dict[str, Any]:
+    """Return the values that `--set key=value` flags mean, by their dotted keys."""
     from lorakit.training.recipe import scalar
 
     wrong = [text for text in given if "=" not in text]

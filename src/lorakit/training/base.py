@@ -111,7 +111,18 @@ def load_model(
     return Loaded(model.to(place).eval(), tuple(fresh))
 
 
-def load_empty(name: str, *, task: Task = "causal-lm", labels: Sequence[str] = ()) -> PreTrainedModel:
+def load_empty(
+    name: str, tokenizer: PreTrainedTokenizerBase, *, task: Task = "causal-lm", labels: Sequence[str] = ()
+) -> Loaded:
+    """Return the model of `name` for a task as `load_model` does, without weights: on the meta device."""
+    model = build_empty(name, task=task, labels=labels)
+    _check_vocabulary(model, tokenizer)
+    if task == "classification":
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return Loaded(model, ())
+
+
+def build_empty(name: str, *, task: Task = "causal-lm", labels: Sequence[str] = ()) -> PreTrainedModel:
     """Return the model of `name` for a task without its weights: layers and names, on the meta device.
 
     Raises:

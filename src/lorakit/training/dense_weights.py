@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lorakit.core.site import Site
 from lorakit.errors import RecipeError
-from lorakit.training.base import Task, load_empty
+from lorakit.training.base import Task, build_empty
 from lorakit.training.base_files import open_tensors, place_of
 from lorakit.training.quantised import settings_of
 from lorakit.training.tensor_names import checkpoint_of
@@ -25,7 +25,7 @@ class DenseWeights(Mapping[str, Tensor]):
             RecipeError: a base whose files are packed, or in which a site has no tensor of its own.
         """
         self._place, self._sites = place_of(base), {site.key: site for site in sites}
-        model = load_empty(base, task=task, labels=labels)
+        model = build_empty(base, task=task, labels=labels)
         if settings_of(model.config) is not None:
             raise RecipeError(
                 f"init loftq starts from the dense weights, and {base} holds packed ones; set model to the base it was "

@@ -23,7 +23,7 @@ from lorakit.inject.ledger import parameters_of
 from lorakit.inject.streaming import StreamedMerge
 from lorakit.persist.files import read_json, to_json, write_file
 from lorakit.persist.shard import FLOATING, STORED, Slot, name_of, write_shard
-from lorakit.training.base import Task, load_empty, load_tokenizer
+from lorakit.training.base import Task, build_empty, load_tokenizer
 from lorakit.training.base_files import INDEX, open_shards, place_of
 from lorakit.training.merge_checks import refuse
 from lorakit.training.tensor_names import Checkpoint, checkpoint_of, kept_wide
@@ -75,7 +75,7 @@ def merging_files(
         MergeError: layers that cannot be merged, or not from files, all of them listed.
         AdapterFileError: an adapter for another model or another base.
     """
-    model = load_empty(base, task=task, labels=labels)
+    model = build_empty(base, task=task, labels=labels)
     place = place_of(base)
     with open_shards(place) as files:
         found = checkpoint_of(model, {name: tensor for tensors in files.values() for name, tensor in tensors.items()})

@@ -23,7 +23,7 @@ from lorakit.core.sublayers import LINEAR_KINDS
 from lorakit.errors import AdapterFileError, LorakitError, RecipeError, SpecError, listing
 from lorakit.hosts import nf4
 from lorakit.hosts.bnb_keys import NAMES, from_tensors
-from lorakit.hosts.linear4bit import Linear4bit
+from lorakit.hosts.linear4bit import BLOCK, Linear4bit
 from lorakit.inject.sites import sites
 from lorakit.training.base_files import open_tensors, place_of
 from lorakit.training.recipe import QuantSection
@@ -31,6 +31,8 @@ from lorakit.training.recipe import QuantSection
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+DENSE_AT_ONCE = BLOCK
+"""Weights of a packed layer that are unpacked at a time."""
 METHOD = "lorakit-4bit"
 """What transformers knows the quantisation by."""
 

@@ -282,7 +282,7 @@ def load_recipe(path: str | Path, changes: dict[str, Any] | None = None) -> Reci
     raw = _read(file)
     if not isinstance(raw, dict | None):
         raise RecipeError(f"{file} must hold keys such as `model:` and `data:`, not a {type(raw).__name__}")
-    return make_recipe(_changed(raw or {}, changes or {}), str(file), changes or {})
+    return make_recipe(changed(raw or {}, changes or {}), str(file), changes or {})
 
 
 def make_recipe(values: dict[str, Any], source: str = "the recipe", changes: Collection[str] = ()) -> Recipe:
@@ -316,7 +316,8 @@ def _read(file: Path) -> Any:
         raise RecipeError(f"{file} line {line}: not UTF-8 text; convert the file to UTF-8") from None
 
 
-def _changed(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def changed(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe's plain values with dotted changes on top."""
     result = {k: dict(v) if isinstance(v, dict) else v for k, v in raw.items()}
     if isinstance(kind := result.get("quant"), str) and any(key.startswith("quant.") for key in changes):
         result["quant"] = {"kind": kind}  # the short form of the section

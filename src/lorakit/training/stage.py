@@ -23,7 +23,8 @@ from lorakit.data.formats import named
 from lorakit.errors import RecipeError
 from lorakit.inject.context import virtual_positions
 from lorakit.inject.sites import sites
-from lorakit.training.base import Task, load_model, load_tokenizer, packing_of
+from lorakit.training.base import Loaded, Task, load_empty, load_model, load_tokenizer, packing_of
+from lorakit.training.miniature import miniature
 from lorakit.training.recipe import DataSection, Recipe
 
 if TYPE_CHECKING:
@@ -55,8 +56,10 @@ class Stage:
         return self.train.labels or ()
 
 
-def build_stage(recipe: Recipe) -> Stage:
+def build_stage(recipe: Recipe, *, empty: bool = False) -> Stage:
     """Load the base, read the data, decide how rows become batches; the adapter is not attached yet.
+
+    With `empty` the base has no weights, on the meta device: enough to plan with.
 
     Raises:
         RecipeError: no training data named.
@@ -67,7 +70,16 @@ def build_stage(recipe: Recipe) -> Stage:
     task = task_of(recipe.data, recipe.task)
     if task == "causal-lm":
         _refuse_labels(recipe.data)
-    return _classifier(recipe) if task == "classification" else _language_model(recipe)
+    return (_classifier if task == "classification" else _language_model)(recipe, empty)
+
+
+def _load(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, task: Task, empty: bool, labels: tuple[str, ...] = ()
+) -> Loaded:
+    if empty:
+        return load_empty(recipe.model, tokenizer, task=task, labels=labels)
+    return load_model(recipe.model, tokenizer, task=task, labels=labels, dtype=recipe.train.dtype,
+                      device=recipe.train.device, packing=packing_of(recipe.quant))  # fmt: skip
 
 
 def _refuse_labels(data: DataSection) -> None:
@@ -187,11 +199,10 @@ def rows_of(model: PreTrainedModel) -> int:
     return int(embedding.weight.shape[0])
 
 
-def _language_model(recipe: Recipe) -> Stage:
+def _language_model(recipe: Recipe, empty: bool) -> Stage:
     data, train = recipe.data, recipe.train
     tokenizer = load_tokenizer(recipe.model)
-    loaded = load_model(recipe.model, tokenizer, dtype=train.dtype, device=train.device,
-                        packing=packing_of(recipe.quant))  # fmt: skip
+    loaded = _load(recipe, tokenizer, "causal-lm", empty)
     loaded.model.config.use_cache = False
     packed, why = _packing(recipe, loaded.model)
     spec = _spec(recipe, loaded.model, tokenizer)
@@ -211,15 +222,14 @@ def _language_model(recipe: Recipe) -> Stage:
     return Stage("causal-lm", loaded.model, tokenizer, spec, rows, validation, size, packed, why)
 
 
-def _classifier(recipe: Recipe) -> Stage:
+def _classifier(recipe: Recipe, empty: bool) -> Stage:
     data, train = recipe.data, recipe.train
     tokenizer = load_tokenizer(recipe.model)
     assert data.train is not None
     most = min(data.max_length, tokenizer.model_max_length)
     rows = prepare_labelled(data, tokenizer, data.train, data.train_split, max_length=most, labels=data.labels or None)
     labels = rows.labels or ()
-    loaded = load_model(recipe.model, tokenizer, task="classification", labels=labels, dtype=train.dtype,
-                        device=train.device, packing=packing_of(recipe.quant))  # fmt: skip
+    loaded = _load(recipe, tokenizer, "classification", empty, labels)
     most = longest_row(data, loaded.model, tokenizer, recipe.adapter.build_method())
     if rows.report.longest > most or rows_of(loaded.model) < len(tokenizer):
         rows = prepare_labelled(data, tokenizer, data.train, data.train_split, max_length=most, labels=labels,
@@ -269,7 +279,7 @@ def _packing(recipe: Recipe, model: PreTrainedModel) -> tuple[bool, str]:
         return True, "data.packing is always"
     if recipe.train.batch_size is not None:
         return False, "train.batch_size counts examples, so each has its own row"
-    if not packing_is_isolated(model):
+    if not packing_is_isolated(miniature(model) if next(model.parameters()).is_meta else model):
         attention = getattr(model.config, "_attn_implementation", "unknown")
         return False, f"packed examples would see each other in this model with attention '{attention}'"
     return True, "packed examples do not see each other in this model (measured)"

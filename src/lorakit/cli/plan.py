@@ -1,0 +1,226 @@
+"""`lorakit plan`: what a run will train, hold and take, on one screen, before a weight is loaded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorakit.cli.screen import Screen, duration, screen, size, table
+from lorakit.errors import RecipeError
+
+if TYPE_CHECKING:
+    from lorakit.planning.memory import Forecast
+    from lorakit.training.planned import PlannedRun
+    from lorakit.training.recipe import Recipe
+
+
+def plan(
+    source: Annotated[
+        str | None, typer.Argument(help="A recipe, a base (name or directory), or a config.json alone.")
+    ] = None,
+    shape: Annotated[str | None, typer.Option(help="A well-known shape instead, such as llama-2-7b.")] = None,
+    set: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a value: --set adapter.rank=64; may be repeated.")
+    ] = None,
+    compare: Annotated[
+        list[str] | None, typer.Option("--compare", help="Another recipe to put beside it; may be repeated.")
+    ] = None,
+    device: Annotated[
+        list[str] | None, typer.Option("--device", help='"A100 80GB", "24 GB", ...; may be repeated.')
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="How many of the device share the work.")] = 1,
+    strategy: Annotated[str | None, typer.Option(help="ddp, fsdp2 or zero3; fsdp2 for several devices.")] = None,
+    watts: Annotated[float | None, typer.Option(min=0, help="Of one device at work, for the energy.")] = None,
+    price_per_kwh: Annotated[float | None, typer.Option(min=0, help="Of energy, in your currency.")] = None,
+    price_per_hour: Annotated[float | None, typer.Option(min=0, help="Of one device, in your currency.")] = None,
+    modules: Annotated[bool, typer.Option("--modules", help="List every module.")] = False,
+    advice: Annotated[bool, typer.Option("--advice", help="Say the reason and the source of each advice.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say what a run will train, whether it fits, and how long it takes."""
+    with screen(json) as out:
+        from lorakit.training.planned import Where
+        from lorakit.training.planned import plan as planned
+
+        shared = strategy or ("single" if gpus == 1 else "fsdp2")
+        where = Where(tuple(device or ()), gpus, shared, watts, price_per_kwh, price_per_hour)
+        recipe, model = _subject(source, shape, set or [])
+        found = planned(recipe, where, model=model)
+        others = {name: planned(*_other(name, set or [], where), model=model) for name in compare or []}
+        _show(out, found, modules, advice)
+        if others:
+            out.say("")
+            out.show(_compared({source or shape or recipe.model: found, **others}))
+        out.result(found.to_json() | ({"compared": {n: p.to_json() for n, p in others.items()}} if others else {}))
+
+
+def _subject(source: str | None, shape: str | None, changes: list[str]) -> tuple[Recipe, Any]:
+    """Return the recipe, and the empty model of a base that is only a configuration."""
+    from lorakit.cli.train import changes_of
+    from lorakit.training.recipe import load_recipe, make_recipe
+
+    if (source is None) == (shape is None):
+        raise RecipeError("give a recipe, a base or a config.json, or --shape NAME; one of them")
+    wanted = changes_of(changes)
+    if shape is not None:
+        from lorakit.planning.shapes import shape as named
+
+        return _bare(shape, named(shape), wanted)
+    assert source is not None
+    place = Path(source).expanduser()
+    if place.suffix in (".yaml", ".yml") or (place.is_file() and place.suffix != ".json"):
+        return load_recipe(source, wanted), None
+    if place.suffix == ".json" or (place.is_dir() and not any(place.glob("tokenizer*"))):
+        return _bare(source, place, wanted)
+    return make_recipe(_with({"model": source}, wanted), source, wanted), None
+
+
+def _bare(name: str, config: Any, changes: dict[str, Any]) -> tuple[Recipe, Any]:
+    """Return a recipe for a configuration, in the 16 bits such a base would be trained in, and its empty model."""
+    from lorakit.inject.skeleton import config_of, on_meta
+    from lorakit.training.recipe import make_recipe
+
+    recipe = make_recipe(_with({"model": name, "train": {"dtype": "bf16"}}, changes), name, changes)
+    task = "classification" if recipe.task == "classification" else None
+    return recipe, on_meta(config_of(config), task)
+
+
+def _with(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    from lorakit.training.recipe import changed
+
+    return changed(values, changes)
+
+
+def _other(name: str, changes: list[str], where: Any) -> tuple[Recipe, Any]:
+    from lorakit.cli.train import changes_of
+    from lorakit.training.recipe import load_recipe
+
+    return load_recipe(name, changes_of(changes)), where
+
+
+def _show(out: Screen, found: PlannedRun, modules: bool, advice: bool) -> None:
+    counts, load = found.counts, found.load
+    kind = f" packed into {found.quant}" if found.quant else ""
+    out.say(
+        f"{found.model}: {counts.total_parameters:,} parameters, {found.dtype}{kind}",
+        f"trains {counts.trainable_parameters:,} ({counts.percent:.4g} %) by {found.method}; "
+        f"the adapter's file is {size(counts.adapter_bytes())}",
+        "",
+    )
+    out.show(_modules(found) if modules else _grouped(found))
+    for one in counts.whole[:6]:
+        out.say(f"  trained whole: {one.name}, {one.parameters:,}")
+    if len(counts.whole) > 6:
+        out.say(f"  and {len(counts.whole) - 6} more parameters of the base are trained whole")
+    _say_data(out, found)
+    out.say("")
+    out.show(_memory(found.memory))
+    ways = ", ".join(f"{_way(name)} {size(one.step.total)}" for name, one in found.ways.items())
+    out.say(f"a step: {ways}", "")
+    _say_fits(out, found)
+    packed = ", packed" if load.packed else ""
+    out.say(f"(batches of {load.rows} x {load.length} tokens{packed}; what a device needs itself is counted, 1 GB)")
+    _say_advice(out, found, advice)
+    for finding in found.findings:
+        out.say(f"{finding.tool}: {finding.what}: {finding.why}; {finding.remedy}")
+    for warning in found.warnings:
+        out.say(f"note: {warning}")
+
+
+def _way(name: str) -> str:
+    return {"plain": "plain", "checkpointing": "with checkpointing", "4 bits": "in 4 bits"}.get(name, "with both")
+
+
+def _grouped(found: PlannedRun) -> Any:
+    """Draw one row for each kind of module: those of one name, shape and rank in all layers."""
+    from lorakit.core.site import layer_of
+
+    kinds: Counter[tuple[Any, ...]] = Counter()
+    numbers: Counter[tuple[Any, ...]] = Counter()
+    for m in found.counts.modules:
+        place = layer_of(m.path)
+        name = m.path if place is None else m.path.partition(f"{place[0]}.{place[1]}.")[2] or place[0]
+        key = (name, m.shape, m.rank, m.pattern)
+        kinds[key] += 1
+        numbers[key] += m.parameters
+    rows = [
+        (name, " x ".join(map(str, shape)), "" if rank is None else str(rank), str(kinds[key]), f"{numbers[key]:,}",
+         pattern)
+        for key in kinds
+        for name, shape, rank, pattern in [key]
+    ]  # fmt: skip
+    return table("", "module", "weight", "rank", "times", "trains", "pattern", rows=rows, numbers=(2, 3, 4))
+
+
+def _modules(found: PlannedRun) -> Any:
+    rows = [
+        (m.path, m.kind, " x ".join(map(str, m.shape)), "" if m.rank is None else str(m.rank), f"{m.parameters:,}",
+         m.pattern)
+        for m in found.counts.modules
+    ]  # fmt: skip
+    return table("", "module", "kind", "weight", "rank", "trains", "pattern", rows=rows, numbers=(3, 4))
+
+
+def _say_data(out: Screen, found: PlannedRun) -> None:
+    pace = found.pace
+    for report in found.data.values():
+        out.say("", *report.lines())
+    work = f"{pace.flops_per_step / 1e12:,.3g} TFLOP a step"
+    if pace.steps is not None and pace.tokens is not None:
+        work = f"{pace.steps:,} steps, {pace.tokens:,} tokens; {work}"
+    out.say("", work)
+    if pace.duration is not None:
+        took = pace.duration
+        out.say(f"about {duration(took.seconds)} ({duration(took.fastest)} to {duration(took.slowest)}): {took.reason}")
+    if pace.bill is not None:
+        said = {"kWh": pace.bill.kwh, "for energy": pace.bill.energy_price, "for the devices": pace.bill.hire}
+        if parts := [f"{value:,.2f} {what}" for what, value in said.items() if value is not None]:
+            out.say(", ".join(parts))
+
+
+def _memory(forecast: Forecast) -> Any:
+    """Draw the phases, a column for each part that any of them has."""
+    phases = {name: parts.to_json() for name, parts in forecast.phases.items()}
+    parts = [p for p in next(iter(phases.values())) if any(values[p] for values in phases.values())]
+    rows = [(name, *(size(values[p]) if values[p] else "" for p in parts)) for name, values in phases.items()]
+    return table("", "memory", *parts, rows=rows, numbers=range(1, len(parts) + 1))
+
+
+def _say_fits(out: Screen, found: PlannedRun) -> None:
+    """Say one line for each verdict, and for named devices how much is left."""
+    several = "" if found.where.count == 1 else f"{found.where.count} x, {found.where.strategy}: "
+    if found.where.devices:
+        for fit in found.fits:
+            left = f"{size(fit.spare)} left" if fit.spare >= 0 else f"{size(-fit.spare)} too much"
+            out.say(f"{several}{fit.device} ({fit.limit / 2**30:.1f} GiB): {fit.verdict}, {left}")
+        return
+    by_verdict: dict[str, list[str]] = {}
+    for fit in found.fits:
+        by_verdict.setdefault(fit.verdict, []).append(fit.device)
+    for verdict, devices in by_verdict.items():
+        out.say(f"{several}{verdict}: {', '.join(devices)}")
+
+
+def _say_advice(out: Screen, found: PlannedRun, in_full: bool) -> None:
+    if not found.advice:
+        return
+    if in_full:
+        rows = [(line.topic, line.value, line.reason, line.source) for line in found.advice]
+        out.say("")
+        out.show(table("", "advice", "", "because", "source", rows=rows))
+        return
+    lines = ", ".join(f"{line.topic} {line.value}" for line in found.advice)
+    out.say("", f"advice (--advice says why): {lines}")
+
+
+def _compared(found: dict[str, PlannedRun]) -> Any:
+    rows = [
+        (name, one.method, f"{len(one.counts.modules)}", f"{one.counts.trainable_parameters:,}",
+         f"{one.counts.percent:.3g} %", size(one.counts.adapter_bytes()), size(one.memory.step.total))
+        for name, one in found.items()
+    ]  # fmt: skip
+    columns = ("compared", "method", "modules", "trains", "share", "file", "step")
+    return table("", *columns, rows=rows, numbers=range(2, 7))

@@ -1,0 +1,58 @@
+"""The largest batch and the longest context that fit a device, from a few rehearsals of small ones.
+
+What a step holds grows with the rows in a straight line, and with their length as a polynomial of the second degree
+(attention masks); so two or three rehearsals tell all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import TYPE_CHECKING
+
+from lorakit.core.spec import AdapterSpec
+from lorakit.planning.fitting import largest
+from lorakit.training.forecast import Load, forecast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most rows of the load's length in a micro-batch, the most tokens in one row; 0 where not even one fits."""
+
+    rows: int
+    length: int
+
+
+def limits(model: PreTrainedModel, spec: AdapterSpec, load: Load, room: int) -> Limits:
+    """Return the largest batch and context of a run whose step may hold `room` bytes, its weights included.
+
+    A context no longer than the model has positions for.
+    """
+
+    def held(rows: int, length: int) -> int:
+        return forecast(model, spec, replace(load, rows=rows, length=length)).step.total
+
+    short = max(16, min(load.length, 64))
+    by_rows = _through({rows: held(rows, load.length) for rows in (1, 2)})
+    by_length = _through({length: held(1, length) for length in (short, 2 * short, 4 * short)})
+    positions = int(getattr(model.config, "max_position_embeddings", None) or 2**20)
+    return Limits(largest(by_rows, room), largest(by_length, room, at=short, ceiling=positions))
+
+
+def _through(points: dict[int, int]) -> Callable[[int], int]:
+    """Return the polynomial through all points (Lagrange)."""
+
+    def value(x: int) -> int:
+        total = 0.0
+        for a, y in points.items():
+            term = float(y)
+            for b in points:
+                term *= (x - b) / (a - b) if b != a else 1.0
+            total += term
+        return ceil(total)
+
+    return value

@@ -1,0 +1,109 @@
+"""From a rehearsed step to what each phase of a run holds: the recipe as it is, and what would make it smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from lorakit.core.site import Site, Skeleton
+from lorakit.core.spec import AdapterSpec
+from lorakit.core.sublayers import LINEAR_KINDS
+from lorakit.planning.memory import Forecast, Parts, nf4_bytes
+from lorakit.training.forecast import Load, forecast
+from lorakit.training.quantised import DENSE_AT_ONCE
+from lorakit.training.recipe import QuantSection
+from lorakit.training.rehearsal import Held, Rehearsal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WIDE = 4
+"""Bytes of a number in fp32, in which updates are added to weights."""
+
+
+@dataclass(frozen=True)
+class Ways:
+    """The forecasts by the names of `planning.fitting.VERDICTS`, which of them is the recipe's, and its rehearsal."""
+
+    forecasts: Mapping[str, Forecast]
+    own: str
+    rehearsal: Rehearsal
+
+
+def ways(model: PreTrainedModel, skeleton: Skeleton, spec: AdapterSpec, load: Load) -> Ways:
+    """Return what a run holds plain, with checkpointing, in 4 bits and with both.
+
+    In 4 bits a step computes the same and saves the same (bench/plan.py), so only the weights are counted anew, and the
+    block that is dense at a time. Where linear weights are trained whole they cannot be packed.
+    """
+    packable = [s for s in skeleton.sites if s.kind in LINEAR_KINDS and s.path not in skeleton.heads]
+    trained = _trained_whole(model, spec)
+    forecasts: dict[str, Forecast] = {}
+    rehearsals: dict[str, Rehearsal] = {}
+    sizes = _Sizes.of(model, packable)
+    for checkpointing in (False, True):
+        name = "checkpointing" if checkpointing else "plain"
+        rehearsals[name] = forecast(model, spec, replace(load, checkpointing=checkpointing, quant=None))
+        forecasts[name] = phases(rehearsals[name], load, sizes)
+        if not trained & {f"{site.path}.weight" for site in packable}:
+            packed = sizes.packed(rehearsals[name], load)
+            other = "4 bits and checkpointing" if checkpointing else "4 bits"
+            rehearsals[other], forecasts[other] = packed, phases(packed, load, sizes, in_4_bits=True)
+    own = {(False, False): "plain", (True, False): "checkpointing", (False, True): "4 bits",
+           (True, True): "4 bits and checkpointing"}[load.checkpointing, load.quant is not None]  # fmt: skip
+    return Ways(forecasts, own, rehearsals[own])
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Numbers of weights: of each that can be packed, of the largest, and of all."""
+
+    packable: tuple[int, ...]
+    largest: int
+    every: int
+
+    @classmethod
+    def of(cls, model: Any, packable: list[Site]) -> _Sizes:
+        numbers = [p.numel() for p in model.parameters()]
+        return cls(tuple(site.out * site.in_ for site in packable), max(numbers), sum(numbers))
+
+    def packed(self, dense: Rehearsal, load: Load) -> Rehearsal:
+        """Return a dense rehearsal with its linear weights in 4 bits."""
+        quant, width = load.quant or QuantSection(), load.dtype.itemsize
+        small = sum(nf4_bytes(n, quant.double_quant, quant.block_size) for n in self.packable)
+        gone = sum(self.packable) * width - small
+        block = min(max(self.packable, default=0), DENSE_AT_ONCE) * width
+
+        def less(held: Held) -> Held:
+            return replace(held, weights=held.weights - gone, temporaries=held.temporaries + block)
+
+        return Rehearsal(less(dense.step), less(dense.between), less(dense.evaluation), dense.flops)
+
+
+def phases(rehearsal: Rehearsal, load: Load, sizes: _Sizes, *, in_4_bits: bool = False) -> Forecast:
+    """Return what loading, a step, an evaluation, a checkpoint and a merge hold.
+
+    Loading reads tensor by tensor, packing one at a time; a checkpoint is written from the live tensors; a merge loads
+    the base in its own dtype and adds one layer's update in fp32 at a time.
+    """
+    step = rehearsal.step
+    width = load.dtype.itemsize
+    return Forecast(
+        load=Parts(weights=rehearsal.evaluation.weights, temporaries=sizes.largest * width if in_4_bits else 0),
+        step=Parts(**asdict(step)),
+        evaluation=Parts(**asdict(rehearsal.evaluation)),
+        checkpoint=Parts(weights=step.weights, adapters=step.adapters, optimizer=step.optimizer),
+        merge=Parts(weights=sizes.every * width, adapters=step.adapters, temporaries=2 * WIDE * sizes.largest),
+    )
+
+
+def _trained_whole(model: Any, spec: AdapterSpec) -> set[str]:
+    """Return the names of the base's parameters a spec trains itself."""
+    from lorakit.core.targets import parameters_named
+    from lorakit.inject.sites import sites
+
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return {
+        key for keys in parameters_named(spec.train, names, sites(model), spec.targets.layers).values() for key in keys
+    }

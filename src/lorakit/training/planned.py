@@ -1,0 +1,289 @@
+"""`plan(recipe) -> PlannedRun`: what a recipe will train, hold and take, before a weight is loaded.
+
+What is trained is counted from the declarations that attach allocates from; a step is rehearsed on tensors without
+values; the data is read and tokenised as training would. Only time is a guess, until a few steps are measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorakit.core.method import LowRank
+from lorakit.core.spec import AdapterSpec
+from lorakit.core.targets import parameters_named, resolve
+from lorakit.data.preview import Run, example
+from lorakit.inject.sites import sites
+from lorakit.planning.advice import Advice, Choice, Facts, advise
+from lorakit.planning.counting import Counts, count, roles
+from lorakit.planning.devices import DEVICES, OVERHEAD, Device, device
+from lorakit.planning.fitting import Fit, fits
+from lorakit.planning.lint import Finding, lint
+from lorakit.planning.memory import Forecast, Parts
+from lorakit.planning.pace import Bill, Duration, bill, from_throughput
+from lorakit.planning.sharding import per_device
+from lorakit.training.arguments import make_plan
+from lorakit.training.base import build_empty, choose_device, quiet
+from lorakit.training.forecast import Load
+from lorakit.training.phases import Ways, ways
+from lorakit.training.stage import BATCH_TOKENS, build_stage
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lorakit.core.site import Skeleton
+    from lorakit.data.report import DataReport
+    from lorakit.training.recipe import Recipe
+    from lorakit.training.stage import Stage
+
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Where:
+    """On what a run is planned: the devices to try, how many share the work and how, and what they cost.
+
+    Without a name the common devices are tried. The prices are those of one device.
+    """
+
+    devices: tuple[str, ...] = ()
+    count: int = 1
+    strategy: str = "single"
+    watts: float | None = None
+    price_per_kwh: float | None = None
+    price_per_hour: float | None = None
+
+    @property
+    def chosen(self) -> tuple[Device, ...]:
+        """Return the devices."""
+        return tuple(map(device, self.devices)) if self.devices else DEVICES
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What a run computes, and how long that takes where somebody said on what; None is not known."""
+
+    flops_per_step: int
+    steps: int | None = None
+    tokens: int | None = None
+    duration: Duration | None = None
+    bill: Bill | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedRun:
+    """What a run will be; `to_json` is all of it.
+
+    `memory` is the recipe's own forecast on one device, without what the device itself needs; `ways` has the others,
+    by the names of `planning.fitting.VERDICTS`.
+    """
+
+    model: str
+    dtype: str
+    quant: str | None
+    method: str
+    counts: Counts
+    load: Load
+    memory: Forecast
+    ways: Mapping[str, Forecast]
+    fits: tuple[Fit, ...]
+    pace: Pace
+    where: Where
+    data: Mapping[str, DataReport] = field(default_factory=dict)
+    example: tuple[Run, ...] = ()
+    advice: tuple[Advice, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        modules = [{name: getattr(m, name) for name in _MODULE} | {"shape": list(m.shape)} for m in self.counts.modules]
+        return {
+            "model": self.model,
+            "dtype": self.dtype,
+            "quant": self.quant,
+            "method": self.method,
+            "trainable_parameters": self.counts.trainable_parameters,
+            "total_parameters": self.counts.total_parameters,
+            "percent": self.counts.percent,
+            "adapter_bytes": self.counts.adapter_bytes(),
+            "modules": modules,
+            "trained_whole": [asdict(one) for one in self.counts.whole],
+            "patterns": dict(self.counts.hits),
+            "batch": {"rows": self.load.rows, "length": self.load.length, "packed": self.load.packed},
+            "memory": self.memory.to_json(),
+            "ways": {name: one.to_json() for name, one in self.ways.items()},
+            "fits": [one.to_json() for one in self.fits],
+            "pace": asdict(self.pace),
+            "data": {part: report.to_json() for part, report in self.data.items()},
+            "advice": [asdict(line) for line in self.advice],
+            "findings": [asdict(one) for one in self.findings],
+            "warnings": list(self.warnings),
+        }
+
+
+_MODULE = ("path", "kind", "shape", "rank", "parameters", "pattern", "method")
+
+
+def plan(recipe: Recipe, where: Where | None = None, *, model: Any = None) -> PlannedRun:
+    """Return what a run of this recipe will be.
+
+    Args:
+        recipe: from `load_recipe` or `make_recipe`; without training data a batch is as long as it may be.
+        where: the devices, by default the common ones, each alone.
+        model: a base on the meta device, for one that is only a configuration.
+
+    Raises:
+        LorakitError: whatever training would raise before its first step.
+    """
+    with quiet():
+        stage = build_stage(recipe, empty=True) if recipe.data.train and model is None else None
+        if model is None:
+            task: Any = "causal-lm" if recipe.task == "auto" else recipe.task
+            model = build_empty(recipe.model, task=task) if stage is None else stage.model
+        return _plan(recipe, where or Where(), model, stage)
+
+
+def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> PlannedRun:
+    skeleton = sites(model)
+    depth = max(skeleton.depths.values(), default=0)
+    heads = tuple(sorted(skeleton.heads)) if recipe.task == "classification" else ()
+    spec = recipe.adapter.spec(seed=0, depth=depth, heads=heads) if stage is None else stage.spec
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    ties = _ties(model)
+    counts = count(spec, skeleton, shapes, ties)
+    load = _load(recipe, stage)
+    found = ways(model, skeleton, spec, load)
+    trained = [key for keys in parameters_named(spec.train, list(shapes), skeleton, spec.targets.layers).values()
+               for key in keys]  # fmt: skip
+    return PlannedRun(
+        model=recipe.model,
+        dtype=DTYPES[load.dtype],
+        quant=None if recipe.quant is None else recipe.quant.kind,
+        method=recipe.adapter.method,
+        counts=counts,
+        load=load,
+        memory=found.forecasts[found.own],
+        ways=found.forecasts,
+        fits=_fits(where, found, depth),
+        pace=_pace(recipe, where, found, stage, load),
+        where=where,
+        data={} if stage is None else _reports(stage),
+        example=() if stage is None else tuple(example(stage.train, stage.tokenizer)),
+        advice=_advice(recipe, spec, counts, model, skeleton, stage),
+        findings=lint(spec, resolve(spec, skeleton), tied=bool(ties), heads=skeleton.heads, trained=trained,
+                      depths=skeleton.depths),
+        warnings=tuple(map(str, roles(counts, skeleton))),
+    )  # fmt: skip
+
+
+def _ties(model: nn.Module) -> dict[str, str]:
+    """Return the further names of tied parameters, each with the first name of the same one."""
+    first: dict[int, str] = {}
+    named = list(model.named_parameters(remove_duplicate=False))
+    for name, parameter in named:
+        first.setdefault(id(parameter), name)
+    return {name: first[id(p)] for name, p in named if first[id(p)] != name}
+
+
+def _load(recipe: Recipe, stage: Stage | None) -> Load:
+    """Return the heaviest micro-batch: as long as the longest row, or as the recipe allows where there is no data."""
+    train = recipe.train
+    if stage is None:
+        length = recipe.data.max_length
+        rows, packed = train.batch_size or max(1, (train.batch_tokens or BATCH_TOKENS) // length), False
+    else:
+        report = stage.train.report
+        length = report.max_length if stage.packed else min(report.longest, report.max_length)
+        rows, packed = min(stage.batch_rows, len(stage.train.dataset)), stage.packed
+    classes = recipe.task == "classification" or (stage is not None and stage.task == "classification")
+    return Load(rows, length, packed, classes, train.checkpointing, _dtype(recipe), recipe.quant, train.optimizer)
+
+
+def _dtype(recipe: Recipe) -> torch.dtype:
+    """Return the dtype of the run: what the recipe says; else that of this machine, where `device` names no other."""
+    named = {name: dtype for dtype, name in DTYPES.items()}
+    if recipe.train.dtype != "auto":
+        return named[recipe.train.dtype]
+    place = recipe.train.device if recipe.train.device != "auto" else choose_device("auto").type
+    return torch.float32 if place == "cpu" else torch.bfloat16
+
+
+def _fits(where: Where, found: Ways, depth: int) -> tuple[Fit, ...]:
+    """Return the verdict on each device, the step's peak and what the device itself needs counted."""
+
+    def held(forecast: Forecast) -> Parts:
+        peak = forecast.phases[
+            max(("load", "step", "evaluation", "checkpoint"), key=lambda n: forecast.phases[n].total)
+        ]
+        layer = (peak.weights + peak.adapters) // max(1, depth)
+        gradients = peak.gradients // max(1, depth)
+        shared = per_device(peak, where.count, where.strategy, layer=layer, layer_gradients=gradients)
+        return shared + Parts(overhead=OVERHEAD)
+
+    return tuple(
+        fits(one, {name: held(forecast) for name, forecast in found.forecasts.items()}) for one in where.chosen
+    )
+
+
+def _pace(recipe: Recipe, where: Where, found: Ways, stage: Stage | None, load: Load) -> Pace:
+    """Return what the run computes; how long it takes only on a device that was named."""
+    per_step = found.rehearsal.flops * recipe.train.accumulation
+    if stage is None:
+        return Pace(per_step)
+    numbers = make_plan(recipe, stage)
+    padded = load.rows * load.length * recipe.train.accumulation
+    epochs = numbers.steps / numbers.steps_per_epoch
+    report = stage.train.report
+    tokens = round((padded * numbers.steps_per_epoch if stage.packed else report.tokens) * epochs)
+    if len(where.devices) != 1:
+        return Pace(per_step, numbers.steps, tokens)
+    duration = from_throughput(per_step / padded * tokens, where.chosen[0], DTYPES[load.dtype], where.count)
+    cost = bill(duration, devices=where.count, watts=where.watts, price_per_kwh=where.price_per_kwh,
+                price_per_hour=where.price_per_hour)  # fmt: skip
+    return Pace(per_step, numbers.steps, tokens, duration, cost)
+
+
+def _reports(stage: Stage) -> dict[str, DataReport]:
+    parts = {"train": stage.train, "validation": stage.validation}
+    return {name: part.report for name, part in parts.items() if part is not None}
+
+
+def _advice(
+    recipe: Recipe, spec: AdapterSpec, counts: Counts, model: Any, skeleton: Skeleton, stage: Stage | None
+) -> tuple[Advice, ...]:
+    """Return the advice for this base and this data, beside what the recipe itself says."""
+    config, method = model.config, spec.method
+    rank = getattr(method, "rank", None) if isinstance(method, LowRank) else None
+    linear = [s for s in skeleton.sites if s.kind in ("linear", "transposed-linear") and s.path not in skeleton.heads]
+    report = None if stage is None else stage.train.report
+    task = "classification" if stage is not None and stage.task == "classification" else "causal-lm"
+    facts = Facts(
+        hidden=int(config.hidden_size),
+        family=str(config.model_type),
+        blocks=max(skeleton.depths.values(), default=0),
+        per_rank=None if rank is None else counts.adapter_parameters // rank,
+        everywhere=sum(s.out + s.in_ for s in linear),
+        rows=None if report is None else report.kept,
+        tokens=None if report is None or task == "classification" else report.trained_tokens,
+        task=task,  # type: ignore[arg-type]
+        classes=len(stage.labels) if stage is not None and stage.labels else None,
+    )
+    targets = recipe.adapter.targets
+    train = recipe.train
+    choice = Choice(
+        rank=rank,
+        alpha=getattr(method, "alpha", None),
+        stabilised=bool(getattr(method, "stabilised", False)),
+        targets=(targets,) if isinstance(targets, str) else targets,
+        lr=None if train.lr == "auto" else train.lr,
+        dropout=spec.dropout,
+        batch=None if stage is None or stage.packed else stage.batch_rows * train.accumulation,
+        epochs=train.epochs,
+        steps=train.steps,
+        layerwise=recipe.adapter.layerwise,
+    )
+    return advise(facts, choice)
