@@ -9,14 +9,13 @@ import re
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from lorakit.core.adapters import Adapters
-from lorakit.core.lazy import need
 from lorakit.core.registry import host_of
 from lorakit.core.site import Site, Skeleton
 from lorakit.inject.context import reader
+from lorakit.inject.skeleton import on_meta
 
 READ_BY_PARENT: dict[str, frozenset[str]] = {
     "MultiheadAttention": frozenset({"out_proj"}),
@@ -29,7 +28,7 @@ READ_BY_PARENT: dict[str, frozenset[str]] = {
 
 def sites(model_or_config: Any) -> Skeleton:
     """Return the skeleton of a model, or of a Hugging Face configuration through the meta device."""
-    model = model_or_config if isinstance(model_or_config, nn.Module) else _on_meta(model_or_config)
+    model = model_or_config if isinstance(model_or_config, nn.Module) else on_meta(model_or_config)
     found: list[Site] = []
     others: dict[str, tuple[str, str]] = {}
     parents = {f"{path}.{name}" if path else name: parent for path, parent in model.named_modules()
@@ -128,10 +127,3 @@ def _spans(**sizes: int) -> dict[str, tuple[int, int]]:
         spans[name] = (start, start + size)
         start += size
     return spans
-
-
-def _on_meta(config: Any) -> nn.Module:
-    transformers = need("transformers", "train")
-    with torch.device("meta"):
-        model: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
-    return model
