@@ -36,19 +36,29 @@ def plan(
     watts: Annotated[float | None, typer.Option(min=0, help="Of one device at work, for the energy.")] = None,
     price_per_kwh: Annotated[float | None, typer.Option(min=0, help="Of energy, in your currency.")] = None,
     price_per_hour: Annotated[float | None, typer.Option(min=0, help="Of one device, in your currency.")] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Run a few steps, the heaviest batch first, and forecast from them.")
+    ] = False,
     modules: Annotated[bool, typer.Option("--modules", help="List every module.")] = False,
     advice: Annotated[bool, typer.Option("--advice", help="Say the reason and the source of each advice.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what a run will train, whether it fits, and how long it takes."""
     with screen(json) as out:
-        from lorakit.training.planned import Where
+        from lorakit.training.planned import Where, calibrated
         from lorakit.training.planned import plan as planned
 
         shared = strategy or ("single" if gpus == 1 else "fsdp2")
         where = Where(tuple(device or ()), gpus, shared, watts, price_per_kwh, price_per_hour)
         recipe, model = _subject(source, shape, set or [])
         found = planned(recipe, where, model=model)
+        if calibrate:
+            if not recipe.data.train or model is not None:
+                raise RecipeError(
+                    "--calibrate runs steps, so it needs a recipe with data.train and a base with weights"
+                )
+            out.note("running a few steps, the heaviest batch first ...")
+            found = calibrated(found, recipe)
         others = {name: planned(*_other(name, set or [], where), model=model) for name in compare or []}
         _show(out, found, modules, advice)
         if others:
@@ -196,6 +206,9 @@ def _say_fits(out: Screen, found: PlannedRun) -> None:
         for fit in found.fits:
             left = f"{size(fit.spare)} left" if fit.spare >= 0 else f"{size(-fit.spare)} too much"
             out.say(f"{several}{fit.device} ({fit.limit / 2**30:.1f} GiB): {fit.verdict}, {left}")
+        for name, most in found.limits.items():
+            rows = "1 row" if most.rows == 1 else f"{most.rows:,} rows"
+            out.say(f"largest on {name}: {rows} of {found.load.length:,} tokens, or one row of {most.length:,}")
         return
     by_verdict: dict[str, list[str]] = {}
     for fit in found.fits:

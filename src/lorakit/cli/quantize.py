@@ -30,11 +30,10 @@ def quantize(
 ) -> None:
     """Pack a base into 4 bits, in bitsandbytes' format."""
     with screen(json) as out:
-        from lorakit.hosts.nf4 import BLOCK_SIZES
         from lorakit.persist.atomic import atomic_directory
         from lorakit.training.base import choose_device, explained, load_tokenizer, quiet
         from lorakit.training.base_files import checkpoint
-        from lorakit.training.quantised import Packing, pack, write_packed
+        from lorakit.training.quantised import BLOCK_SIZES, Packing, pack, write_packed
         from lorakit.training.recipe import QuantSection
 
         if block_size not in BLOCK_SIZES:
@@ -75,10 +74,9 @@ def quantize(
 
 def _narrow(model: PreTrainedModel, block_size: int) -> list[str]:
     """Say which layers bitsandbytes may misread: on a CPU it counts blocks from the start of each row."""
-    from lorakit.hosts.linear4bit import Linear4bit
+    from lorakit.training.quantised import narrow_layers
 
-    layers = {path: m.in_features for path, m in model.named_modules() if isinstance(m, Linear4bit)}
-    narrow = [f"{path} ({width})" for path, width in layers.items() if width % block_size]
+    narrow = [f"{path} ({width})" for path, width in narrow_layers(model, block_size).items()]
     if not narrow:
         return []
     return [

@@ -7,16 +7,18 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
 
 from lorakit.errors import MissingExtraError
 from lorakit.training.rates import auto_rate
 from lorakit.training.recipe import Recipe
 from lorakit.training.stage import Stage
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 SITTINGS = 5
 """Evaluations and checkpoints of a run, where the recipe does not say how often."""
@@ -77,6 +79,8 @@ def widen(model: nn.Module) -> bool:
 
 def arguments(recipe: Recipe, stage: Stage, plan: Plan, output: Path) -> TrainingArguments:
     """Return the Trainer's arguments for a model with its adapter; it writes nowhere but in `output`."""
+    from transformers import TrainingArguments  # it brings the Trainer's whole world, which a plan can do without
+
     train, device = recipe.train, stage.model.device
     _refuse_absent(train.report_to)
     dtype, widened = stage.model.dtype, widen(stage.model)

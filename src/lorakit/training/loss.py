@@ -53,9 +53,12 @@ class _SummedCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(logits.dtype, torch.float32)
         grad = torch.zeros_like(logits) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=wide, device=logits.device)
-        everything = torch.arange(len(labels), device=labels.device)  # a rehearsal's labels have no values
-        trained = everything if is_hollow(labels) else (labels != IGNORE).nonzero().squeeze(1)
-        for rows in torch.split(trained, max(1, WIDE_VALUES // logits.shape[1])):
+        at_once = max(1, WIDE_VALUES // logits.shape[1])
+        if is_hollow(labels):  # a rehearsal's have no values: all are trained, and the third part is like the second
+            trained = torch.arange(min(len(labels), 2 * at_once), device=labels.device)
+        else:
+            trained = (labels != IGNORE).nonzero().squeeze(1)
+        for rows in torch.split(trained, at_once):
             here, right = logits[rows].to(wide), labels[rows].unsqueeze(1)
             log_sum = here.logsumexp(1, keepdim=True)
             total += (log_sum - here.gather(1, right)).sum()

@@ -69,3 +69,10 @@ def row_order(recipe: Recipe, stage: Stage) -> Shuffled:
 def row_lengths(rows: Dataset) -> list[int]:
     """Return the tokens of each row."""
     return [len(ids) for ids in rows["input_ids"]]
+
+
+def padded_tokens(recipe: Recipe, stage: Stage) -> int:
+    """Return the tokens of one epoch as they are computed, padding included."""
+    lengths, order, size = row_lengths(stage.train.dataset), list(row_order(recipe, stage)), stage.batch_rows
+    parts = (order[start : start + size] for start in range(0, len(order), size))
+    return sum(len(part) * max(lengths[i] for i in part) for part in parts)

@@ -7,7 +7,7 @@ values; the data is read and tokenised as training would. Only time is a guess, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from lorakit.core.spec import AdapterSpec
 from lorakit.core.targets import parameters_named, resolve
 from lorakit.data.preview import Run, example
 from lorakit.inject.sites import sites
+from lorakit.inject.skeleton import shapes_of, ties_of
 from lorakit.planning.advice import Advice, Choice, Facts, advise
 from lorakit.planning.counting import Counts, count, roles
 from lorakit.planning.devices import DEVICES, OVERHEAD, Device, device
@@ -28,11 +29,12 @@ from lorakit.planning.sharding import per_device
 from lorakit.training.arguments import make_plan
 from lorakit.training.base import build_empty, choose_device, quiet
 from lorakit.training.forecast import Load
+from lorakit.training.limits import Limits, limits
+from lorakit.training.order import padded_tokens
 from lorakit.training.phases import Ways, ways
 from lorakit.training.stage import BATCH_TOKENS, build_stage
 
 if TYPE_CHECKING:
-    from torch import nn
 
     from lorakit.core.site import Skeleton
     from lorakit.data.report import DataReport
@@ -64,7 +66,10 @@ class Where:
 
 @dataclass(frozen=True)
 class Pace:
-    """What a run computes, and how long that takes where somebody said on what; None is not known."""
+    """What a run computes, and how long that takes where somebody said on what; None is not known.
+
+    `tokens` are those of the whole run, with the padding that is computed.
+    """
 
     flops_per_step: int
     steps: int | None = None
@@ -92,6 +97,8 @@ class PlannedRun:
     fits: tuple[Fit, ...]
     pace: Pace
     where: Where
+    limits: Mapping[str, Limits] = field(default_factory=dict)
+    """The largest batch and context by the name of each device that was asked for, each alone."""
     data: Mapping[str, DataReport] = field(default_factory=dict)
     example: tuple[Run, ...] = ()
     advice: tuple[Advice, ...] = ()
@@ -117,6 +124,7 @@ class PlannedRun:
             "memory": self.memory.to_json(),
             "ways": {name: one.to_json() for name, one in self.ways.items()},
             "fits": [one.to_json() for one in self.fits],
+            "largest": {name: asdict(one) for name, one in self.limits.items()},
             "pace": asdict(self.pace),
             "data": {part: report.to_json() for part, report in self.data.items()},
             "advice": [asdict(line) for line in self.advice],
@@ -126,6 +134,28 @@ class PlannedRun:
 
 
 _MODULE = ("path", "kind", "shape", "rank", "parameters", "pattern", "method")
+
+
+def calibrated(found: PlannedRun, recipe: Recipe) -> PlannedRun:
+    """Return a plan whose time, and whose memory where a device counts it, come from a few steps that were run.
+
+    What was measured beyond the forecast is overhead of the device; the forecast of every other way to run is moved by
+    as much.
+    """
+    from lorakit.training.calibration import calibrate
+
+    measured = calibrate(recipe)
+    where = found.where
+    cost = bill(measured.duration, devices=where.count, watts=where.watts, price_per_kwh=where.price_per_kwh,
+                price_per_hour=where.price_per_hour)  # fmt: skip
+    pace = replace(found.pace, duration=measured.duration, bill=cost)
+    if measured.peak_bytes is None:
+        return replace(found, pace=pace)
+    beyond = Parts(overhead=max(0, measured.peak_bytes - found.memory.step.total))
+    return replace(
+        found, pace=pace, memory=found.memory.map(lambda parts: parts + beyond),
+        ways={name: one.map(lambda parts: parts + beyond) for name, one in found.ways.items()},
+    )  # fmt: skip
 
 
 def plan(recipe: Recipe, where: Where | None = None, *, model: Any = None) -> PlannedRun:
@@ -152,8 +182,7 @@ def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> Plan
     depth = max(skeleton.depths.values(), default=0)
     heads = tuple(sorted(skeleton.heads)) if recipe.task == "classification" else ()
     spec = recipe.adapter.spec(seed=0, depth=depth, heads=heads) if stage is None else stage.spec
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    ties = _ties(model)
+    shapes, ties = shapes_of(model), ties_of(model)
     counts = count(spec, skeleton, shapes, ties)
     load = _load(recipe, stage)
     found = ways(model, skeleton, spec, load)
@@ -171,6 +200,7 @@ def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> Plan
         fits=_fits(where, found, depth),
         pace=_pace(recipe, where, found, stage, load),
         where=where,
+        limits=_limits(where, model, spec, load),
         data={} if stage is None else _reports(stage),
         example=() if stage is None else tuple(example(stage.train, stage.tokenizer)),
         advice=_advice(recipe, spec, counts, model, skeleton, stage),
@@ -178,15 +208,6 @@ def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> Plan
                       depths=skeleton.depths),
         warnings=tuple(map(str, roles(counts, skeleton))),
     )  # fmt: skip
-
-
-def _ties(model: nn.Module) -> dict[str, str]:
-    """Return the further names of tied parameters, each with the first name of the same one."""
-    first: dict[int, str] = {}
-    named = list(model.named_parameters(remove_duplicate=False))
-    for name, parameter in named:
-        first.setdefault(id(parameter), name)
-    return {name: first[id(p)] for name, p in named if first[id(p)] != name}
 
 
 def _load(recipe: Recipe, stage: Stage | None) -> Load:
@@ -229,6 +250,12 @@ def _fits(where: Where, found: Ways, depth: int) -> tuple[Fit, ...]:
     )
 
 
+def _limits(where: Where, model: Any, spec: AdapterSpec, load: Load) -> dict[str, Limits]:
+    if not where.devices or where.count > 1:
+        return {}
+    return {one.name: limits(model, spec, load, one.memory - OVERHEAD) for one in where.chosen}
+
+
 def _pace(recipe: Recipe, where: Where, found: Ways, stage: Stage | None, load: Load) -> Pace:
     """Return what the run computes; how long it takes only on a device that was named."""
     per_step = found.rehearsal.flops * recipe.train.accumulation
@@ -237,8 +264,7 @@ def _pace(recipe: Recipe, where: Where, found: Ways, stage: Stage | None, load: 
     numbers = make_plan(recipe, stage)
     padded = load.rows * load.length * recipe.train.accumulation
     epochs = numbers.steps / numbers.steps_per_epoch
-    report = stage.train.report
-    tokens = round((padded * numbers.steps_per_epoch if stage.packed else report.tokens) * epochs)
+    tokens = round(padded_tokens(recipe, stage) * epochs)
     if len(where.devices) != 1:
         return Pace(per_step, numbers.steps, tokens)
     duration = from_throughput(per_step / padded * tokens, where.chosen[0], DTYPES[load.dtype], where.count)

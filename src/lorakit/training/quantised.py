@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 DENSE_AT_ONCE = BLOCK
 """Weights of a packed layer that are unpacked at a time."""
+BLOCK_SIZES = nf4.BLOCK_SIZES
 METHOD = "lorakit-4bit"
 """What transformers knows the quantisation by."""
 
@@ -177,6 +178,12 @@ def pack_layers(model: nn.Module, settings: QuantSection) -> None:
             layer = model.get_submodule(site.path)
             made = settings.block_size, settings.double_quant, settings.kind
             model.set_submodule(site.path, Linear4bit.of(layer, *made))
+
+
+def narrow_layers(model: nn.Module, block_size: int) -> dict[str, int]:
+    """Return the packed layers whose rows are no whole number of blocks, with the width of a row."""
+    layers = {path: m.in_features for path, m in model.named_modules() if isinstance(m, Linear4bit)}
+    return {path: width for path, width in layers.items() if width % block_size}
 
 
 def pack_hollow(model: nn.Module, settings: QuantSection) -> None:

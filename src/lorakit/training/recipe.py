@@ -300,7 +300,7 @@ def make_recipe(values: dict[str, Any], source: str = "the recipe", changes: Col
 
 def scalar(text: str) -> Any:
     """Return the value a `key=value` flag of the command line means, by the recipe's own YAML."""
-    return parse_yaml(text)
+    return text if text == "*" else parse_yaml(text)  # to YAML a star begins an alias
 
 
 def _read(file: Path) -> Any:

@@ -160,7 +160,7 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
     if saved is None:
         log.append("example", runs=[list(run) for run in example(stage.train, stage.tokenizer)])
     patterns = target_counts(stage)
-    handle = _attached(recipe, stage, saved)
+    handle = attached(recipe, stage, saved)
     trainable = sum(p.numel() for p in handle.parameters())
     base = sum(p.numel() for p in stage.model.parameters()) - trainable
     log.append("targets", patterns=patterns, trainable_parameters=trainable, base_parameters=base,
@@ -180,7 +180,7 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
     return run
 
 
-def _attached(recipe: Recipe, stage: Stage, saved: Path | None) -> Handle:
+def attached(recipe: Recipe, stage: Stage, saved: Path | None) -> Handle:
     """Attach the adapter; an initialisation that asks for evidence gets it from the first batches of the training.
 
     They are the rows the seed puts first, read in evaluation mode, so no random number is drawn and the same recipe

@@ -1,0 +1,123 @@
+"""A few real steps before the run: how long one takes here, and what it really holds.
+
+The heaviest batch comes first, where an out-of-memory would come hours later otherwise; it warms up and counts for the
+memory alone. The others are the run's own first batches, so that padding is as the run will have it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorakit.errors import LorakitError
+from lorakit.inject.penalty import penalty
+from lorakit.planning.pace import Duration, Measured, from_steps
+from lorakit.training.arguments import make_plan, widen
+from lorakit.training.base import quiet
+from lorakit.training.groups import param_groups
+from lorakit.training.loss import batches, mean_loss, mean_of_batch
+from lorakit.training.optimizers import make_optimizer
+from lorakit.training.order import padded_tokens, row_lengths, row_order
+from lorakit.training.run import attached
+from lorakit.training.stage import build_stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lorakit.training.recipe import Recipe
+    from lorakit.training.stage import Stage
+
+STEPS = 5
+"""Steps that are run: the heaviest batch, and four of the run's own."""
+WATCHED = 64
+"""Validation rows at most whose time is taken."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a few real steps showed: times, how long the run will take by them, and the most memory one held.
+
+    `peak_bytes` is what torch allocated on a CUDA device; None on a CPU, where nothing counts it.
+    """
+
+    steps: tuple[Measured, ...]
+    duration: Duration
+    peak_bytes: int | None
+
+
+def calibrate(recipe: Recipe) -> Calibration:
+    """Run a few steps of a recipe, on weights that are thrown away, and return how long the whole will take.
+
+    Raises:
+        LorakitError: a step that does not fit into memory, with what to change.
+    """
+    with quiet():
+        stage = build_stage(recipe)
+        attached(recipe, stage, None)
+        if recipe.train.checkpointing:
+            stage.model.activation_checkpointing_enable({"use_reentrant": False})
+        widened = widen(stage.model)
+        steps = tuple(_steps(recipe, stage, widened))
+        rest = _evaluations(recipe, stage)
+    numbers = make_plan(recipe, stage)
+    tokens = padded_tokens(recipe, stage) * numbers.steps // numbers.steps_per_epoch
+    peak = torch.cuda.max_memory_allocated() if stage.model.device.type == "cuda" else None
+    return Calibration(steps, from_steps(steps, tokens, rest), peak)
+
+
+def _steps(recipe: Recipe, stage: Stage, widened: bool) -> Iterator[Measured]:
+    model, train = stage.model, recipe.train
+    optimizer = make_optimizer(train.optimizer, param_groups(model, 1e-8, train.up_ratio, train.weight_decay))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    narrow = widened and model.dtype != torch.float32
+    model.train(True)
+    for batch in _chosen(recipe, stage):
+        _wait(model.device)
+        began = time.perf_counter()
+        try:
+            with torch.autocast(model.device.type, model.dtype, enabled=narrow):
+                loss, term = mean_of_batch(model, batch), penalty(model)
+            (loss if term is None else loss + term).backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(trained, train.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        except torch.OutOfMemoryError as full:
+            rows, length = batch["input_ids"].shape
+            raise LorakitError(
+                f"{rows} rows of {length} tokens do not fit into the memory of {model.device}; lower "
+                "train.batch_tokens (or batch_size), set train.checkpointing: true, or quant: nf4"
+            ) from full
+        _wait(model.device)
+        yield Measured(batch["input_ids"].numel(), time.perf_counter() - began)
+
+
+def _chosen(recipe: Recipe, stage: Stage) -> Iterator[dict[str, Tensor]]:
+    """Yield the heaviest batch, then the run's first ones."""
+    rows, size, pad = stage.train.dataset, stage.batch_rows, stage.tokenizer.pad_token_id
+    lengths = row_lengths(rows)
+    heaviest = sorted(range(len(rows)), key=lambda i: -lengths[i])[:size]
+    order = list(row_order(recipe, stage))[: size * (STEPS - 1)]
+    yield from batches(rows.select([*heaviest, *order]), size, pad, stage.model.device)
+
+
+def _evaluations(recipe: Recipe, stage: Stage) -> float:
+    """Return the seconds of all evaluations of the run, from the time of some rows."""
+    if stage.validation is None:
+        return 0.0
+    rows = stage.validation.dataset
+    few = rows.select(range(min(len(rows), WATCHED)))
+    began = time.perf_counter()
+    mean_loss(stage.model, few, stage.batch_rows, stage.tokenizer.pad_token_id)
+    each = (time.perf_counter() - began) / sum(row_lengths(few)) * sum(row_lengths(rows))
+    numbers = make_plan(recipe, stage)
+    return each * (numbers.steps // numbers.evaluate_every_steps)
+
+
+def _wait(device: Any) -> None:
+    """Let a device that works in the background end what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,97 @@
+"""`lorakit plan`: one screen, every source it takes, and what it says of wrong ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import answer, invoke, write_recipe
+
+
+def test_one_screen_says_what_is_trained_held_and_where_it_fits(base: Path, tmp_path: Path) -> None:
+    result = invoke("plan", write_recipe(tmp_path, base), "--device", "RTX 4090")
+    assert result.exit_code == 0, result.stderr
+    said = result.stdout
+    assert "parameters, fp32" in said
+    assert "trains 3,712 (10.22 %) by lora" in said
+    assert len(said.splitlines()) < 50
+    for words in ("self_attn.q_proj", "48 rows, format prompt+completion", "6 steps", "step ", "checkpoint",
+                  "RTX 4090 (24.0 GiB): fits", "largest on RTX 4090", "advice (--advice says why)"):  # fmt: skip
+        assert words in said, f"{words!r} is not in\n{said}"
+
+
+def test_json_has_the_keys_scripts_rely_on(base: Path, tmp_path: Path) -> None:
+    found = answer("plan", write_recipe(tmp_path, base))
+    assert {"trainable_parameters", "total_parameters", "modules", "memory", "fits", "warnings"} <= found.keys()
+    assert set(found["modules"][0]) >= {"path", "kind", "shape", "rank", "parameters", "pattern"}
+    assert set(found["memory"]) == {"load", "step", "evaluation", "checkpoint", "merge"}
+    assert found["trainable_parameters"] == sum(m["parameters"] for m in found["modules"])
+
+
+@pytest.mark.parametrize("source", ["directory", "config.json", "shape"])
+def test_a_base_may_be_only_its_sizes(source: str, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_bytes((base / "config.json").read_bytes())
+    given = {"directory": [tmp_path / "bare"], "config.json": [base / "config.json"], "shape": ["--shape", "gpt2"]}
+    found = answer("plan", *given[source])
+    assert found["dtype"] == "bf16"
+    assert found["pace"]["steps"] is None
+    assert found["total_parameters"] == (124_439_808 if source == "shape" else found["total_parameters"])
+
+
+def test_a_pattern_that_means_two_things_is_pointed_out() -> None:
+    result = invoke("plan", "--shape", "gpt2", "--set", "adapter.targets=[c_attn,c_proj]", "--set", "adapter.rank=8")
+    assert "trains 811,008" in result.stdout
+    assert "442,368" in result.stdout
+    assert "attn.c_proj" in result.stdout
+
+
+def test_several_are_put_side_by_side(base: Path, tmp_path: Path) -> None:
+    one = write_recipe(tmp_path, base)
+    other = tmp_path / "other.yaml"
+    other.write_text(one.read_text().replace("rank: 4", "rank: 8"))
+    found = answer("plan", one, "--compare", other)
+    assert found["compared"][str(other)]["trainable_parameters"] == 2 * found["trainable_parameters"]
+    assert "compared" in invoke("plan", one, "--compare", other).stdout
+
+
+def test_modules_and_reasons_are_listed_on_demand(base: Path, tmp_path: Path) -> None:
+    said = invoke("plan", write_recipe(tmp_path, base), "--modules", "--advice").stdout
+    assert "model.layers.1.mlp.down_proj" in said
+    assert "because" in said
+
+
+def test_a_few_real_steps_tell_the_time(base: Path, tmp_path: Path) -> None:
+    found = answer("plan", write_recipe(tmp_path, base), "--calibrate")
+    assert "measured steps" in found["pace"]["duration"]["reason"]
+    refused = invoke("plan", "--shape", "gpt2", "--calibrate")
+    assert refused.exit_code == 2
+    assert "--calibrate runs steps, so it needs a recipe with data.train" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give a recipe, a base or a config.json, or --shape NAME; one of them"),
+        (("--shape", "llama-8b"), "llama-3-8b"),
+        (("--shape", "gpt2", "--device", "A100"), "A100"),
+        (("--shape", "gpt2", "--set", "adapter.rnk=3"), "rnk"),
+        (("--shape", "gpt2", "--gpus", "2", "--strategy", "zero4"), "zero4"),
+        (("missing.yaml",), "missing.yaml"),
+    ],
+)
+def test_wrong_words_are_answered_with_the_right_ones(arguments: tuple[str, ...], message: str) -> None:
+    result = invoke("plan", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_a_config_that_is_cut_off_or_lacks_a_size_is_named(base: Path, tmp_path: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    del config["hidden_size"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "hidden_size" in invoke("plan", tmp_path / "config.json").stderr
+    (tmp_path / "config.json").write_text('{"model_type": ')
+    assert str(tmp_path / "config.json") in invoke("plan", tmp_path / "config.json").stderr

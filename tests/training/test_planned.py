@@ -1,0 +1,101 @@
+"""A plan is what training then does: counts, batches and steps of the real run, known figures of well-known shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from lorakit.errors import LorakitError, RecipeError
+from lorakit.inject.skeleton import config_of, on_meta
+from lorakit.planning.shapes import shape
+from lorakit.training.events import read_events
+from lorakit.training.planned import PlannedRun, Where, calibrated, plan
+from lorakit.training.recipe import make_recipe
+from lorakit.training.run import train
+from tests.training.samples import recipe_of
+
+
+def of_shape(name: str, *devices: str, count: int = 1, strategy: str = "single", **values: Any) -> PlannedRun:
+    recipe = make_recipe({"model": name, "train": {"dtype": "bf16", "batch_size": 1}, **values})
+    model = on_meta(config_of(shape(name)), "causal-lm")
+    return plan(recipe, Where(devices, count, strategy), model=model)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"adapter__method": "dora"}, {"train__batch_size": 5}, {"data__packing": "never"}]
+)
+def test_the_plan_is_the_run(base: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    recipe = recipe_of(base, tmp_path, **changes)
+    planned = plan(recipe)
+    run = train(recipe)
+    events = {event["event"]: event for event in read_events(tmp_path / "run" / "events.jsonl")}
+    assert planned.counts.trainable_parameters == run.trainable_parameters
+    assert planned.counts.total_parameters == events["targets"]["base_parameters"]
+    assert dict(planned.counts.hits) == events["targets"]["patterns"]
+    assert planned.pace.steps == run.steps
+    assert planned.load.rows == events["plan"]["batch_rows"]
+    assert planned.load.packed == events["plan"]["packed"]
+    assert planned.data["train"].tokens == run.data["train"]["tokens"]
+    (written,) = Path(run.adapter_dir).glob("adapter*.safetensors")
+    assert sum(t.nbytes for t in load_file(written).values()) == planned.counts.adapter_bytes()
+
+
+def test_nothing_is_written_and_no_weight_is_read(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(base, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("safetensors.torch.load_file", None)
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", None)
+    plan(recipe)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_llama_of_7b_holds_what_is_known_of_it() -> None:
+    found = of_shape("llama-2-7b", "A100 40GB", adapter={"rank": 8, "targets": ["q_proj", "v_proj"]})
+    assert found.counts.trainable_parameters == 4_194_304
+    assert found.memory.step.weights == pytest.approx(2 * 6_738_415_616, rel=1e-6)
+    assert found.ways["4 bits"].step.weights == pytest.approx(3.87e9, rel=0.005)
+    assert (found.memory.step.adapters, found.memory.step.optimizer // 8) == (4 * 4_194_304, 4_194_304 + 64)
+    assert found.fits[0].verdict == "fits"
+
+
+def test_what_does_not_fit_is_said_not_to() -> None:
+    whole = {"method": "none", "train": "*"}
+    full = of_shape("llama-2-70b", "A100 80GB", count=8, strategy="zero3", adapter=whole)
+    assert full.fits[0].verdict == "does not fit"
+    assert set(full.ways) == {"plain", "checkpointing"}, "what is trained whole cannot be packed"
+    lora = of_shape("llama-2-70b", "A100 40GB", count=2, strategy="fsdp2")
+    assert lora.fits[0].verdict in ("fits in 4 bits with checkpointing", "does not fit")
+    assert lora.ways["plain"].step.total > 2 * 40 * 2**30
+
+
+def test_the_largest_batch_fits_and_one_more_row_does_not() -> None:
+    found = of_shape("gpt2", "RTX 3060")
+    most = found.limits["RTX 3060"]
+    room = 12288 * 2**20 - 10**9
+    for rows, is_room in ((most.rows, True), (most.rows + 1, False)):
+        more = of_shape("gpt2", train={"dtype": "bf16", "batch_size": rows})
+        assert (more.memory.step.total <= room) is is_room
+    assert most.length == 1024, "GPT-2 has no more positions"
+
+
+def test_a_calibrated_plan_tells_the_time_of_the_run(base: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(base, tmp_path, train__epochs=3)
+    found = calibrated(plan(recipe, Where(price_per_hour=3600.0)), recipe)
+    took = train(recipe).seconds
+    assert found.pace.duration is not None
+    assert found.pace.duration.seconds == pytest.approx(took, rel=5, abs=5), "tiny steps beside other work"
+    assert found.pace.bill is not None
+    assert found.pace.bill.hire == pytest.approx(found.pace.duration.seconds)
+
+
+def test_what_a_user_gets_wrong_is_said_before_anything_is_built(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(LorakitError, match="RTX 3091"):
+        plan(recipe_of(base, tmp_path), Where(("RTX 3091",)))
+    with pytest.raises(RecipeError, match="rank"):
+        make_recipe({"adapter": {"rank": 0}})
+    (tmp_path / "none.jsonl").write_text("")
+    with pytest.raises(LorakitError, match=r"none.jsonl"):
+        plan(recipe_of(base, tmp_path, data__train=str(tmp_path / "none.jsonl")))
