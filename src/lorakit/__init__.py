@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lorakit.methods.lora import LoRA
     from lorakit.persist import load, save
     from lorakit.training.groups import param_groups
+    from lorakit.training.planned import PlannedRun, plan
     from lorakit.training.recipe import Recipe, load_recipe
     from lorakit.training.run import Run, train
 
@@ -35,6 +36,7 @@ _WINDOW = {
     "LoRA": "lorakit.methods.lora",
     "LorakitError": "lorakit.errors",
     "Override": "lorakit.core.spec",
+    "PlannedRun": "lorakit.training.planned",
     "Recipe": "lorakit.training.recipe",
     "Run": "lorakit.training.run",
     "Targets": "lorakit.core.spec",
@@ -48,6 +50,7 @@ _WINDOW = {
     "merge": "lorakit.inject.merge",
     "param_groups": "lorakit.training.groups",
     "penalty": "lorakit.inject.penalty",
+    "plan": "lorakit.training.planned",
     "save": "lorakit.persist",
     "sites": "lorakit.inject.sites",
     "state": "lorakit.inject.attach",
@@ -63,6 +66,7 @@ __all__ = [
     "LoRA",
     "LorakitError",
     "Override",
+    "PlannedRun",
     "Recipe",
     "Run",
     "Targets",
@@ -76,6 +80,7 @@ __all__ = [
     "merge",
     "param_groups",
     "penalty",
+    "plan",
     "save",
     "sites",
     "state",

@@ -15,6 +15,7 @@ from lorakit.training.events import read_events
 from lorakit.training.planned import PlannedRun, Where, calibrated, plan
 from lorakit.training.recipe import make_recipe
 from lorakit.training.run import train
+from tests.inject.families import FAMILIES
 from tests.training.samples import recipe_of
 
 
@@ -69,6 +70,18 @@ def test_what_does_not_fit_is_said_not_to() -> None:
     lora = of_shape("llama-2-70b", "A100 40GB", count=2, strategy="fsdp2")
     assert lora.fits[0].verdict in ("fits in 4 bits with checkpointing", "does not fit")
     assert lora.ways["plain"].step.total > 2 * 40 * 2**30
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_a_plan(family: str) -> None:
+    model = on_meta(config_of(FAMILIES[family]))
+    recipe = make_recipe({"model": family, "data": {"max_length": 16}, "train": {"dtype": "bf16", "batch_size": 2}})
+    found = plan(recipe, model=model)
+    assert found.memory.step.adapters == 4 * found.counts.trainable_parameters
+    assert found.memory.step.activations > 0
+    assert found.pace.flops_per_step > 0
+    guessed = [w for w in found.warnings if "cannot be rehearsed on tokens alone" in w]
+    assert bool(guessed) is (family in ("t5", "vit", "whisper"))
 
 
 def test_the_largest_batch_fits_and_one_more_row_does_not() -> None:

@@ -41,6 +41,7 @@ def plan(
     ] = False,
     modules: Annotated[bool, typer.Option("--modules", help="List every module.")] = False,
     advice: Annotated[bool, typer.Option("--advice", help="Say the reason and the source of each advice.")] = False,
+    html: Annotated[str | None, typer.Option("--html", help="Also write a page to this file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what a run will train, whether it fits, and how long it takes."""
@@ -64,7 +65,14 @@ def plan(
         if others:
             out.say("")
             out.show(_compared({source or shape or recipe.model: found, **others}))
-        out.result(found.to_json() | ({"compared": {n: p.to_json() for n, p in others.items()}} if others else {}))
+        values = found.to_json() | ({"compared": {n: p.to_json() for n, p in others.items()}} if others else {})
+        if html is not None:
+            from lorakit.persist.atomic import write_file
+            from lorakit.report.plan import plan_page
+
+            write_file(Path(html), plan_page(values))
+            out.say("", f"wrote {html}")
+        out.result(values)
 
 
 def _subject(source: str | None, shape: str | None, changes: list[str]) -> tuple[Recipe, Any]:

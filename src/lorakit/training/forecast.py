@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lorakit.core.method import Context
 from lorakit.core.site import layer_of
 from lorakit.core.spec import AdapterSpec
+from lorakit.errors import LorakitError
 from lorakit.inject.attach import attach
 from lorakit.inject.penalty import penalty
 from lorakit.training.arguments import widen
@@ -38,6 +39,10 @@ MOMENTS = {"adamw": 8.0, "paged-adamw": 8.0, "adamw-8bit": 2.0, "paged-adamw-8bi
 """Bytes of an optimizer's two moments for each trained number; 8 bits have an fp32 scale for every 256 beside them."""
 SMALL = 4096
 """A tensor of fewer numbers keeps its moments in 32 bits (bitsandbytes)."""
+
+
+class Unrehearsed(LorakitError):
+    """A step that cannot be run without values."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +68,20 @@ def forecast(model: PreTrainedModel, spec: AdapterSpec, load: Load) -> Rehearsal
         load: the batch, and how the step is run.
 
     Raises:
-        LorakitError: a model whose shapes depend on values, such as one that routes tokens to experts.
+        Unrehearsed: a model that takes something else than tokens, or whose shapes depend on values.
     """
     depth = _depth(model)
-    if depth <= FEW or _depends_on_depth(spec):
-        found = rehearse(scene(model, spec, load, None))
-    else:
-        two, three = (rehearse(scene(model, spec, load, blocks)) for blocks in (2, 3))
-        found = two.continued(three, depth - 2)
+    try:
+        if depth <= FEW or _depends_on_depth(spec):
+            found = rehearse(scene(model, spec, load))
+        else:
+            two, three = (rehearse(scene(model, spec, load, blocks)) for blocks in (2, 3))
+            found = two.continued(three, depth - 2)
+    except LorakitError:
+        raise
+    except Exception as error:  # a model's own code meets what it was not written for, and raises what it likes
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise Unrehearsed(f"a step of {type(model).__name__} cannot be rehearsed on tokens alone ({reason})") from error
     return replace(found, step=_moments(found.step, load.optimizer), between=_moments(found.between, load.optimizer))
 
 

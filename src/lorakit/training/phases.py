@@ -9,8 +9,18 @@ from typing import TYPE_CHECKING, Any
 from lorakit.core.site import Site, Skeleton
 from lorakit.core.spec import AdapterSpec
 from lorakit.core.sublayers import LINEAR_KINDS
-from lorakit.planning.memory import Forecast, Parts, nf4_bytes
-from lorakit.training.forecast import Load, forecast
+from lorakit.core.targets import parameters_named, resolve
+from lorakit.inject.sites import sites
+from lorakit.planning.memory import (
+    Forecast,
+    Parts,
+    activations_by_formula,
+    logits_by_formula,
+    nf4_bytes,
+    trained_parts,
+)
+from lorakit.planning.pace import flops_per_token
+from lorakit.training.forecast import Load, Unrehearsed, forecast
 from lorakit.training.quantised import DENSE_AT_ONCE
 from lorakit.training.recipe import QuantSection
 from lorakit.training.rehearsal import Held, Rehearsal
@@ -24,11 +34,15 @@ WIDE = 4
 
 @dataclass(frozen=True)
 class Ways:
-    """The forecasts by the names of `planning.fitting.VERDICTS`, which of them is the recipe's, and its rehearsal."""
+    """The forecasts by the names of `planning.fitting.VERDICTS`, which of them is the recipe's, and its rehearsal.
+
+    `guessed` says why a published formula stands in for the rehearsal, where it does.
+    """
 
     forecasts: Mapping[str, Forecast]
     own: str
     rehearsal: Rehearsal
+    guessed: str = ""
 
 
 def ways(model: PreTrainedModel, skeleton: Skeleton, spec: AdapterSpec, load: Load) -> Ways:
@@ -41,10 +55,14 @@ def ways(model: PreTrainedModel, skeleton: Skeleton, spec: AdapterSpec, load: Lo
     trained = _trained_whole(model, spec)
     forecasts: dict[str, Forecast] = {}
     rehearsals: dict[str, Rehearsal] = {}
-    sizes = _Sizes.of(model, packable)
+    sizes, guessed = _Sizes.of(model, packable), ""
     for checkpointing in (False, True):
         name = "checkpointing" if checkpointing else "plain"
-        rehearsals[name] = forecast(model, spec, replace(load, checkpointing=checkpointing, quant=None))
+        asked = replace(load, checkpointing=checkpointing, quant=None)
+        try:
+            rehearsals[name] = forecast(model, spec, asked)
+        except Unrehearsed as reason:
+            rehearsals[name], guessed = by_formula(model, skeleton, spec, asked), str(reason)
         forecasts[name] = phases(rehearsals[name], load, sizes)
         if not trained & {f"{site.path}.weight" for site in packable}:
             packed = sizes.packed(rehearsals[name], load)
@@ -52,7 +70,7 @@ def ways(model: PreTrainedModel, skeleton: Skeleton, spec: AdapterSpec, load: Lo
             rehearsals[other], forecasts[other] = packed, phases(packed, load, sizes, in_4_bits=True)
     own = {(False, False): "plain", (True, False): "checkpointing", (False, True): "4 bits",
            (True, True): "4 bits and checkpointing"}[load.checkpointing, load.quant is not None]  # fmt: skip
-    return Ways(forecasts, own, rehearsals[own])
+    return Ways(forecasts, own, rehearsals[own], guessed)
 
 
 @dataclass(frozen=True)
@@ -98,11 +116,38 @@ def phases(rehearsal: Rehearsal, load: Load, sizes: _Sizes, *, in_4_bits: bool =
     )
 
 
+def by_formula(model: PreTrainedModel, skeleton: Skeleton, spec: AdapterSpec, load: Load) -> Rehearsal:
+    """Return a step whose weights and trained tensors are counted, and whose activations are by a published formula."""
+    config: Any = model.config.get_text_config()
+    hidden, layers = int(config.hidden_size), sum(skeleton.depths.values())
+    wide = load.dtype.itemsize / 2  # the formulas are for 16 bits
+    inner = getattr(config, "intermediate_size", None)
+    heads = int(config.num_attention_heads)
+    saved = activations_by_formula(layers=layers, hidden=hidden, sequence=load.length, batch=load.rows, heads=heads,
+                                   intermediate=inner, checkpointing=load.checkpointing)  # fmt: skip
+    vocabulary = 0 if load.classes else int(getattr(config, "vocab_size", None) or 0)
+    logits = logits_by_formula(load.length, load.rows, vocabulary)
+    base = sum(p.numel() for p in model.parameters())
+    whole = [p.numel() for name, p in model.named_parameters() if name in _trained_whole(model, spec)]
+    adapters = [d.numel for m in resolve(spec, skeleton) for d in m.method.tensors(m.site).values() if d.trainable]
+    parts = trained_parts([*adapters, *whole], load.optimizer)
+    held = Held(
+        weights=(base - sum(whole)) * load.dtype.itemsize,
+        adapters=parts.adapters,
+        gradients=parts.gradients,
+        optimizer=parts.optimizer,
+        activations=round(saved * wide),
+        logits=logits,
+    )
+    matrices = sum(site.out * site.fan_in for site in skeleton.sites if site.kind != "embedding")
+    work = flops_per_token(matrices, sum(adapters), full=bool(whole), checkpointing=load.checkpointing, layers=layers,
+                           width=hidden, context=load.length)  # fmt: skip
+    quiet = replace(held, gradients=0, activations=0)
+    return Rehearsal(held, replace(held, gradients=0), quiet, work * load.rows * load.length)
+
+
 def _trained_whole(model: Any, spec: AdapterSpec) -> set[str]:
     """Return the names of the base's parameters a spec trains itself."""
-    from lorakit.core.targets import parameters_named
-    from lorakit.inject.sites import sites
-
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     return {
         key for keys in parameters_named(spec.train, names, sites(model), spec.targets.layers).values() for key in keys

@@ -35,7 +35,6 @@ from lorakit.training.phases import Ways, ways
 from lorakit.training.stage import BATCH_TOKENS, build_stage
 
 if TYPE_CHECKING:
-
     from lorakit.core.site import Skeleton
     from lorakit.data.report import DataReport
     from lorakit.training.recipe import Recipe
@@ -200,14 +199,19 @@ def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> Plan
         fits=_fits(where, found, depth),
         pace=_pace(recipe, where, found, stage, load),
         where=where,
-        limits=_limits(where, model, spec, load),
+        limits=_limits(where, found, model, spec, load),
         data={} if stage is None else _reports(stage),
         example=() if stage is None else tuple(example(stage.train, stage.tokenizer)),
         advice=_advice(recipe, spec, counts, model, skeleton, stage),
         findings=lint(spec, resolve(spec, skeleton), tied=bool(ties), heads=skeleton.heads, trained=trained,
                       depths=skeleton.depths),
-        warnings=tuple(map(str, roles(counts, skeleton))),
+        warnings=(*map(str, roles(counts, skeleton)), *_guessed(found)),
     )  # fmt: skip
+
+
+def _guessed(found: Ways) -> list[str]:
+    where = "activations, logits and FLOPs are by the formulas of arXiv 2205.05198, for full fine-tuning"
+    return [f"{found.guessed}; {where}"] if found.guessed else []
 
 
 def _load(recipe: Recipe, stage: Stage | None) -> Load:
@@ -250,8 +254,8 @@ def _fits(where: Where, found: Ways, depth: int) -> tuple[Fit, ...]:
     )
 
 
-def _limits(where: Where, model: Any, spec: AdapterSpec, load: Load) -> dict[str, Limits]:
-    if not where.devices or where.count > 1:
+def _limits(where: Where, found: Ways, model: Any, spec: AdapterSpec, load: Load) -> dict[str, Limits]:
+    if not where.devices or where.count > 1 or found.guessed:
         return {}
     return {one.name: limits(model, spec, load, one.memory - OVERHEAD) for one in where.chosen}
 
@@ -288,7 +292,7 @@ def _advice(
     report = None if stage is None else stage.train.report
     task = "classification" if stage is not None and stage.task == "classification" else "causal-lm"
     facts = Facts(
-        hidden=int(config.hidden_size),
+        hidden=int(config.get_text_config().hidden_size),
         family=str(config.model_type),
         blocks=max(skeleton.depths.values(), default=0),
         per_rank=None if rank is None else counts.adapter_parameters // rank,

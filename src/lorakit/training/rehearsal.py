@@ -7,9 +7,10 @@ training. Every piece of memory that comes to life and goes is counted, by what 
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -90,11 +91,9 @@ class Scene:
 def rehearse(scene: Scene) -> Rehearsal:
     """Run one step on fake tensors and return what it held.
 
-    Raises:
-        torch._subclasses.fake_tensor.DataDependentOutputException: a model whose shapes depend on values, such as one
-            that routes tokens to experts.
+    Whatever the model's own code raises is raised: a model may need more than the batch has, or decide by values.
     """
-    with FakeTensorMode():
+    with FakeTensorMode(), _silent("torch._subclasses.fake_tensor"):
         model = scene.build()
         scene.prepare(model)
         optimizer, rows = scene.optimizer(model), scene.batch()
@@ -220,6 +219,18 @@ def _make_states(trained: list[nn.Parameter], optimizer: torch.optim.Optimizer, 
         for value in state.values():
             if isinstance(value, Tensor):
                 live.mark(value, "optimizer")
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Keep a logger still: it tells at length of what is raised as well."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _vocabulary(model: nn.Module) -> int:
