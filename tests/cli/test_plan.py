@@ -17,8 +17,18 @@ def test_one_screen_says_what_is_trained_held_and_where_it_fits(base: Path, tmp_
     assert "parameters, fp32" in said
     assert "trains 3,712 (10.22 %) by lora" in said
     assert len(said.splitlines()) < 50
-    for words in ("self_attn.q_proj", "48 rows, format prompt+completion", "6 steps", "step ", "checkpoint",
-                  "RTX 4090 (24.0 GiB): fits", "largest on RTX 4090", "advice (--advice says why)"):  # fmt: skip
+    for words in (
+        "self_attn.q_proj",
+        "48 rows, format prompt+completion",
+        "tokens an example: ",
+        "[[",
+        "6 steps",
+        "step ",
+        "checkpoint",
+        "RTX 4090 (24.0 GiB): fits",
+        "largest on RTX 4090",
+        "advice (--advice says why)",
+    ):
         assert words in said, f"{words!r} is not in\n{said}"
 
 

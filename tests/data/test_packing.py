@@ -19,6 +19,7 @@ from lorakit.data.masking import IGNORE
 from lorakit.data.packing import (
     Collator,
     bins,
+    example_lengths,
     pack,
     packing_is_isolated,
     packing_leak,
@@ -178,3 +179,9 @@ def test_the_measurement_leaves_the_model_in_its_mode() -> None:
     network = model("llama", "sdpa").train()
     packing_leak(network)
     assert network.training
+
+
+def test_examples_have_the_same_lengths_packed_and_apart() -> None:
+    rows = examples(3, 2, 1, 4)
+    assert example_lengths(rows) == [3, 2, 1, 4]
+    assert sorted(example_lengths(pack(rows, 6))) == [1, 2, 3, 4]

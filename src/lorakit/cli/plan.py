@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorakit.cli.example import bars, show_example
 from lorakit.cli.screen import Screen, duration, screen, size, table
 from lorakit.errors import RecipeError
 
@@ -183,9 +185,18 @@ def _modules(found: PlannedRun) -> Any:
 
 
 def _say_data(out: Screen, found: PlannedRun) -> None:
+    from lorakit.training.planned import histogram
+
     pace = found.pace
     for report in found.data.values():
         out.say("", *report.lines())
+    if found.lengths:
+        counts = [one["examples"] for one in histogram(found.lengths)]
+        middle, ninth = (found.lengths[int(len(found.lengths) * share)] for share in (0.5, 0.9))
+        out.say(f"tokens an example: {found.lengths[0]:,} {bars(counts)} {found.lengths[-1]:,}, half up to {middle:,}, "
+                f"nine in ten up to {ninth:,}")  # fmt: skip
+    if found.example:
+        show_example(found.example, sys.stdout)
     work = f"{pace.flops_per_step / 1e12:,.3g} TFLOP a step"
     if pace.steps is not None and pace.tokens is not None:
         work = f"{pace.steps:,} steps, {pace.tokens:,} tokens; {work}"

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lorakit.cli.screen import Screen, console, duration, printable, size
-
-if TYPE_CHECKING:
-    from lorakit.data.preview import Run
+from lorakit.cli.example import show_example
+from lorakit.cli.screen import Screen, console, duration, size
 
 LINES = 20  # step lines of a whole run, where there is no terminal
-CHARACTERS = 300  # of each part of the example shown; the rest is counted
 
 
 class Progress:
@@ -21,7 +18,6 @@ class Progress:
     def __init__(self, out: Screen) -> None:
         self._out = out
         self._live: Any = None
-        self._colour = console(sys.stderr).color_system is not None
         self._task: Any = None
         self._steps = 0
         self.interrupted = False
@@ -57,14 +53,7 @@ class Progress:
             self._print(f"{event['part'] if place == 0 else '':<11} {line}")
 
     def _on_example(self, event: dict[str, Any]) -> None:
-        from lorakit.data.preview import Run, coloured, plain
-
-        runs = _shortened([Run(printable(text), trained, special) for text, trained, special in event["runs"]])
-        self._print(f"{'example':<11} the first one; what is trained is {'green' if self._colour else '[[marked]]'}:")
-        if self._colour:
-            console(sys.stderr).print(coloured(runs), soft_wrap=True)
-        else:
-            self._print(plain(runs))
+        show_example(event["runs"], sys.stderr, f"{'example':<11} ")
 
     def _on_targets(self, event: dict[str, Any]) -> None:
         for place, (pattern, count) in enumerate(event["patterns"].items()):
@@ -130,16 +119,3 @@ class Progress:
 
 def _counted(count: int, what: str) -> str:
     return f"{count:,} {what}" + ("" if count == 1 else "s")
-
-
-def _shortened(runs: list[Run]) -> list[Run]:
-    """Keep the beginning and the end of each long run, and say how much is left out between them."""
-    half = CHARACTERS // 2
-    return [
-        run
-        if len(run.text) <= CHARACTERS
-        else run._replace(
-            text=f"{run.text[:half]} ... ({len(run.text) - 2 * half:,} characters) ... {run.text[-half:]}"
-        )
-        for run in runs
-    ]

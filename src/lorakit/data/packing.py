@@ -85,6 +85,12 @@ def unpack(packed: Dataset) -> Dataset:
     return examples
 
 
+def example_lengths(rows: Dataset) -> list[int]:
+    """Return the tokens of each example, of packed rows those of each one in them."""
+    whole = unpack(rows) if "position_ids" in rows.column_names else rows
+    return [len(ids) for ids in whole["input_ids"]]
+
+
 @dataclass(frozen=True)
 class Collator:
     """Stack rows into tensors `(batch, longest)`, padded on the right with `pad_id` and labels that carry no loss.

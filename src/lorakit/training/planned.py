@@ -6,8 +6,9 @@ values; the data is read and tokenised as training would. Only time is a guess, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from lorakit.core.method import LowRank
 from lorakit.core.spec import AdapterSpec
 from lorakit.core.targets import parameters_named, resolve
+from lorakit.data.packing import example_lengths
 from lorakit.data.preview import Run, example
 from lorakit.inject.sites import sites
 from lorakit.inject.skeleton import shapes_of, ties_of
@@ -99,6 +101,8 @@ class PlannedRun:
     limits: Mapping[str, Limits] = field(default_factory=dict)
     """The largest batch and context by the name of each device that was asked for, each alone."""
     data: Mapping[str, DataReport] = field(default_factory=dict)
+    lengths: tuple[int, ...] = ()
+    """The tokens of each training example, in order of size."""
     example: tuple[Run, ...] = ()
     advice: tuple[Advice, ...] = ()
     findings: tuple[Finding, ...] = ()
@@ -126,10 +130,24 @@ class PlannedRun:
             "largest": {name: asdict(one) for name, one in self.limits.items()},
             "pace": asdict(self.pace),
             "data": {part: report.to_json() for part, report in self.data.items()},
+            "lengths": histogram(self.lengths),
+            "example": [run._asdict() for run in self.example],
             "advice": [asdict(line) for line in self.advice],
             "findings": [asdict(one) for one in self.findings],
             "warnings": list(self.warnings),
         }
+
+
+def histogram(lengths: Sequence[int], bins: int = 16) -> list[dict[str, int]]:
+    """Return how many examples are in each of equal ranges of lengths: longer than `above`, no longer than `up_to`."""
+    if not lengths:
+        return []
+    low, high = min(lengths), max(lengths)
+    bins = min(bins, high - low + 1)
+    edges = [low - 1 + round((high - low + 1) * i / bins) for i in range(bins + 1)]
+    return [
+        {"above": one, "up_to": two, "examples": sum(one < n <= two for n in lengths)} for one, two in pairwise(edges)
+    ]
 
 
 _MODULE = ("path", "kind", "shape", "rank", "parameters", "pattern", "method")
@@ -201,6 +219,7 @@ def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> Plan
         where=where,
         limits=_limits(where, found, model, spec, load),
         data={} if stage is None else _reports(stage),
+        lengths=() if stage is None else tuple(sorted(example_lengths(stage.train.dataset))),
         example=() if stage is None else tuple(example(stage.train, stage.tokenizer)),
         advice=_advice(recipe, spec, counts, model, skeleton, stage),
         findings=lint(spec, resolve(spec, skeleton), tied=bool(ties), heads=skeleton.heads, trained=trained,
