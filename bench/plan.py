@@ -3,19 +3,24 @@
 The forecast sees shapes alone. The measurement is a real second step on the CPU under torch's profiler, which reports
 each allocation and release: their highest sum, with the tensors that were there before. `saved` is what autograd keeps
 between forward and backward, counted by saved_tensors_hooks (each storage once, parameters left out).
-Run: python bench/plan.py [name ...]
+`time`: the quickstart's task is calibrated, then trained whole, for three seeds. `speed`: plans of large shapes, each
+in a process of its own, with its peak memory.
+Run: python bench/plan.py [memory] [time] [speed]
 """
 
 from __future__ import annotations
 
 import json
+import resource
+import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from record import record
+from record import RESULTS, record
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
@@ -150,17 +155,77 @@ def case(name: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def memory() -> list[dict[str, Any]]:
+    """Forecast and measure every case."""
     torch.set_num_threads(1)
     found = []
-    for name in sys.argv[1:] or CASES:
+    for name in CASES:
         found.append(case(name))
         told = found[-1]
         share = "" if told["saved_error"] is None else f"{told['saved_error']:+.1%}"
         sizes = [f"{told[key] / 1e6:8.1f}" for key in ("forecast", "measured", "saved_forecast", "saved")]
         print(f"{name:34}", *sizes[:2], f"MB {told['error']:+.1%}   saved", *sizes[2:], "MB", share, flush=True)
-    if not sys.argv[1:]:
-        record("plan", (__doc__ or "").splitlines()[0], ("torch", "transformers"), cases=found)
+    return found
+
+
+def times() -> list[dict[str, Any]]:
+    """Calibrate the quickstart's run, then train it, and compare the seconds."""
+    import methods
+
+    from lorakit.training.calibration import calibrate
+    from lorakit.training.run import train
+
+    methods.write_rows()
+    found = []
+    for seed in range(3):
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = methods.recipe("lora", 5e-3, Path(folder) / "run")
+            recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": seed})})
+            planned = calibrate(recipe).duration
+            took = train(recipe).seconds
+        found.append({"seed": seed, "forecast": round(planned.seconds, 1), "fastest": round(planned.fastest, 1),
+                      "slowest": round(planned.slowest, 1), "took": round(took, 1),
+                      "error": round(planned.seconds / took - 1, 3)})  # fmt: skip
+        print(found[-1], flush=True)
+    return found
+
+
+def speeds() -> list[dict[str, Any]]:
+    """Return how long plans of large shapes take: the call alone, and the whole command with its peak memory."""
+    found = []
+    for shape in ("llama-2-7b", "llama-2-70b", "gpt3-175b"):
+        answer = subprocess.run([sys.executable, __file__, "--one", shape], check=True, capture_output=True, text=True)
+        found.append({"shape": shape, **json.loads(answer.stdout.splitlines()[-1])})
+        print(found[-1], flush=True)
+    return found
+
+
+def one(name: str) -> None:
+    """Plan one shape and print how long it took since the process began, and the memory of the process."""
+    began = time.perf_counter()
+    from lorakit.inject.skeleton import config_of, on_meta
+    from lorakit.planning.shapes import shape
+    from lorakit.training.planned import plan
+
+    model = on_meta(config_of(shape(name)), "causal-lm")
+    recipe = make_recipe({"model": name, "train": {"dtype": "bf16"}})
+    start = time.perf_counter()
+    plan(recipe, model=model)
+    ended = time.perf_counter()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"call_seconds": round(ended - start, 2), "since_imports": round(ended - began, 2), "peak": peak}))
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--one"]:
+        one(sys.argv[2])
+        return
+    file = RESULTS / "plan.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    found = {name: found[name] for name in ("memory", "time", "speed") if name in found}
+    for name in sys.argv[1:] or ("memory", "time", "speed"):
+        found[name] = {"memory": memory, "time": times, "speed": speeds}[name]()
+        record("plan", (__doc__ or "").splitlines()[0], ("torch", "transformers"), **found)
 
 
 if __name__ == "__main__":

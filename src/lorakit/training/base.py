@@ -77,7 +77,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     transformers = need("transformers", "train")
     check_place(name, "tokenizer*")
-    with quiet(), explained(name):
+    with quiet(data=False), explained(name):
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(resolve(name))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -99,7 +99,7 @@ def load_model(
     check_place(name, "config.json")
     place = choose_device(device)
     options = _labels(task, labels)
-    with quiet(), explained(name):
+    with quiet(data=False), explained(name):
         config = transformers.AutoConfig.from_pretrained(resolve(name), **options)
         model, info = _read(name, config, task, choose_dtype(dtype, place), place, packing)
     _check_complete(name, task, info)
@@ -132,7 +132,7 @@ def build_empty(name: str, *, task: Task = "causal-lm", labels: Sequence[str] = 
     transformers = need("transformers", "train")
     check_place(name, "config.json")
     options = _labels(task, labels)
-    with quiet(), explained(name), torch.device("meta"):
+    with quiet(data=False), explained(name), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(resolve(name), **options)
         model: PreTrainedModel = getattr(transformers, _AUTO[task]).from_config(config, dtype=torch.float32)
     model.config._name_or_path = name
@@ -237,24 +237,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Silence what transformers and datasets say and draw by the way, and put their settings back."""
-    logging, datasets = need("transformers", "train").utils.logging, need("datasets", "train")
-    level, bars, maps = (
-        logging.get_verbosity(),
-        logging.is_progress_bar_enabled(),
-        datasets.are_progress_bars_disabled(),
-    )
+def quiet(*, data: bool = True) -> Iterator[None]:
+    """Silence what transformers and datasets say and draw by the way, and put their settings back.
+
+    Without `data`, datasets, which nobody will need then, is not imported for it: that takes a second and 100 MB.
+    """
+    logging = need("transformers", "train").utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    datasets = need("datasets", "train") if data else None
+    maps = datasets is None or datasets.are_progress_bars_disabled()
+    if datasets is not None:
+        datasets.disable_progress_bars()
     try:
         yield
     finally:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-        if not maps:
+        if datasets is not None and not maps:
             datasets.enable_progress_bars()
 
 

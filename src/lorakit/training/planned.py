@@ -186,7 +186,7 @@ def plan(recipe: Recipe, where: Where | None = None, *, model: Any = None) -> Pl
     Raises:
         LorakitError: whatever training would raise before its first step.
     """
-    with quiet():
+    with quiet(data=bool(recipe.data.train)):
         stage = build_stage(recipe, empty=True) if recipe.data.train and model is None else None
         if model is None:
             task: Any = "causal-lm" if recipe.task == "auto" else recipe.task
