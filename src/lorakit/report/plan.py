@@ -1,0 +1,294 @@
+"""The page of `lorakit plan`: what a run will train, hold and take, on one page to keep or to send around.
+
+It draws the plain values of `--json` and works nothing out but sums, so the page, the object and the terminal agree.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lorakit import __version__
+from lorakit.core.site import layer_of
+from lorakit.planning.devices import OVERHEAD
+from lorakit.planning.fitting import TOO_SMALL, VERDICTS
+from lorakit.report.html import (
+    NOTHING,
+    Bar,
+    Html,
+    items,
+    join,
+    legend,
+    note,
+    page,
+    row,
+    section,
+    stacked,
+    table,
+    tag,
+    width,
+)
+from lorakit.report.words import amount, duration, operations, size
+
+Values = Mapping[str, Any]
+
+PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "temporaries", "overhead")
+WAYS = {
+    "plain": "plain",
+    "checkpointing": "with checkpointing",
+    "4 bits": "in 4 bits",
+    "4 bits and checkpointing": "with both",
+}
+FEW = 6
+"""Parameters trained whole that are named before the rest is only counted."""
+DATA = {
+    "source": "file",
+    "format": "format",
+    "rows": "rows read",
+    "kept": "rows kept",
+    "tokens": "tokens",
+    "trained_tokens": "tokens that are trained on",
+    "longest": "longest row, in tokens",
+    "max_length": "longest that is allowed",
+    "dropped_overlong": "rows dropped, too long",
+    "cut": "rows cut off, too long",
+    "split": "rows split, too long",
+    "tokens_lost": "tokens lost by that",
+    "duplicates": "rows that repeat an earlier one",
+    "empty_completions": "rows with an empty completion",
+    "special_tokens": "rows with special tokens in their text",
+    "special_names": "these special tokens",
+    "separator_used": "between prompt and completion",
+    "packs": "rows once packed",
+    "packing_efficiency": "share of their room that is filled",
+}
+"""What is said of each field of a data report, in this order."""
+
+
+def plan_page(plan: Mapping[str, Any]) -> str:
+    """Return the HTML page of a plan, complete in itself: no script, nothing from elsewhere.
+
+    Args:
+        plan: the values of `PlannedRun.to_json()`; under "compared", where present, those of others by name. What
+            is empty has no section.
+    """
+    return page(
+        f"Plan: {plan['model']}",
+        _opening(plan),
+        section("Look at this first", _warnings(plan)),
+        section("Compared", *_compared(plan)),
+        section("Memory, phase by phase", *_memory(plan)),
+        section("Ways to run a step", *_ways(plan)),
+        section("Devices", *_devices(plan)),
+        section("Work and time", _work(plan)),
+        section("Data", _data(plan["data"])),
+        section("What is trained", *_modules(plan)),
+        section("Advice", _advice(plan)),
+        tag("footer", f"lorakit {__version__}. GB are 10^9 bytes, GiB are 2^30 bytes."),
+    )
+
+
+def _opening(plan: Values) -> Html:
+    kind = f" packed into {plan['quant']}" if plan["quant"] else ""
+    how = "trained whole" if plan["method"] == "none" else f"trained by {plan['method']}"
+    batch = plan["batch"]
+    packed = ", packed" if batch["packed"] else ""
+    tiles = {
+        "trained": f"{plan['trainable_parameters']:,}",
+        "of all parameters": f"{plan['percent']:.4g} %",
+        "the adapter's file": size(plan["adapter_bytes"]),
+        "the most a step holds": size(plan["memory"]["step"]["total"]),
+    }
+    return tag(
+        "header",
+        tag("h1", plan["model"]),
+        tag("p", f"{plan['total_parameters']:,} parameters, {plan['dtype']}{kind}, {how} in "
+            f"batches of {batch['rows']:,} x {batch['length']:,} tokens{packed}."),
+        tag("dl", *(tag("div", tag("dt", what), tag("dd", value)) for what, value in tiles.items()), class_="tiles"),
+    )  # fmt: skip
+
+
+def _warnings(plan: Values) -> Html:
+    texts = list(plan["warnings"]) + [
+        join(tag("strong", one["tool"]), f": {one['what']}: {one['why']}; {one['remedy']}. ",
+             tag("small", one["source"]))
+        for one in plan["findings"]
+    ]  # fmt: skip
+    return items(texts, "warnings")
+
+
+def _compared(plan: Values) -> Iterator[Html]:
+    if not plan.get("compared"):
+        return
+    all_of_them: dict[str, Values] = {"this plan": plan, **plan["compared"]}
+    yield table(
+        ("", "method", "modules", "trains", "share", "file", "step"),
+        [
+            (name, one["method"], f"{len(one['modules']):,}", f"{one['trainable_parameters']:,}",
+             f"{one['percent']:.3g} %", size(one["adapter_bytes"]), size(one["memory"]["step"]["total"]))
+            for name, one in all_of_them.items()
+        ],
+        numbers=range(2, 7),
+    )  # fmt: skip
+    bars = [_bar(name, one["memory"]["step"]) for name, one in all_of_them.items()]
+    yield from _drawn("What a step holds of each", bars)
+
+
+def _memory(plan: Values) -> Iterator[Html]:
+    phases = {name: parts for name, parts in plan["memory"].items() if parts["total"]}
+    yield from _drawn("What one device holds at the peak of each phase", [_bar(*phase) for phase in phases.items()])
+    rows = [
+        (part, *(_exact(phases[name][part]) for name in phases))
+        for part in (*PARTS, "total")
+        if any(phases[name][part] for name in phases)
+    ]
+    yield table(("", *phases), rows, numbers=range(1, len(phases) + 1), class_="exact")
+
+
+def _ways(plan: Values) -> Iterator[Html]:
+    ways = {name: plan["ways"][name] for name in WAYS if name in plan["ways"]}
+    own = next((name for name, forecast in ways.items() if forecast == plan["memory"]), None)
+    bars = [_bar(WAYS[name], forecast["step"], own == name) for name, forecast in ways.items()]
+    yield from _drawn("What a step holds", bars)
+
+
+def _bar(name: str, parts: Values, own: bool = False) -> Bar:
+    return name, {part: parts[part] for part in PARTS}, ", this recipe" if own else ""
+
+
+def _drawn(title: str, bars: list[Bar]) -> Iterator[Html]:
+    """Yield a chart of bars on one scale, and which colour is what."""
+    if drawn := stacked(bars):
+        used = [part for part in PARTS if any(parts[part] for _, parts, _ in bars)]
+        yield tag("figure", tag("figcaption", title), drawn, legend(used))
+
+
+def _exact(count: int) -> Html:
+    return join(size(count), " ", tag("small", f"{count:,}")) if count else NOTHING
+
+
+def _devices(plan: Values) -> Iterator[Html]:
+    if not plan["fits"]:
+        return
+    yield tag("div", *map(_device, plan["fits"]), class_="bars devices")
+    for name, most in plan["largest"].items():
+        length = plan["batch"]["length"]
+        yield tag(
+            "p",
+            f"The largest on {name}: {most['rows']:,} rows of {length:,} tokens, or one row of {most['length']:,}.",
+        )
+    yield note(
+        "A whole bar is what the device has; filled is what the first way that fits needs on each device, or the "
+        f"nearest to fitting. {size(OVERHEAD)} that a device needs itself is counted."
+    )
+
+
+def _device(fit: Values) -> Html:
+    needed, limit = fit["needed"], fit["limit"]
+    kind = "not" if fit["verdict"] == TOO_SMALL else "fits" if fit["verdict"] == VERDICTS["plain"] else "partly"
+    room = max(needed, limit)
+    filled = [tag("span", class_=kind, style=width(min(needed, limit) / room))]
+    if needed > limit:
+        filled.append(tag("span", class_="over", style=width((needed - limit) / room)))
+    mark = {"fits": "✓", "partly": "◐", "not": "✗"}[kind]
+    left = f"{size(limit - needed)} left" if needed <= limit else f"{size(needed - limit)} too much"
+    numbers = f"{size(needed)} of {size(limit)} ({limit / 2**30:.1f} GiB), {left}"
+    drawing = tag("div", *filled, class_="track", role="img", aria_label=numbers)
+    verdict = tag("strong", f"{mark} {fit['verdict']}", class_=kind)
+    return row(join(tag("span", fit["device"]), " ", verdict), drawing, numbers)
+
+
+def _work(plan: Values) -> Html:
+    pace = plan["pace"]
+    facts = {"a step": operations(pace["flops_per_step"])}
+    if pace["steps"] is not None:
+        facts["steps"] = f"{pace['steps']:,}"
+    if pace["tokens"] is not None:
+        facts["tokens, with padding"] = f"{pace['tokens']:,}"
+    if took := pace["duration"]:
+        facts["time, about"] = duration(took["seconds"])
+        facts["between"] = f"{duration(took['fastest'])} and {duration(took['slowest'])}"
+        facts["which rests on"] = took["reason"]
+    bill = pace["bill"] or {}
+    for key, what in {"kwh": "kWh", "energy_price": "price of the energy", "hire": "price of the devices"}.items():
+        if bill.get(key) is not None:
+            facts[what] = amount(bill[key])
+    return _facts(facts)
+
+
+def _facts(facts: Mapping[str, str]) -> Html:
+    pairs = (tag("div", tag("dt", what), tag("dd", value)) for what, value in facts.items())
+    return tag("dl", *pairs, class_="facts")
+
+
+def _data(reports: Mapping[str, Values]) -> Html:
+    rows = [
+        (said, *(_datum(field, report[field]) for report in reports.values()))
+        for field, said in DATA.items()
+        if any(report[field] for report in reports.values())
+    ]
+    return table(("", *reports), rows, class_="data")
+
+
+def _datum(field: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if field == "packing_efficiency":
+        return f"{value:.1%}"
+    if field == "separator_used":
+        return repr(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _modules(plan: Values) -> Iterator[Html]:
+    modules = plan["modules"]
+    yield _grouped(modules)
+    if len(plan["patterns"]) > 1:
+        yield note("Modules by pattern: " + ", ".join(f"{name} {hits:,}" for name, hits in plan["patterns"].items()))
+    whole = plan["trained_whole"]
+    yield items(f"trained whole: {one['name']}, {one['parameters']:,}" for one in whole[:FEW])
+    if len(whole) > FEW:
+        yield note(f"And {len(whole) - FEW} more parameters of the base are trained whole.")
+    if modules:
+        rows = [
+            (m["path"], m["kind"], _shape(m), _rank(m), f"{m['parameters']:,}", m["pattern"], m["method"])
+            for m in modules
+        ]
+        columns = ("module", "kind", "weight", "rank", "trains", "pattern", "method")
+        yield tag(
+            "details",
+            tag("summary", f"All {len(modules):,} modules"),
+            table(columns, rows, numbers=(3, 4), class_="modules"),
+        )
+
+
+def _grouped(modules: list[Values]) -> Html:
+    """Draw one row for each kind of module: those of one name, shape, rank and pattern in all layers."""
+    times: Counter[tuple[str, ...]] = Counter()
+    numbers: Counter[tuple[str, ...]] = Counter()
+    for m in modules:
+        place = layer_of(m["path"])
+        name = m["path"] if place is None else m["path"].partition(f"{place[0]}.{place[1]}.")[2] or place[0]
+        key = (name, _shape(m), _rank(m), m["pattern"])
+        times[key] += 1
+        numbers[key] += m["parameters"]
+    rows = [
+        (name, shape, rank, f"{times[key]:,}", f"{numbers[key]:,}", pattern)
+        for key in times
+        for name, shape, rank, pattern in [key]
+    ]
+    return table(("module", "weight", "rank", "times", "trains", "pattern"), rows, numbers=(2, 3, 4), class_="modules")
+
+
+def _shape(module: Values) -> str:
+    return " x ".join(map(str, module["shape"]))
+
+
+def _rank(module: Values) -> str:
+    return "" if module["rank"] is None else str(module["rank"])
+
+
+def _advice(plan: Values) -> Html:
+    rows = [(line["topic"], line["value"], line["reason"], line["source"]) for line in plan["advice"]]
+    return table(("about", "advice", "because", "source"), rows, class_="prose")
