@@ -27,7 +27,7 @@ LEVELS: dict[str, float] = {
     "__main__": 6,
 }
 BEHIND_REGISTRY = ("methods", "hosts")  # level 3 and up reach these through the registry
-PACKER = "training/quantised.py"  # but this makes layers in 4 bits, which is no choice among rows
+PACKERS = ("training/quantised.py", "training/quantizer.py")  # but these make layers in 4 bits, no choice among rows
 REGISTRY = "core/registry.py"  # and it alone may look up, when asked
 
 # Slow to import or optional, so they wait inside the function that needs them.
@@ -131,7 +131,7 @@ def imports_point_down(source: Source) -> Iterator[tuple[int, str]]:
             yield item.line, f"'{here}' imports up, from '{there}'"
         elif LEVELS[there] == LEVELS[here]:
             yield item.line, f"'{here}' imports its sibling '{there}'; siblings are strangers"
-        elif there in BEHIND_REGISTRY and LEVELS[here] >= 3 and here != "__init__" and source.path != PACKER:
+        elif there in BEHIND_REGISTRY and LEVELS[here] >= 3 and here != "__init__" and source.path not in PACKERS:
             yield item.line, f"'{here}' reaches '{there}' directly; go through core.registry"
 
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lorakit.errors import AdapterFileError, AttachError
+from lorakit.core.registry import host_of
+from lorakit.errors import AdapterFileError, AttachError, SpecError
 from lorakit.hosts import linear4bit, nf4
 from lorakit.hosts.bnb_keys import from_tensors, to_tensors
 from lorakit.hosts.linear4bit import Linear4bit, product
@@ -231,3 +232,36 @@ def test_loading_says_what_is_missing_or_wrong() -> None:
         layer.load_state_dict(other.state_dict())
     with pytest.raises(RuntimeError, match='Missing key.* "weight"'):
         layer.load_state_dict({"bias": torch.zeros(48)})
+
+
+def test_a_principal_part_is_kept_beside_the_bytes_of_the_rest() -> None:
+    # W = 10 e1 f1^T + N / 10: its first triplet beside it, the rest has blocks of maximum 0.3 and not of 10
+    torch.manual_seed(0)
+    weight = torch.randn(48, 64) / 10
+    weight[0, 0] = 10.0
+    plain, layer = Linear4bit.of(dense_layer(weight)), Linear4bit.of(dense_layer(weight))
+    rest = layer.split_off(weight, 1)
+    layer.take(nf4.quantize(rest))
+    assert torch.linalg.svdvals(rest)[0] == pytest.approx(float(torch.linalg.svdvals(weight)[1]), rel=1e-3)
+    assert (layer.dense() - weight).norm() < 0.9 * (plain.dense() - weight).norm()
+    x = torch.randn(3, 64)
+    assert_close(layer(x), x @ layer.dense().T, scale=10.0)
+    with pytest.raises(SpecError, match=r"principal 49 exceeds min\(out, in\) = 48"):
+        layer.split_off(weight, 49)
+
+
+def test_a_lossy_merge_leaves_the_principal_part_as_it_is() -> None:
+    weight = torch.randn(48, 64)
+    layer = Linear4bit.of(dense_layer(weight))
+    layer.take(nf4.quantize(layer.split_off(weight, 4)))
+    store, before = host_of(layer).store, layer.principal()
+    store.write(layer, weight + 0.5)
+    assert torch.equal(layer.principal(), before)
+    assert (store.read(layer) - weight - 0.5).norm() < 0.12 * weight.norm()
+
+
+def dense_layer(weight: Tensor) -> nn.Linear:
+    """Return a linear layer with this weight and no bias."""
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    made.weight.data.copy_(weight)
+    return made

@@ -34,7 +34,8 @@ from lorakit.methods.lora import LoRA
 from lorakit.methods.mixture import Mixture
 from lorakit.training.base import load_base
 from lorakit.training.merge_files import FilesReport, merging_files
-from lorakit.training.quantised import Packing, pack, write_packed
+from lorakit.training.quantised import pack, write_packed
+from lorakit.training.quantizer import Packing
 from lorakit.training.recipe import QuantSection
 from tests.data.samples import tokenizer
 from tests.law.cases import jitter

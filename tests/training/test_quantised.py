@@ -21,10 +21,11 @@ from lorakit.inject.attach import attach, state
 from lorakit.inject.sites import sites
 from lorakit.methods.lora import LoRA
 from lorakit.persist import load
-from lorakit.training import quantised
+from lorakit.training import quantizer
 from lorakit.training.base import load_base
 from lorakit.training.dense_weights import DenseWeights
-from lorakit.training.quantised import Packing, pack, packing_in, write_packed
+from lorakit.training.quantised import make_dense, pack, packing_in, write_packed
+from lorakit.training.quantizer import Packing
 from lorakit.training.recipe import QuantSection, make_recipe
 from lorakit.training.run import train
 from tests.data.samples import tokenizer
@@ -75,13 +76,13 @@ def test_a_packed_model_counts_the_weights_it_stands_for(base: Path) -> None:
 def test_only_one_dense_tensor_is_held_at_a_time(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two tensors that are read, the one before is packed and gone."""
     order: list[str] = []
-    original = quantised._pack
+    original = quantizer._pack
 
     def watched(layer: Linear4bit, weight: torch.Tensor, name: str, packing: Packing) -> nn.Parameter:
         order.append(f"packed {name}")
         return original(layer, weight, name, packing)
 
-    monkeypatch.setattr(quantised, "_pack", watched)
+    monkeypatch.setattr(quantizer, "_pack", watched)
     pack(str(base), Packing(NF4, done=lambda name: order.append(f"read {name}")), torch.device("cpu"))
     for before, after in pairwise(order):
         if after.startswith("packed "):
@@ -327,3 +328,45 @@ def test_loftq_needs_the_dense_base(packed: Path, tmp_path: Path) -> None:
     recipe = loftq_recipe(packed, tmp_path / "run")
     with pytest.raises(RecipeError, match="init loftq starts from the dense weights, and .* holds packed ones"):
         train(recipe)
+
+
+@pytest.mark.parametrize("adapter", [{"rank": 4, "alpha": 8, "init": "pissa"}, {"rank": 4, "alpha": 8}])
+def test_with_a_principal_part_training_is_that_on_what_the_layer_computes(
+    base: Path, tmp_path: Path, adapter: dict[str, Any]
+) -> None:
+    quant = {"kind": "nf4", "principal": 4}
+    model, tokens = load_base(str(base), quant=QuantSection(**quant))
+    make_dense(model)
+    model.save_pretrained(tmp_path / "dequantised")
+    tokens.save_pretrained(tmp_path / "dequantised")
+    runs = []
+    for name, place, packed in (("packed", base, quant), ("dense", tmp_path / "dequantised", None)):
+        (tmp_path / name).mkdir()
+        runs.append(load(train(recipe_of(place, tmp_path / name, quant=packed, adapter=adapter)).adapter_dir))
+    for mine, theirs in zip(*(run.updates for run in runs), strict=True):
+        for key, tensor in mine.tensors.items():
+            assert_close(tensor, theirs.tensors[key], scale=10 * max(1.0, float(tensor.abs().max())))
+
+
+def test_a_principal_part_is_saved_and_only_lorakit_loads_it(base: Path, tmp_path: Path) -> None:
+    packing = Packing(QuantSection(principal=4), errors={})
+    model = pack(str(base), packing, torch.device("cpu"))
+    write_packed(model, packing, tmp_path / "packed")
+    tokenizer().save_pretrained(tmp_path / "packed")
+    again, _ = load_base(str(tmp_path / "packed"))
+    assert torch.equal(logits(again), logits(model))
+    assert (found := packing_in(again)) is not None
+    assert found.settings == packing.settings
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "lorakit-4bit", "bitsandbytes would leave the principal part out"
+    plain = Packing(QuantSection(), errors={})
+    pack(str(base), plain, torch.device("cpu"))
+    assert packing.errors is not None
+    assert plain.errors is not None
+    assert all(packing.errors[path].relative < plain.errors[path].relative for path in plain.errors)
+    assert packing.packed_bytes > plain.packed_bytes
+
+
+def test_a_principal_rank_no_layer_has_is_refused(base: Path) -> None:
+    with pytest.raises(LorakitError, match=r"principal 33 exceeds min\(out, in\) = "):
+        load_base(str(base), quant=QuantSection(principal=33))

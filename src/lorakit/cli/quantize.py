@@ -15,7 +15,7 @@ from lorakit.errors import LorakitError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from lorakit.training.quantised import Packing
+    from lorakit.training.quantizer import Packing
 
 
 def quantize(
@@ -26,6 +26,9 @@ def quantize(
     double_quant: Annotated[
         bool, typer.Option("--double-quant/--no-double-quant", help="Keep the scales in 8 bits too.")
     ] = True,
+    principal: Annotated[
+        int, typer.Option(min=0, help="Singular triplets of each weight to keep in 16 bits beside the rest (QPiSSA).")
+    ] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Pack a base into 4 bits, in bitsandbytes' format."""
@@ -33,12 +36,13 @@ def quantize(
         from lorakit.persist.atomic import atomic_directory
         from lorakit.training.base import choose_device, explained, load_tokenizer, quiet
         from lorakit.training.base_files import checkpoint
-        from lorakit.training.quantised import BLOCK_SIZES, Packing, pack, write_packed
+        from lorakit.training.quantised import BLOCK_SIZES, pack, write_packed
+        from lorakit.training.quantizer import Packing
         from lorakit.training.recipe import QuantSection
 
         if block_size not in BLOCK_SIZES:
             raise LorakitError(f"--block-size {block_size}: must be one of {', '.join(map(str, BLOCK_SIZES))}")
-        asked = {"kind": kind, "block_size": block_size, "double_quant": double_quant}
+        asked = {"kind": kind, "block_size": block_size, "double_quant": double_quant, "principal": principal}
         settings = QuantSection.model_validate(asked)
         target = Path(output)
         if target.exists() and not (target.is_dir() and not any(target.iterdir())):

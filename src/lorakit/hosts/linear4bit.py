@@ -19,10 +19,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from lorakit.core.hollow import is_hollow
-from lorakit.errors import AdapterFileError, AttachError
+from lorakit.core.init import leading
+from lorakit.errors import AdapterFileError, AttachError, SpecError
 from lorakit.hosts.bnb_keys import NAMES, from_tensors, to_tensors
 from lorakit.hosts.nf4 import Nested, Quantized, dequantize, maxima, quantize, unpack
 
+ITERATIONS = 8
+"""Rounds of the randomised SVD that finds a principal part; PiSSA's authors take 4 to 16."""
 BLOCK = 2**22
 """Weights that are dense at once: 16 MB in fp32, enough rows for a product at full speed."""
 _BUFFER = threading.local()
@@ -33,7 +36,13 @@ class Linear4bit(nn.Module):
 
     `weight` holds the packed bytes; `quantized` gives them their meaning. `transposed` says that the weight came from
     GPT-2's Conv1D, which keeps its own the other way round, so that adapters know the layer as what it was.
+
+    A layer may keep the largest singular triplets of its weight beside the bytes, as `principal_up @ principal_down`;
+    the bytes are then those of the rest, which loses less (QPiSSA, arXiv 2404.02948, section 4).
     """
+
+    principal_down: Tensor | None
+    principal_up: Tensor | None
 
     def __init__(
         self,
@@ -51,6 +60,8 @@ class Linear4bit(nn.Module):
         self.weight = nn.Parameter(empty if quantized is None else quantized.packed, requires_grad=False)
         self._state = quantized
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_buffer("principal_down", None)
+        self.register_buffer("principal_up", None)
 
     @classmethod
     def of(cls, layer: nn.Module, block_size: int = 64, double_quant: bool = True, kind: str = "nf4") -> Linear4bit:
@@ -70,6 +81,34 @@ class Linear4bit(nn.Module):
             raise AttachError("this 4-bit layer is empty: it was built without weights and none were loaded")
         return replace(self._state, packed=self.weight)
 
+    def make_room(self, rank: int, dtype: torch.dtype) -> None:
+        """Make room for a principal part that a state dict will fill."""
+        place = self.weight.device
+        self.principal_down = torch.empty(rank, self.in_features, dtype=dtype, device=place)
+        self.principal_up = torch.empty(self.out_features, rank, dtype=dtype, device=place)
+
+    @torch.no_grad()
+    def split_off(self, weight: Tensor, rank: int) -> Tensor:
+        """Keep the `rank` largest singular triplets of a dense weight, in its dtype, and return the rest in fp32.
+
+        Raises:
+            SpecError: a rank the weight does not have.
+        """
+        if rank > min(weight.shape):
+            raise SpecError(f"principal {rank} exceeds min(out, in) = {min(weight.shape)}")
+        rng = torch.Generator().manual_seed(0)
+        u, s, vh = (part[0] for part in leading(weight[None], rank, ITERATIONS, rng))
+        root = s.sqrt()
+        self.principal_up = (u * root).to(weight.dtype).contiguous()
+        self.principal_down = (root.unsqueeze(1) * vh).to(weight.dtype).contiguous()
+        return weight.float() - self.principal()
+
+    def principal(self) -> Tensor | float:
+        """Return what is kept beside the bytes `(out, in)` in fp32; 0 where nothing is."""
+        if self.principal_up is None or self.principal_down is None:
+            return 0.0
+        return self.principal_up.float() @ self.principal_down.float()
+
     @torch.no_grad()
     def take(self, value: Quantized) -> None:
         """Replace the weight, in place where there is one of the same size."""
@@ -83,6 +122,9 @@ class Linear4bit(nn.Module):
         """Return the weight `(out, in)`, as the product sees it, in `dtype` (its own if None)."""
         value = self.quantized
         value = value if dtype is None else replace(value, dtype=dtype)
+        if self.principal_up is not None:
+            whole = dequantize(replace(value, dtype=torch.float32)) + self.principal()
+            return whole.to(value.dtype)
         if torch.compiler.is_compiling() or is_hollow(value.packed):
             found: Tensor = _traced_dense(torch.empty(0, dtype=value.dtype, device=value.packed.device), *_parts(value))
             return found
@@ -108,6 +150,8 @@ class Linear4bit(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         y = product(x, self.quantized)
+        if self.principal_up is not None and self.principal_down is not None:
+            y = y + F.linear(F.linear(x, self.principal_down.to(x.dtype)), self.principal_up.to(x.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

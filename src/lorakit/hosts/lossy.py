@@ -35,7 +35,7 @@ class Packed(Lossy):
     def write(self, module: nn.Module, weight: Tensor) -> None:
         """Quantise `weight` as the one before was, and take it."""
         assert isinstance(module, Linear4bit)
-        module.take(_packed_like(module.quantized, weight))
+        module.take(_packed_like(module.quantized, weight - module.principal()))
 
 
 class Bnb4bit(Lossy):

@@ -22,7 +22,7 @@ from lorakit.errors import DataError, DeviceError, LorakitError, RecipeError, di
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lorakit.training.quantised import Packing
+    from lorakit.training.quantizer import Packing
     from lorakit.training.recipe import QuantSection
 
 Task = Literal["causal-lm", "classification"]
@@ -160,6 +160,7 @@ def _read(
     transformers = need("transformers", "train")
     from lorakit.training import quantised
     from lorakit.training.base_files import place_of
+    from lorakit.training.quantizer import Packing
 
     packed = quantised.settings_of(config)
     if packing is None and packed is None:
@@ -167,10 +168,10 @@ def _read(
             resolve(name), config=config, dtype=dtype, output_loading_info=True
         )
     asked = packing.settings if packing else None
-    if packed and asked and (asked.kind, asked.double_quant) != (packed.kind, packed.double_quant):
+    if packed and asked and asked != packed.model_copy(update={"block_size": asked.block_size}):
         raise RecipeError(f"{name} is packed already, as {packed}; leave `quant` out, or give the base it was made of")
     place = place_of(name)
-    packing = quantised.Packing(packed, skipped=quantised.skipped_by(config)) if packed else packing
+    packing = Packing(packed, skipped=quantised.skipped_by(config)) if packed else packing
     assert packing is not None
     model, info = quantised.load_packed(
         quantised.model_class(config, task), place, config, packing, dtype=dtype, device=device
@@ -180,7 +181,7 @@ def _read(
 
 def packing_of(quant: QuantSection | None) -> Packing | None:
     """Return how to pack a base as a recipe says, or None for one that stays as it is."""
-    from lorakit.training.quantised import Packing
+    from lorakit.training.quantizer import Packing
 
     return Packing(quant) if quant is not None else None
 

@@ -75,23 +75,25 @@ def ways(model: PreTrainedModel, skeleton: Skeleton, spec: AdapterSpec, load: Lo
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Numbers of weights: of each that can be packed, of the largest, and of all."""
+    """`(out, in)` of each weight that can be packed, and the numbers in the largest and in all."""
 
-    packable: tuple[int, ...]
+    packable: tuple[tuple[int, int], ...]
     largest: int
     every: int
 
     @classmethod
     def of(cls, model: Any, packable: list[Site]) -> _Sizes:
         numbers = [p.numel() for p in model.parameters()]
-        return cls(tuple(site.out * site.in_ for site in packable), max(numbers), sum(numbers))
+        return cls(tuple((site.out, site.in_) for site in packable), max(numbers), sum(numbers))
 
     def packed(self, dense: Rehearsal, load: Load) -> Rehearsal:
         """Return a dense rehearsal with its linear weights in 4 bits."""
         quant, width = load.quant or QuantSection(), load.dtype.itemsize
-        small = sum(nf4_bytes(n, quant.double_quant, quant.block_size) for n in self.packable)
-        gone = sum(self.packable) * width - small
-        block = min(max(self.packable, default=0), DENSE_AT_ONCE) * width
+        numbers = [out * in_ for out, in_ in self.packable]
+        small = sum(nf4_bytes(n, quant.double_quant, quant.block_size) for n in numbers)
+        beside = quant.principal * sum(out + in_ for out, in_ in self.packable) * width
+        gone = sum(numbers) * width - small - beside
+        block = min(max(numbers, default=0), DENSE_AT_ONCE) * width
 
         def less(held: Held) -> Held:
             return replace(held, weights=held.weights - gone, temporaries=held.temporaries + block)

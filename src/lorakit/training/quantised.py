@@ -8,10 +8,6 @@ in 4 bits already, by `lorakit quantize` or by bitsandbytes, is taken as it is.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +16,12 @@ from torch import Tensor, nn
 
 from lorakit.core.lazy import need
 from lorakit.core.sublayers import LINEAR_KINDS
-from lorakit.errors import AdapterFileError, LorakitError, RecipeError, SpecError, listing
+from lorakit.errors import LorakitError, RecipeError
 from lorakit.hosts import nf4
-from lorakit.hosts.bnb_keys import NAMES, from_tensors
 from lorakit.hosts.linear4bit import BLOCK, Linear4bit
 from lorakit.inject.sites import sites
 from lorakit.training.base_files import open_tensors, place_of
+from lorakit.training.quantizer import METHOD, Packing, config_class, empty_layers, told
 from lorakit.training.recipe import QuantSection
 
 if TYPE_CHECKING:
@@ -34,33 +30,13 @@ if TYPE_CHECKING:
 DENSE_AT_ONCE = BLOCK
 """Weights of a packed layer that are unpacked at a time."""
 BLOCK_SIZES = nf4.BLOCK_SIZES
-METHOD = "lorakit-4bit"
-"""What transformers knows the quantisation by."""
-
-
-@dataclass
-class Packing:
-    """What became of a model's weights on the way in: bytes, and how far each layer is from what it was."""
-
-    settings: QuantSection
-    packed: bool = False
-    """Whether the checkpoint is in 4 bits already."""
-    skipped: tuple[str, ...] = ()
-    """Modules a checkpoint keeps dense, by their names in it; without any, output layers stay dense."""
-    weights: int = 0
-    packed_bytes: int = 0
-    errors: dict[str, nf4.QuantizationError] | None = None
-    """By layer, where somebody wants to know: measuring costs as much as packing."""
-    dense: list[str] = field(default_factory=list)
-    """The linear layers that were left as they are."""
-    problems: list[str] = field(default_factory=list)
-    done: Callable[[str], None] = lambda name: None
-    """Called with each tensor that was read."""
 
 
 def settings_of(config: Any) -> QuantSection | None:
     """Return how a checkpoint's configuration says it is packed, or None for one that is not in 4 bits."""
     kept = _quantization(config)
+    if kept.get("quant_method") == METHOD:
+        return QuantSection(**{name: kept[name] for name in ("kind", "double_quant", "principal")})
     if not kept.get("load_in_4bit", kept.get("_load_in_4bit", False)):
         return None
     return QuantSection(
@@ -81,7 +57,14 @@ def _quantization(config: Any) -> dict[str, Any]:
 
 
 def bnb_config(packing: Packing, compute_dtype: str) -> dict[str, Any]:
-    """Return the configuration that makes transformers with bitsandbytes load what lorakit packed."""
+    """Return the configuration that makes transformers with bitsandbytes load what lorakit packed.
+
+    bitsandbytes knows no principal part and would leave it out unsaid, so a base with one is lorakit's to load alone.
+    """
+    settings = packing.settings
+    if settings.principal:
+        own = settings.model_dump(include={"kind", "double_quant", "principal"})
+        return {"quant_method": METHOD, **own, "llm_int8_skip_modules": packing.dense}
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -108,12 +91,12 @@ def load_packed(cls: Any, place: Path, config: Any, packing: Packing, *, dtype: 
     packing.packed = settings_of(config) is not None
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with open_tensors(place, packing.done) as tensors, _told(packing):
+    with open_tensors(place, packing.done) as tensors, told(packing):
         model, info = cls.from_pretrained(
             None,
             config=config,
             state_dict=tensors,
-            quantization_config=_config_class()(packing),
+            quantization_config=config_class()(packing),
             dtype=dtype,
             device_map={"": device},
             output_loading_info=True,
@@ -155,7 +138,9 @@ def packing_in(model: nn.Module) -> Packing | None:
     if first is None:
         return None
     value = first.quantized
-    kept = {"kind": value.kind, "block_size": value.block_size, "double_quant": value.nested is not None}
+    rank = 0 if first.principal_up is None else first.principal_up.shape[1]
+    kept = {"kind": value.kind, "block_size": value.block_size, "double_quant": value.nested is not None,
+            "principal": rank}  # fmt: skip
     settings = QuantSection.model_validate(kept)
     dense = [
         s.path for s in sites(model).sites if s.kind in LINEAR_KINDS and not is_packed(model.get_submodule(s.path))
@@ -177,7 +162,17 @@ def pack_layers(model: nn.Module, settings: QuantSection) -> None:
         if site.kind in LINEAR_KINDS and site.path not in skeleton.heads:
             layer = model.get_submodule(site.path)
             made = settings.block_size, settings.double_quant, settings.kind
-            model.set_submodule(site.path, Linear4bit.of(layer, *made))
+            packed = Linear4bit.of(layer, *made)
+            if settings.principal:
+                dense = _canonical(layer)
+                packed.take(nf4.quantize(packed.split_off(dense, settings.principal).to(dense.dtype), *made))
+            model.set_submodule(site.path, packed)
+
+
+def _canonical(layer: nn.Module) -> Tensor:
+    """Return the weight `(out, in)` of a linear layer or GPT-2's Conv1D."""
+    weight = layer.get_parameter("weight").detach()
+    return weight if isinstance(layer, nn.Linear) else weight.T.contiguous()
 
 
 def narrow_layers(model: nn.Module, block_size: int) -> dict[str, int]:
@@ -189,7 +184,7 @@ def narrow_layers(model: nn.Module, block_size: int) -> dict[str, int]:
 def pack_hollow(model: nn.Module, settings: QuantSection) -> None:
     """Put 4-bit layers without values in the place of a model's linear ones, as packing does with values."""
     dtypes = {path: m.get_parameter("weight").dtype for path, m in model.named_modules() if hasattr(m, "weight")}
-    empty_layers(model)
+    empty_layers(model, (), settings.principal)
     for path, layer in model.named_modules():
         if isinstance(layer, Linear4bit):
             shape = (layer.out_features, layer.in_features)
@@ -212,148 +207,6 @@ def write_packed(model: PreTrainedModel, packing: Packing, folder: Path) -> None
     compute = str(model.dtype).removeprefix("torch.")
     config["quantization_config"] = bnb_config(packing, compute)
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def empty_layers(model: nn.Module, skipped: tuple[str, ...] = ()) -> list[str]:
-    """Put an empty 4-bit layer in the place of every linear one but the output layers; return those left dense."""
-    skeleton = sites(model)
-    dense = []
-    for site in skeleton.sites:
-        if site.kind not in LINEAR_KINDS:
-            continue
-        if site.path in skeleton.heads or _named(site.path, skipped):
-            dense.append(site.path)
-            continue
-        old = model.get_submodule(site.path)
-        bias = None if getattr(old, "bias", None) is None else old.get_parameter("bias").detach()
-        new = Linear4bit(site.in_, site.out, bias=bias, transposed=site.kind == "transposed-linear")
-        model.set_submodule(site.path, new.train(old.training))
-    return dense
-
-
-def _named(path: str, skipped: tuple[str, ...]) -> bool:
-    return any(path == name or path.endswith(f".{name}") or path.startswith(f"{name}.") for name in skipped)
-
-
-@cache
-def _config_class() -> Any:
-    """Make transformers know the quantisation, and return what carries a `Packing` through it."""
-    need("transformers", "train")
-    from transformers.core_model_loading import ConversionOps
-    from transformers.quantizers.auto import register_quantization_config, register_quantizer
-    from transformers.quantizers.base import HfQuantizer
-    from transformers.utils.quantization_config import QuantizationConfigMixin
-
-    class Pack(ConversionOps):
-        """A dense tensor becomes packed bytes."""
-
-        def __init__(self, quantizer: Any) -> None:
-            self.hf_quantizer = quantizer  # by this name transformers knows that it may not cast what goes in
-            self.packing: Packing = quantizer.quantization_config.packing
-
-        def convert(self, input_dict: dict[str, Any], *_: Any, model: Any = None, **kwargs: Any) -> dict[str, Any]:
-            made = {}
-            for name, value in input_dict.items():
-                layer = model.get_submodule(name.rpartition(".")[0])
-                weight = value[0] if isinstance(value, list) else value
-                with _told(self.packing, name):
-                    made[name] = _pack(layer, weight.T.contiguous() if layer.transposed else weight, name, self.packing)
-            return made
-
-    class Unpack(ConversionOps):
-        """Packed bytes and their state become a layer's weight."""
-
-        def __init__(self, quantizer: Any) -> None:
-            self.hf_quantizer = quantizer  # by this name transformers knows that it may not cast what goes in
-            self.packing: Packing = quantizer.quantization_config.packing
-
-        def __deepcopy__(self, memo: Any) -> Unpack:
-            return self  # transformers copies it for each tensor, and all of them report to one place
-
-        def convert(
-            self, input_dict: dict[str, Any], *_: Any, model: Any = None, full_layer_name: str = "", **kwargs: Any
-        ) -> dict[str, Any]:
-            tensors = {k: v[0] if isinstance(v, list) else v for k, v in input_dict.items()}
-            layer = model.get_submodule(full_layer_name.rpartition(".")[0])
-            if not isinstance(layer, Linear4bit):
-                return {"weight": tensors["weight"].to(model.get_parameter(full_layer_name).dtype)}
-            state = {key.removeprefix("weight").removeprefix("."): tensor for key, tensor in tensors.items()}
-            with _told(self.packing):
-                layer.take(from_tensors(state, full_layer_name))
-            return {"weight": layer.weight}
-
-    @register_quantization_config(METHOD)
-    class FourBitConfig(QuantizationConfigMixin):
-        """What transformers carries from the call to the quantizer."""
-
-        def __init__(self, packing: Packing) -> None:
-            self.quant_method = METHOD  # type: ignore[assignment]  # of the methods transformers knows by itself
-            self.packing = packing
-
-        def to_dict(self) -> dict[str, Any]:
-            return {"quant_method": METHOD}
-
-    @register_quantizer(METHOD)
-    class FourBitQuantizer(HfQuantizer):
-        """Empty 4-bit layers before the loading, packed ones after it."""
-
-        requires_calibration = False
-
-        def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
-            super().__init__(quantization_config, **kwargs)
-            self.pre_quantized = quantization_config.packing.packed
-            self.serialized_names = {"weight": ["weight", *(f"weight.{name}" for name in sorted(NAMES))]}
-
-        def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-            packing: Packing = self.quantization_config.packing  # type: ignore[attr-defined]
-            packing.dense = empty_layers(model, packing.skipped)
-
-        def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-            path, _, name = param_name.rpartition(".")
-            return name == "weight" and isinstance(model.get_submodule(path), Linear4bit)
-
-        def get_quantize_ops(self) -> Any:
-            return Pack(self)
-
-        def get_load_operations(self) -> dict[str, Any]:
-            return {"deserialize": Unpack}
-
-        def is_serializable(self) -> bool:
-            return True
-
-        @property
-        def is_trainable(self) -> bool:
-            return True
-
-    return FourBitConfig
-
-
-@contextmanager
-def _told(packing: Packing, where: str = "") -> Iterator[None]:
-    """Keep what was wrong with a tensor, and say it in the end: transformers reports only that something was."""
-    try:
-        yield
-    except SpecError as error:
-        packing.problems.append(f"{where}: {error}")
-        raise
-    except AdapterFileError as error:
-        packing.problems.append(str(error))
-        raise
-    except RuntimeError as error:
-        if not packing.problems:
-            raise
-        raise LorakitError(f"the base cannot be read:\n{listing(packing.problems)}") from error
-
-
-def _pack(layer: Linear4bit, weight: Tensor, name: str, packing: Packing) -> nn.Parameter:
-    made = packing.settings
-    value = nf4.quantize(weight, made.block_size, made.double_quant, made.kind)
-    if packing.errors is not None:
-        packing.errors[name.rpartition(".")[0]] = nf4.error(weight, value)
-    packing.weights += weight.numel()
-    packing.packed_bytes += round(value.bits_per_weight * weight.numel() / 8)
-    layer.take(value)
-    return layer.weight
 
 
 def _forget(model: PreTrainedModel) -> None:

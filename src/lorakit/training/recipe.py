@@ -58,6 +58,7 @@ class QuantSection(Section):
     kind: Literal["nf4", "fp4"] = "nf4"
     block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
     double_quant: bool = True
+    principal: int = Field(default=0, ge=0, le=MANY)
 
 
 class OverrideSection(Section):
