@@ -67,6 +67,18 @@ def test_several_are_put_side_by_side(base: Path, tmp_path: Path) -> None:
     assert "compared" in invoke("plan", one, "--compare", other).stdout
 
 
+def test_a_device_may_be_an_amount_of_memory(base: Path, tmp_path: Path) -> None:
+    found = answer("plan", write_recipe(tmp_path, base), "--device", "24 GB")
+    assert found["fits"][0]["verdict"] == "fits"
+    assert found["pace"]["duration"] is None, "nothing is known of its speed"
+
+
+def test_a_page_is_written(base: Path, tmp_path: Path) -> None:
+    result = invoke("plan", write_recipe(tmp_path, base), "--html", tmp_path / "plan.html")
+    assert result.stdout.splitlines()[-1] == f"wrote {tmp_path / 'plan.html'}"
+    assert "self_attn.q_proj" in (tmp_path / "plan.html").read_text(encoding="utf-8")
+
+
 def test_modules_and_reasons_are_listed_on_demand(base: Path, tmp_path: Path) -> None:
     said = invoke("plan", write_recipe(tmp_path, base), "--modules", "--advice").stdout
     assert "model.layers.1.mlp.down_proj" in said

@@ -43,6 +43,10 @@ class Device:
         """Return the memory in GiB."""
         return self.memory / GIB
 
+    def knows(self, dtype: str) -> bool:
+        """Return whether a throughput in this dtype is known."""
+        return getattr(self, dtype, None) is not None
+
     def peak(self, dtype: str) -> float:
         """Return the dense throughput in FLOP/s for "bf16", "fp16" or "fp32".
 

@@ -84,7 +84,7 @@ class PlannedRun:
     """What a run will be; `to_json` is all of it.
 
     `memory` is the recipe's own forecast on one device, without what the device itself needs; `ways` has the others,
-    by the names of `planning.fitting.VERDICTS`.
+    by the names of `planning.fitting.VERDICTS`, and `own` is the recipe's among them.
     """
 
     model: str
@@ -95,6 +95,7 @@ class PlannedRun:
     load: Load
     memory: Forecast
     ways: Mapping[str, Forecast]
+    own: str
     fits: tuple[Fit, ...]
     pace: Pace
     where: Where
@@ -125,6 +126,8 @@ class PlannedRun:
             "patterns": dict(self.counts.hits),
             "batch": {"rows": self.load.rows, "length": self.load.length, "packed": self.load.packed},
             "memory": self.memory.to_json(),
+            "own": self.own,
+            "where": asdict(self.where),
             "ways": {name: one.to_json() for name, one in self.ways.items()},
             "fits": [one.to_json() for one in self.fits],
             "largest": {name: asdict(one) for name, one in self.limits.items()},
@@ -169,10 +172,9 @@ def calibrated(found: PlannedRun, recipe: Recipe) -> PlannedRun:
     if measured.peak_bytes is None:
         return replace(found, pace=pace)
     beyond = Parts(overhead=max(0, measured.peak_bytes - found.memory.step.total))
-    return replace(
-        found, pace=pace, memory=found.memory.map(lambda parts: parts + beyond),
-        ways={name: one.map(lambda parts: parts + beyond) for name, one in found.ways.items()},
-    )  # fmt: skip
+    moved = {name: one.map(lambda parts: parts + beyond) for name, one in found.ways.items()}
+    depth = max(found.counts.depths.values(), default=0)
+    return replace(found, pace=pace, memory=moved[found.own], ways=moved, fits=_fits(where, moved, depth))
 
 
 def plan(recipe: Recipe, where: Where | None = None, *, model: Any = None) -> PlannedRun:
@@ -214,7 +216,8 @@ def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> Plan
         load=load,
         memory=found.forecasts[found.own],
         ways=found.forecasts,
-        fits=_fits(where, found, depth),
+        own=found.own,
+        fits=_fits(where, found.forecasts, depth),
         pace=_pace(recipe, where, found, stage, load),
         where=where,
         limits=_limits(where, found, model, spec, load),
@@ -256,7 +259,7 @@ def _dtype(recipe: Recipe) -> torch.dtype:
     return torch.float32 if place == "cpu" else torch.bfloat16
 
 
-def _fits(where: Where, found: Ways, depth: int) -> tuple[Fit, ...]:
+def _fits(where: Where, forecasts: Mapping[str, Forecast], depth: int) -> tuple[Fit, ...]:
     """Return the verdict on each device, the step's peak and what the device itself needs counted."""
 
     def held(forecast: Forecast) -> Parts:
@@ -268,9 +271,7 @@ def _fits(where: Where, found: Ways, depth: int) -> tuple[Fit, ...]:
         shared = per_device(peak, where.count, where.strategy, layer=layer, layer_gradients=gradients)
         return shared + Parts(overhead=OVERHEAD)
 
-    return tuple(
-        fits(one, {name: held(forecast) for name, forecast in found.forecasts.items()}) for one in where.chosen
-    )
+    return tuple(fits(one, {name: held(forecast) for name, forecast in forecasts.items()}) for one in where.chosen)
 
 
 def _limits(where: Where, found: Ways, model: Any, spec: AdapterSpec, load: Load) -> dict[str, Limits]:
@@ -288,7 +289,7 @@ def _pace(recipe: Recipe, where: Where, found: Ways, stage: Stage | None, load: 
     padded = load.rows * load.length * recipe.train.accumulation
     epochs = numbers.steps / numbers.steps_per_epoch
     tokens = round(padded_tokens(recipe, stage) * epochs)
-    if len(where.devices) != 1:
+    if len(where.devices) != 1 or not where.chosen[0].knows(DTYPES[load.dtype]):
         return Pace(per_step, numbers.steps, tokens)
     duration = from_throughput(per_step / padded * tokens, where.chosen[0], DTYPES[load.dtype], where.count)
     cost = bill(duration, devices=where.count, watts=where.watts, price_per_kwh=where.price_per_kwh,
