@@ -18,6 +18,7 @@ from lorakit.planning.memory import (
     weight_bytes,
 )
 from lorakit.planning.sharding import per_device
+from tests.conftest import ROOT
 
 
 @dataclass(frozen=True)
@@ -170,3 +171,12 @@ def test_13b_qlora_takes_8_2_gb_and_7b_4_5_and_fit_far_smaller_cards_than_an_a10
     assert (gb(thirteen, 1), gb(seven, 1)) == (8.2, 4.5)
     assert thirteen < device("RTX 3060").memory
     assert seven < device("8 GiB").memory
+
+
+@pytest.mark.parametrize(
+    ("name", "base"), [("LLaMA-2-7B", B7), ("LLaMA-2-13B", B13), ("LLaMA-65B", B65), ("Llama-2-70B", B70)]
+)
+def test_the_page_on_4_bits_says_what_is_worked_out_here(name: str, base: Base) -> None:
+    sizes = base.weights(), base.weights("nf4"), base.weights("nf4", double_quant=False)
+    row = f"| {name} | " + " | ".join(f"{gb(size):.2f} GB" for size in sizes) + " |"
+    assert row in (ROOT / "docs" / "four-bits.md").read_text(encoding="utf-8")
