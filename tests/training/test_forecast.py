@@ -97,6 +97,9 @@ def test_an_encoder_with_a_head_is_forecast_too() -> None:
         (AdapterSpec(LoRA(4)), replace(LOAD, checkpointing=True)),
         (AdapterSpec(DoRA(LoRA(4))), replace(LOAD, quant=QuantSection())),
         (FULL, LOAD),
+        (FULL, replace(LOAD, rows=1, length=4)),
+        (FULL, replace(LOAD, dtype=torch.bfloat16)),
+        (FULL, replace(LOAD, checkpointing=True)),
     ],
 )
 def test_the_line_over_blocks_is_exact(spec: AdapterSpec, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,14 @@ def test_nothing_is_allocated() -> None:
 
 
 def test_a_line_goes_on_as_it_began() -> None:
-    two = Rehearsal(Held(weights=20, logits=5), Held(activations=7), Held(), 100)
-    three = Rehearsal(Held(weights=30, logits=5), Held(activations=9), Held(), 150)
-    assert two.continued(three, 4) == Rehearsal(Held(weights=60, logits=5), Held(activations=15), Held(), 300)
+    two = Rehearsal((Held(weights=20, logits=5),), Held(activations=7), Held(), 100)
+    three = Rehearsal((Held(weights=30, logits=5),), Held(activations=9), Held(), 150)
+    assert two.continued(three, 4) == Rehearsal((Held(weights=60, logits=5),), Held(activations=15), Held(), 300)
+
+
+def test_which_moment_is_the_fullest_may_change_with_the_depth() -> None:
+    # forward: 100 of logits and 1 a block; backward's end: 10 a block
+    two = Rehearsal((Held(logits=100, activations=2), Held(gradients=20)), Held(), Held(), 0)
+    three = Rehearsal((Held(logits=100, activations=3), Held(gradients=30)), Held(), Held(), 0)
+    assert two.step.logits == 100
+    assert two.continued(three, 10).step == Held(gradients=120)

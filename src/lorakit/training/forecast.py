@@ -82,7 +82,8 @@ def forecast(model: PreTrainedModel, spec: AdapterSpec, load: Load) -> Rehearsal
     except Exception as error:  # a model's own code meets what it was not written for, and raises what it likes
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise Unrehearsed(f"a step of {type(model).__name__} cannot be rehearsed on tokens alone ({reason})") from error
-    return replace(found, step=_moments(found.step, load.optimizer), between=_moments(found.between, load.optimizer))
+    moments = tuple(_moments(held, load.optimizer) for held in found.moments)
+    return replace(found, moments=moments, between=_moments(found.between, load.optimizer))
 
 
 def scene(

@@ -98,7 +98,7 @@ class _Sizes:
         def less(held: Held) -> Held:
             return replace(held, weights=held.weights - gone, temporaries=held.temporaries + block)
 
-        return Rehearsal(less(dense.step), less(dense.between), less(dense.evaluation), dense.flops)
+        return Rehearsal(tuple(map(less, dense.moments)), less(dense.between), less(dense.evaluation), dense.flops)
 
 
 def phases(rehearsal: Rehearsal, load: Load, sizes: _Sizes, *, in_4_bits: bool = False) -> Forecast:
@@ -145,7 +145,7 @@ def by_formula(model: PreTrainedModel, skeleton: Skeleton, spec: AdapterSpec, lo
     work = flops_per_token(matrices, sum(adapters), full=bool(whole), checkpointing=load.checkpointing, layers=layers,
                            width=hidden, context=load.length)  # fmt: skip
     quiet = replace(held, gradients=0, activations=0)
-    return Rehearsal(held, replace(held, gradients=0), quiet, work * load.rows * load.length)
+    return Rehearsal((held,), replace(held, gradients=0), quiet, work * load.rows * load.length)
 
 
 def _trained_whole(model: Any, spec: AdapterSpec) -> set[str]:

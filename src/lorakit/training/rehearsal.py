@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
+from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -19,7 +22,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from lorakit.core.site import layer_of
+
+if torch.ops.aten._grouped_mm not in flop_registry:  # the product of experts, for which torch has no formula yet
+    register_flop_formula(torch.ops.aten._grouped_mm)(
+        lambda a, b, *_, out_shape=None, **__: 2 * prod(out_shape) * a[-1]
+    )
 
 
 @dataclass(frozen=True)
@@ -46,15 +56,28 @@ class Held:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a step holds at its fullest moment, between forward and backward, and in an evaluation; and its FLOPs."""
+    """What a step holds at its fullest moment, between forward and backward, and in an evaluation; and its FLOPs.
 
-    step: Held
+    `moments` are the fullest of the forward, of the backward until a first block is through, of the backward from the
+    last block on, and of the optimizer's step. In between the backward goes from one to the other in equal steps, a
+    block's activations for its gradients, so nothing there is fuller.
+    """
+
+    moments: tuple[Held, ...]
     between: Held
     evaluation: Held
     flops: int
 
+    @property
+    def step(self) -> Held:
+        """Return the fullest moment."""
+        return max(self.moments, key=lambda held: held.total)
+
     def continued(self, other: Rehearsal, blocks: int) -> Rehearsal:
-        """Return this rehearsal with `blocks` more blocks, where `other` has one more than this."""
+        """Return this rehearsal with `blocks` more blocks, where `other` has one more than this.
+
+        Each moment goes on in a straight line of its own: which of them is the fullest may change with the depth.
+        """
 
         def line(one: int, two: int) -> int:
             return one + blocks * (two - one)
@@ -63,7 +86,7 @@ class Rehearsal:
             return Held(**{f.name: line(getattr(one, f.name), getattr(two, f.name)) for f in fields(Held)})
 
         return Rehearsal(
-            held(self.step, other.step),
+            tuple(held(one, two) for one, two in zip(self.moments, other.moments, strict=True)),
             held(self.between, other.between),
             held(self.evaluation, other.evaluation),
             line(self.flops, other.flops),
@@ -109,18 +132,57 @@ def rehearse(scene: Scene) -> Rehearsal:
                 scene.loss(model, rows)
             evaluation = live.fullest()
             model.train(True)
-            hooks = [_on_gradient(p, live) for p in trained]
             live.begin()
             with scene.forward():
                 loss = scene.loss(model, rows)
             live.rename("temporaries", "activations")
-            between = live.now()
+            forward, between = live.fullest(), live.now()
+            backward = _Backward(model, live)
             loss.backward()  # type: ignore[no-untyped-call]
+            early, late = backward.moments()
+            live.begin(flops=False)
             optimizer.step()
-            step = live.fullest()
-            for hook in hooks:
-                hook.remove()
-    return Rehearsal(step, between, evaluation, live.flops)
+            moments = (forward, early, late, live.fullest())
+    return Rehearsal(moments, between, evaluation, live.flops)
+
+
+class _Backward:
+    """Watches a backward: what it held until a first block had all its gradients, and from the last but one on."""
+
+    def __init__(self, model: nn.Module, live: _Live) -> None:
+        self._live = live
+        self._open: Counter[tuple[str, int] | None] = Counter()
+        self._early: Held | None = None
+        live.begin(flops=False)
+        self._hooks = []
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                place = layer_of(name)
+                self._open[place] += 1
+                self._hooks.append(
+                    parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                        partial(self._arrived, place)
+                    )
+                )
+        self._blocks = sum(place is not None for place in self._open)
+
+    def _arrived(self, place: tuple[str, int] | None, parameter: nn.Parameter) -> None:
+        self._live.mark(parameter.grad, "gradients")
+        self._open[place] -= 1
+        if place is None or self._open[place]:
+            return
+        self._blocks -= 1
+        if self._early is None:
+            self._early = self._live.fullest()
+        if self._blocks == 1:
+            self._live.begin(flops=False)
+
+    def moments(self) -> tuple[Held, Held]:
+        """Return the fullest of the beginning and of the end."""
+        for hook in self._hooks:
+            hook.remove()
+        late = self._live.fullest()
+        return self._early or late, late
 
 
 @dataclass(eq=False)
@@ -187,9 +249,9 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for piece in self._pieces.values():
             piece.kind = new if piece.kind == old else piece.kind
 
-    def begin(self) -> None:
+    def begin(self, *, flops: bool = True) -> None:
         """Forget earlier moments."""
-        self.flops = 0
+        self.flops = 0 if flops else self.flops
         self._most, self._most_at = self._held, self._clock
         self._ever = list(self._pieces.values())
 
@@ -237,10 +299,3 @@ def _vocabulary(model: nn.Module) -> int:
     """Return the width of the output layer of a language model, or one that no tensor has."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return -1 if head is None else int(head.weight.shape[0])
-
-
-def _on_gradient(parameter: nn.Parameter, live: _Live) -> Any:
-    """Have a gradient known as one when it is there."""
-    return parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-        lambda p: live.mark(p.grad, "gradients")
-    )
