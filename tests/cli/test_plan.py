@@ -79,6 +79,64 @@ def test_a_page_is_written(base: Path, tmp_path: Path) -> None:
     assert "self_attn.q_proj" in (tmp_path / "plan.html").read_text(encoding="utf-8")
 
 
+def test_a_page_replaces_nothing_but_a_page(base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, base)
+    before = (tmp_path / "train.jsonl").read_bytes()
+    refused = invoke("plan", recipe, "--html", tmp_path / "train.jsonl")
+    assert refused.exit_code == 2
+    assert "train.jsonl is there already, and is no page" in refused.stderr
+    assert (tmp_path / "train.jsonl").read_bytes() == before
+    assert "there is no folder" in invoke("plan", recipe, "--html", tmp_path / "no" / "plan.html").stderr
+    for _ in range(2):
+        assert invoke("plan", recipe, "--html", tmp_path / "plan.html").exit_code == 0
+
+
+def test_what_cannot_be_checkpointed_is_planned_without(base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, base)
+    changes = ("--set", "adapter.method=prefix-tuning", "--set", "adapter.tokens=4")
+    recipe.write_text(recipe.read_text().replace("  rank: 4\n", "").replace("  alpha: 8\n", ""))
+    found = answer("plan", recipe, *changes)
+    assert "checkpointing" not in found["ways"]
+    assert found["memory"]["step"]["total"] > 0
+
+
+def test_what_training_would_refuse_is_refused(base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, base)
+    recipe.write_text(recipe.read_text().replace("  rank: 4\n", "").replace("  alpha: 8\n", ""))
+    changes = ("--set", "adapter.method=adalora", "--set", "adapter.tinit=20", "--set", "adapter.tfinal=50")
+    refused = invoke("plan", recipe, *changes)
+    assert refused.exit_code == 2
+    assert "leaves none to prune" in refused.stderr
+
+
+def test_full_fine_tuning_of_a_7b_holds_what_is_known_and_has_a_rate_of_its_own() -> None:
+    found = answer("plan", "--shape", "llama-2-7b", "--set", "adapter.method=none", "--set", "adapter.train=*")
+    step = found["memory"]["step"]
+    assert min(step.values()) >= 0
+    assert step["adapters"] == 4 * 6_738_415_616
+    assert step["optimizer"] == pytest.approx(8 * 6_738_415_616, rel=1e-6)
+    assert found["ways"]["checkpointing"]["step"]["total"] > 16 * 6_738_415_616
+    assert {line["topic"]: line["value"] for line in found["advice"]}["learning rate"] == "2.86e-5"
+
+
+def test_experts_are_counted_and_pointed_out(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+             "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 32000,
+             "max_position_embeddings": 32768}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral", **sizes}))
+    found = answer("plan", tmp_path / "config.json")
+    active = 32 * (4096 * (4096 + 2 * 1024 + 4096) + 2 * 3 * 4096 * 14336) + 4096 * 32000
+    assert found["pace"]["flops_per_step"] == pytest.approx(4 * active * 4096, rel=0.05)
+    assert any("experts in one tensor each" in warning for warning in found["warnings"])
+
+
+def test_several_devices_are_said_to_be_a_forecast() -> None:
+    said = invoke("plan", "--shape", "gpt2", "--device", "T4", "--gpus", "2").stdout
+    assert "on each of 2 devices under fsdp2: T4 " in said
+    assert "lorakit itself trains on one device" in said
+    assert "say how many with --gpus" in invoke("plan", "--shape", "gpt2", "--strategy", "ddp").stderr
+
+
 def test_modules_and_reasons_are_listed_on_demand(base: Path, tmp_path: Path) -> None:
     said = invoke("plan", write_recipe(tmp_path, base), "--modules", "--advice").stdout
     assert "model.layers.1.mlp.down_proj" in said

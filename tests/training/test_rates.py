@@ -26,3 +26,7 @@ from lorakit.training.rates import auto_rate
 )
 def test_the_rate_is_the_published_one(config: object, rate: float) -> None:
     assert auto_rate(config) == pytest.approx(rate, rel=5e-4)
+
+
+def test_full_fine_tuning_has_a_tenth() -> None:
+    assert auto_rate(LlamaConfig(hidden_size=4096), full=True) == pytest.approx(2.86e-5, rel=5e-3)

@@ -51,6 +51,10 @@ def plan(
         from lorakit.training.planned import Where, calibrated
         from lorakit.training.planned import plan as planned
 
+        if html is not None:
+            _refuse_to_overwrite(Path(html))
+        if strategy not in (None, "single") and gpus == 1:
+            raise RecipeError(f"--strategy {strategy} divides the work among several devices; say how many with --gpus")
         shared = strategy or ("single" if gpus == 1 else "fsdp2")
         where = Where(tuple(device or ()), gpus, shared, watts, price_per_kwh, price_per_hour)
         recipe, model = _subject(source, shape, set or [])
@@ -108,6 +112,14 @@ def _bare(name: str, config: Any, changes: dict[str, Any]) -> tuple[Recipe, Any]
     return recipe, on_meta(config_of(config), task)
 
 
+def _refuse_to_overwrite(page: Path) -> None:
+    """Raise `RecipeError` unless a page can go there: nothing but an earlier page is replaced."""
+    if not page.parent.is_dir():
+        raise RecipeError(f"--html {page}: there is no folder {page.parent}")
+    if page.exists() and not (page.is_file() and page.read_bytes()[:15].lower() == b"<!doctype html>"):
+        raise RecipeError(f"--html {page} is there already, and is no page; name another file")
+
+
 def _with(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     from lorakit.training.recipe import changed
 
@@ -139,7 +151,12 @@ def _show(out: Screen, found: PlannedRun, modules: bool, advice: bool) -> None:
     out.say("")
     out.show(_memory(found.memory))
     ways = ", ".join(f"{_way(name)} {size(one.step.total)}" for name, one in found.ways.items())
-    out.say(f"a step: {ways}", "")
+    out.say(f"a step: {ways}")
+    if found.where.count > 1:
+        each = ", ".join(f"{fit.device} {size(fit.needed)}" for fit in found.fits[:3])
+        out.say(f"on each of {found.where.count} devices under {found.where.strategy}: {each}")
+        out.say("that is a forecast for other tools: lorakit itself trains on one device")
+    out.say("")
     _say_fits(out, found)
     packed = ", packed" if load.packed else ""
     out.say(f"(batches of {load.rows} x {load.length} tokens{packed}; what a device needs itself is counted, 1 GB)")
@@ -226,8 +243,12 @@ def _say_fits(out: Screen, found: PlannedRun) -> None:
             left = f"{size(fit.spare)} left" if fit.spare >= 0 else f"{size(-fit.spare)} too much"
             out.say(f"{several}{fit.device} ({fit.limit / 2**30:.1f} GiB): {fit.verdict}, {left}")
         for name, most in found.limits.items():
+            if not most.rows and not most.length:
+                out.say(f"on {name} not even one short row fits without checkpointing")
+                continue
             rows = "1 row" if most.rows == 1 else f"{most.rows:,} rows"
-            out.say(f"largest on {name}: {rows} of {found.load.length:,} tokens, or one row of {most.length:,}")
+            out.say(f"largest on {name}, as the recipe is: {rows} of {found.load.length:,} tokens, or one row of "
+                    f"{most.length:,}")  # fmt: skip
         return
     by_verdict: dict[str, list[str]] = {}
     for fit in found.fits:

@@ -96,6 +96,8 @@ def find(given: str, base: str | None = None) -> Source:
 
 def need_adapter(source: Source, given: str) -> AdapterState:
     """Return the adapter of a source, or say that the user named a base."""
+    if source.state is None and not Path(given).exists() and not is_base(Path(given)):
+        raise AdapterFileError(f"there is no {given} here; give the folder of a run or an adapter")
     if source.state is None:
         raise AdapterFileError(f"{given} is a base without an adapter; give the folder of a run or an adapter")
     return source.state

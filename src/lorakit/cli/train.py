@@ -126,5 +126,8 @@ def _summary(run: Run, recipe: Recipe, out: Screen) -> None:
     if run.task == "causal-lm":
         out.say(f'  lorakit generate {run.output} --prompt "..."')
     from lorakit.cli.merge import flags_for
+    from lorakit.core.method import Static
 
-    out.say(" ".join([f"  lorakit merge {run.output}", *flags_for(recipe), f"--output {run.output}/merged"]))
+    method = recipe.adapter.build_method()
+    if method is None or isinstance(method, Static):
+        out.say(" ".join([f"  lorakit merge {run.output}", *flags_for(recipe), f"--output {run.output}/merged"]))

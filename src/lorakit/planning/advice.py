@@ -92,6 +92,8 @@ class Choice:
     epochs: float | None = None
     steps: int | None = None
     layerwise: str | None = None
+    full: bool = False
+    """Whether the whole base is trained, and no adapter."""
 
 
 def advise(facts: Facts, choice: Choice = Choice()) -> tuple[Advice, ...]:
@@ -121,9 +123,11 @@ def _lines(facts: Facts, choice: Choice) -> Iterator[Advice]:
         if facts.rows is not None:
             yield _rank_by_rows(facts.rows)
         yield _alpha(choice)
-    yield _targets(facts, choice)
+    if not choice.full:
+        yield _targets(facts, choice)
     yield _rate(facts, choice)
-    yield _dropout(choice)
+    if not choice.full:
+        yield _dropout(choice)
     yield _batch(choice)
     yield _epochs(facts, choice)
     if facts.per_rank is not None:
@@ -217,6 +221,9 @@ def _targets(facts: Facts, choice: Choice) -> Advice:
 
 def _rate(facts: Facts, choice: Choice) -> Advice:
     rate, family = published_rate(facts.family, facts.hidden), fitted_family(facts.family)
+    if choice.full:
+        reason = f"a tenth of {_plain(rate)}, which is LoRA's: its best rate is about 10 times that of full fine-tuning"
+        return Advice("learning rate", _plain(rate / LORA_FACTOR), reason, REGRET)
     if family is None:
         source = SWEEP
         reason = (

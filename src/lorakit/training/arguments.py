@@ -53,7 +53,7 @@ def make_plan(recipe: Recipe, stage: Stage) -> Plan:
         steps_per_epoch=per_epoch,
         batch_rows=stage.batch_rows,
         accumulation=train.accumulation,
-        lr=auto_rate(stage.model.config) if train.lr == "auto" else train.lr,
+        lr=auto_rate(stage.model.config, full="*" in stage.spec.train) if train.lr == "auto" else train.lr,
         evaluate_every_steps=train.evaluate_every or every,
         save_every_steps=train.save_every or every,
     )

@@ -10,6 +10,7 @@ from lorakit.core.site import Site, Skeleton
 from lorakit.core.spec import AdapterSpec
 from lorakit.core.sublayers import LINEAR_KINDS
 from lorakit.core.targets import parameters_named, resolve
+from lorakit.errors import LorakitError
 from lorakit.inject.sites import sites
 from lorakit.planning.memory import (
     Forecast,
@@ -63,6 +64,10 @@ def ways(model: PreTrainedModel, skeleton: Skeleton, spec: AdapterSpec, load: Lo
             rehearsals[name] = forecast(model, spec, asked)
         except Unrehearsed as reason:
             rehearsals[name], guessed = by_formula(model, skeleton, spec, asked), str(reason)
+        except LorakitError:  # such as a prefix in the cache, which checkpointing switches off
+            if checkpointing == load.checkpointing:
+                raise
+            continue
         forecasts[name] = phases(rehearsals[name], load, sizes)
         if not trained & {f"{site.path}.weight" for site in packable}:
             packed = sizes.packed(rehearsals[name], load)
@@ -110,7 +115,10 @@ def phases(rehearsal: Rehearsal, load: Load, sizes: _Sizes, *, in_4_bits: bool =
     step = rehearsal.step
     width = load.dtype.itemsize
     return Forecast(
-        load=Parts(weights=rehearsal.evaluation.weights, temporaries=sizes.largest * width if in_4_bits else 0),
+        load=Parts(
+            weights=rehearsal.evaluation.weights if in_4_bits else sizes.every * width,
+            temporaries=sizes.largest * width if in_4_bits else 0,
+        ),
         step=Parts(**asdict(step)),
         evaluation=Parts(**asdict(rehearsal.evaluation)),
         checkpoint=Parts(weights=step.weights, adapters=step.adapters, optimizer=step.optimizer),

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorakit.core.method import LowRank
+from lorakit.core.method import LowRank, Scheduled
 from lorakit.core.spec import AdapterSpec
 from lorakit.core.targets import parameters_named, resolve
 from lorakit.data.packing import example_lengths
@@ -32,7 +33,7 @@ from lorakit.training.arguments import make_plan
 from lorakit.training.base import build_empty, choose_device, quiet
 from lorakit.training.forecast import Load
 from lorakit.training.limits import Limits, limits
-from lorakit.training.order import padded_tokens
+from lorakit.training.order import padded_tokens, row_lengths
 from lorakit.training.phases import Ways, ways
 from lorakit.training.stage import BATCH_TOKENS, build_stage
 
@@ -203,7 +204,11 @@ def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> Plan
     spec = recipe.adapter.spec(seed=0, depth=depth, heads=heads) if stage is None else stage.spec
     shapes, ties = shapes_of(model), ties_of(model)
     counts = count(spec, skeleton, shapes, ties)
-    load = _load(recipe, stage)
+    load = _load(recipe, model, stage)
+    if stage is not None and spec.method is not None and isinstance(spec.method, Scheduled):
+        from lorakit.training.rank_schedule import refuse_schedule  # beside the Trainer, which takes a second
+
+        refuse_schedule(model, spec, make_plan(recipe, stage).steps)
     found = ways(model, skeleton, spec, load)
     trained = [key for keys in parameters_named(spec.train, list(shapes), skeleton, spec.targets.layers).values()
                for key in keys]  # fmt: skip
@@ -227,7 +232,7 @@ def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> Plan
         advice=_advice(recipe, spec, counts, model, skeleton, stage),
         findings=lint(spec, resolve(spec, skeleton), tied=bool(ties), heads=skeleton.heads, trained=trained,
                       depths=skeleton.depths),
-        warnings=(*map(str, roles(counts, skeleton)), *_guessed(found)),
+        warnings=(*map(str, roles(counts, skeleton)), *_guessed(found), *_fused(shapes, counts)),
     )  # fmt: skip
 
 
@@ -236,15 +241,26 @@ def _guessed(found: Ways) -> list[str]:
     return [f"{found.guessed}; {where}"] if found.guessed else []
 
 
-def _load(recipe: Recipe, stage: Stage | None) -> Load:
+def _fused(shapes: Mapping[str, tuple[int, ...]], counts: Counts) -> list[str]:
+    """Say of experts whose weights are one parameter: no target reaches them, and no packing."""
+    fused = {name: prod(shape) for name, shape in shapes.items() if len(shape) == 3}
+    if not fused or sum(fused.values()) < counts.total_parameters / 10:
+        return []
+    return [
+        f"{sum(fused.values()):,} of the {counts.total_parameters:,} parameters are experts in one tensor each, such "
+        f"as {next(iter(fused))}: no target reaches them, and `quant` leaves them in 16 bits"
+    ]
+
+
+def _load(recipe: Recipe, model: Any, stage: Stage | None) -> Load:
     """Return the heaviest micro-batch: as long as the longest row, or as the recipe allows where there is no data."""
     train = recipe.train
     if stage is None:
-        length = recipe.data.max_length
+        positions = getattr(model.config, "max_position_embeddings", None) or recipe.data.max_length
+        length = min(recipe.data.max_length, int(positions))
         rows, packed = train.batch_size or max(1, (train.batch_tokens or BATCH_TOKENS) // length), False
     else:
-        report = stage.train.report
-        length = report.max_length if stage.packed else min(report.longest, report.max_length)
+        length = stage.train.report.max_length if stage.packed else max(row_lengths(stage.train.dataset))
         rows, packed = min(stage.batch_rows, len(stage.train.dataset)), stage.packed
     classes = recipe.task == "classification" or (stage is not None and stage.task == "classification")
     return Load(rows, length, packed, classes, train.checkpointing, _dtype(recipe), recipe.quant, train.optimizer)
@@ -335,5 +351,6 @@ def _advice(
         epochs=train.epochs,
         steps=train.steps,
         layerwise=recipe.adapter.layerwise,
+        full="*" in spec.train,
     )
     return advise(facts, choice)

@@ -7,6 +7,7 @@ its own.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lorakit.core.method import Method, Schedule, Scheduled, Tensors
 from lorakit.core.site import Site
-from lorakit.inject.attach import adapters_named
+from lorakit.core.spec import AdapterSpec
+from lorakit.inject.attach import adapters_named, attach
 from lorakit.persist.files import read_safetensors
 from lorakit.persist.shard import write_tensors
 
@@ -75,3 +77,10 @@ class RankSchedules(TrainerCallback):
                 states[int(i)][key] = value
             for schedule, own in zip(self.schedules, states, strict=True):
                 schedule.load_state_dict(own)
+
+
+def refuse_schedule(model: nn.Module, spec: AdapterSpec, steps: int) -> None:
+    """Raise `SpecError` where a run of `steps` is too short for the schedule of a spec; the model stays as it was."""
+    copied = copy.deepcopy(model)
+    attach(copied, spec)
+    RankSchedules(copied, steps)

@@ -319,7 +319,7 @@ def _read(file: Path) -> Any:
 
 def changed(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Return a recipe's plain values with dotted changes on top."""
-    result = {k: dict(v) if isinstance(v, dict) else v for k, v in raw.items()}
+    result = {k: dict(v) if isinstance(v, dict) else v for k, v in raw.items() if v is not None}
     if isinstance(kind := result.get("quant"), str) and any(key.startswith("quant.") for key in changes):
         result["quant"] = {"kind": kind}  # the short form of the section
     for key, value in changes.items():
