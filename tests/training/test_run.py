@@ -349,8 +349,8 @@ def test_weights_that_are_not_finite_are_never_saved(base: Path, tmp_path: Path,
 
     real = trainer.state
 
-    def spoilt(model: Any) -> Any:
-        made = real(model)
+    def spoilt(model: Any, **how: Any) -> Any:
+        made = real(model, **how)
         if (tmp_path / "run" / "checkpoint-1").exists():
             made.updates[3].tensors["up"][0, 0] = math.nan
         return made

@@ -46,7 +46,7 @@ def plan(
     html: Annotated[str | None, typer.Option("--html", help="Also write a page to this file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say what a run will train, whether it fits, and how long it takes."""
+    """Say what a run will train, hold and take."""
     with screen(json) as out:
         from lorakit.training.planned import Where, calibrated
         from lorakit.training.planned import plan as planned
