@@ -11,7 +11,6 @@ Run: python bench/plan.py [memory] [time] [speed]
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -212,7 +211,9 @@ def one(name: str) -> None:
     start = time.perf_counter()
     plan(recipe, model=model)
     ended = time.perf_counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    from qlora import peak_bytes
+
+    peak = peak_bytes()
     print(json.dumps({"call_seconds": round(ended - start, 2), "since_imports": round(ended - began, 2), "peak": peak}))
 
 

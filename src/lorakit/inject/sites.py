@@ -67,10 +67,12 @@ def _block(path: str, module: nn.Module, found: list[Site]) -> Site | None:
 
     A plain `nn.Sequential` is none: it would run an adapter inside it as one more of its layers.
     """
-    inside = [site for site in found if site.path.startswith(f"{path}.")]
     callable_ = type(module).forward not in (nn.Module.forward, nn.Sequential.forward)
+    if not (callable_ and any(True for _ in module.children())):
+        return None
+    inside = [site for site in found if site.path.startswith(f"{path}.")]
     flat = inside and {inside[0].kind, inside[-1].kind} <= {"linear", "transposed-linear"}
-    if not (callable_ and flat and inside[0].in_ == inside[-1].out):
+    if not (flat and inside[0].in_ == inside[-1].out):
         return None
     return Site(path, inside[-1].out, inside[0].in_, kind="module")
 

@@ -59,13 +59,14 @@ class Load:
     optimizer: str = "adamw"
 
 
-def forecast(model: PreTrainedModel, spec: AdapterSpec, load: Load) -> Rehearsal:
+def forecast(model: PreTrainedModel, spec: AdapterSpec, load: Load, evaluation: Held | None = None) -> Rehearsal:
     """Return what a step holds and computes.
 
     Args:
         model: the base, without weights or with; its class and its configuration count.
         spec: what will be attached.
         load: the batch, and how the step is run.
+        evaluation: what an evaluation holds, where that is known: it is the same however the step is run.
 
     Raises:
         Unrehearsed: a model that takes something else than tokens, or whose shapes depend on values.
@@ -73,9 +74,9 @@ def forecast(model: PreTrainedModel, spec: AdapterSpec, load: Load) -> Rehearsal
     depth = _depth(model)
     try:
         if depth <= FEW or _depends_on_depth(spec):
-            found = rehearse(scene(model, spec, load))
+            found = rehearse(scene(model, spec, load), evaluate=evaluation is None)
         else:
-            two, three = (rehearse(scene(model, spec, load, blocks)) for blocks in (2, 3))
+            two, three = (rehearse(scene(model, spec, load, blocks), evaluate=evaluation is None) for blocks in (2, 3))
             found = two.continued(three, depth - 2)
     except LorakitError:
         raise
@@ -83,7 +84,8 @@ def forecast(model: PreTrainedModel, spec: AdapterSpec, load: Load) -> Rehearsal
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise Unrehearsed(f"a step of {type(model).__name__} cannot be rehearsed on tokens alone ({reason})") from error
     moments = tuple(_moments(held, load.optimizer) for held in found.moments)
-    return replace(found, moments=moments, between=_moments(found.between, load.optimizer))
+    between = _moments(found.between, load.optimizer)
+    return replace(found, moments=moments, between=between, evaluation=evaluation or found.evaluation)
 
 
 def scene(

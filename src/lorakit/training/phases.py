@@ -11,7 +11,6 @@ from lorakit.core.spec import AdapterSpec
 from lorakit.core.sublayers import LINEAR_KINDS
 from lorakit.core.targets import parameters_named, resolve
 from lorakit.errors import LorakitError
-from lorakit.inject.sites import sites
 from lorakit.planning.memory import (
     Forecast,
     Parts,
@@ -53,7 +52,7 @@ def ways(model: PreTrainedModel, skeleton: Skeleton, spec: AdapterSpec, load: Lo
     block that is dense at a time. Where linear weights are trained whole they cannot be packed.
     """
     packable = [s for s in skeleton.sites if s.kind in LINEAR_KINDS and s.path not in skeleton.heads]
-    trained = _trained_whole(model, spec)
+    trained = _trained_whole(model, skeleton, spec)
     forecasts: dict[str, Forecast] = {}
     rehearsals: dict[str, Rehearsal] = {}
     sizes, guessed = _Sizes.of(model, packable), ""
@@ -61,7 +60,8 @@ def ways(model: PreTrainedModel, skeleton: Skeleton, spec: AdapterSpec, load: Lo
         name = "checkpointing" if checkpointing else "plain"
         asked = replace(load, checkpointing=checkpointing, quant=None)
         try:
-            rehearsals[name] = forecast(model, spec, asked)
+            known = rehearsals["plain"].evaluation if "plain" in rehearsals else None
+            rehearsals[name] = forecast(model, spec, asked, known)
         except Unrehearsed as reason:
             rehearsals[name], guessed = by_formula(model, skeleton, spec, asked), str(reason)
         except LorakitError:  # such as a prefix in the cache, which checkpointing switches off
@@ -138,7 +138,8 @@ def by_formula(model: PreTrainedModel, skeleton: Skeleton, spec: AdapterSpec, lo
     vocabulary = 0 if load.classes else int(getattr(config, "vocab_size", None) or 0)
     logits = logits_by_formula(load.length, load.rows, vocabulary)
     base = sum(p.numel() for p in model.parameters())
-    whole = [p.numel() for name, p in model.named_parameters() if name in _trained_whole(model, spec)]
+    trained = _trained_whole(model, skeleton, spec)
+    whole = [p.numel() for name, p in model.named_parameters() if name in trained]
     adapters = [d.numel for m in resolve(spec, skeleton) for d in m.method.tensors(m.site).values() if d.trainable]
     parts = trained_parts([*adapters, *whole], load.optimizer)
     held = Held(
@@ -156,9 +157,7 @@ def by_formula(model: PreTrainedModel, skeleton: Skeleton, spec: AdapterSpec, lo
     return Rehearsal((held,), replace(held, gradients=0), quiet, work * load.rows * load.length)
 
 
-def _trained_whole(model: Any, spec: AdapterSpec) -> set[str]:
+def _trained_whole(model: Any, skeleton: Skeleton, spec: AdapterSpec) -> set[str]:
     """Return the names of the base's parameters a spec trains itself."""
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    return {
-        key for keys in parameters_named(spec.train, names, sites(model), spec.targets.layers).values() for key in keys
-    }
+    return {key for keys in parameters_named(spec.train, names, skeleton, spec.targets.layers).values() for key in keys}

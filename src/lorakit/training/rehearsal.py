@@ -111,8 +111,8 @@ class Scene:
     forward: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
-def rehearse(scene: Scene) -> Rehearsal:
-    """Run one step on fake tensors and return what it held.
+def rehearse(scene: Scene, *, evaluate: bool = True) -> Rehearsal:
+    """Run one step on fake tensors, an evaluation before it unless nobody asks for one, and return what they held.
 
     Whatever the model's own code raises is raised: a model may need more than the batch has, or decide by values.
     """
@@ -128,8 +128,9 @@ def rehearse(scene: Scene) -> Rehearsal:
             _make_states(trained, optimizer, live)
             live.begin()
             model.train(False)
-            with torch.no_grad(), scene.forward():
-                scene.loss(model, rows)
+            if evaluate:
+                with torch.no_grad(), scene.forward():
+                    scene.loss(model, rows)
             evaluation = live.fullest()
             model.train(True)
             live.begin()
@@ -272,15 +273,12 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _make_states(trained: list[nn.Parameter], optimizer: torch.optim.Optimizer, live: _Live) -> None:
-    """Let the optimizer make its states, which from the second step on are there all the time."""
+    """Give AdamW its states, which from the second step on are there all the time, as its first step makes them."""
     for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, Tensor):
-                live.mark(value, "optimizer")
+        state = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter)}
+        optimizer.state[parameter] = state | {"exp_avg_sq": torch.zeros_like(parameter)}
+        for value in optimizer.state[parameter].values():
+            live.mark(value, "optimizer")
 
 
 @contextmanager
