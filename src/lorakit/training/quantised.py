@@ -184,12 +184,14 @@ def narrow_layers(model: nn.Module, block_size: int) -> dict[str, int]:
 def pack_hollow(model: nn.Module, settings: QuantSection) -> None:
     """Put 4-bit layers without values in the place of a model's linear ones, as packing does with values."""
     dtypes = {path: m.get_parameter("weight").dtype for path, m in model.named_modules() if hasattr(m, "weight")}
-    empty_layers(model, (), settings.principal)
+    empty_layers(model)
     for path, layer in model.named_modules():
         if isinstance(layer, Linear4bit):
             shape = (layer.out_features, layer.in_features)
             made = settings.block_size, settings.double_quant, settings.kind
             layer.take(nf4.hollow(shape, dtypes[path], *made))
+            if settings.principal:
+                layer.make_room(settings.principal, dtypes[path])
 
 
 def state_tensors(model: nn.Module) -> list[Tensor]:
