@@ -250,6 +250,18 @@ def test_a_principal_part_is_kept_beside_the_bytes_of_the_rest() -> None:
         layer.split_off(weight, 49)
 
 
+def test_a_principal_part_comes_back_into_an_empty_layer() -> None:
+    weight = torch.randn(48, 64)
+    layer = Linear4bit.of(dense_layer(weight))
+    layer.take(nf4.quantize(layer.split_off(weight, 4)))
+    for room in (False, True):
+        empty = Linear4bit(64, 48)
+        if room:
+            empty.make_room(4, torch.float32)
+        empty.load_state_dict(layer.state_dict())
+        assert torch.equal(empty.dense(), layer.dense())
+
+
 def test_a_lossy_merge_leaves_the_principal_part_as_it_is() -> None:
     weight = torch.randn(48, 64)
     layer = Linear4bit.of(dense_layer(weight))

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from lorakit.errors import LorakitError, RecipeError
 from lorakit.inject.skeleton import config_of, on_meta
 from lorakit.planning.shapes import shape
 from lorakit.training.events import read_events
+from lorakit.training.forecast import Load, forecast
+from lorakit.training.limits import limits
 from lorakit.training.planned import PlannedRun, Where, calibrated, plan
-from lorakit.training.recipe import make_recipe
+from lorakit.training.quantised import pack, write_packed
+from lorakit.training.quantizer import Packing
+from lorakit.training.recipe import QuantSection, make_recipe
 from lorakit.training.run import train
 from tests.inject.families import FAMILIES
-from tests.training.samples import recipe_of
+from tests.training.samples import recipe_of, tokenizer
 
 
 def of_shape(name: str, *devices: str, count: int = 1, strategy: str = "single", **values: Any) -> PlannedRun:
@@ -92,6 +98,48 @@ def test_the_largest_batch_fits_and_one_more_row_does_not() -> None:
         more = of_shape("gpt2", train={"dtype": "bf16", "batch_size": rows})
         assert (more.memory.step.total <= room) is is_room
     assert most.length == 1024, "GPT-2 has no more positions"
+
+
+@pytest.mark.parametrize("adapter", [{}, {"method": "none", "train": "*"}], ids=["lora", "full"])
+def test_the_longest_context_fits_and_a_longer_one_does_not(adapter: dict[str, Any]) -> None:
+    # the optimizer's moment is the fullest of short rows, the forward that of long ones
+    config = {"model_type": "llama", "vocab_size": 500, "hidden_size": 128, "intermediate_size": 256,
+              "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 4,
+              "max_position_embeddings": 100_000, "tie_word_embeddings": False}  # fmt: skip
+    model = on_meta(config_of(config), "causal-lm")
+    spec = make_recipe({"adapter": adapter}).adapter.spec(seed=0, depth=6)
+    load, room = Load(1, 64), 60 * 10**6
+    (most,) = limits(model, spec, load, [room])  # type: ignore[arg-type]
+    for rows, length, is_room in (
+        (1, most.length, True),
+        (1, most.length + 8, False),
+        (most.rows, 64, True),
+        (most.rows + 1, 64, False),
+    ):
+        held = forecast(model, spec, replace(load, rows=rows, length=length)).step.total  # type: ignore[arg-type]
+        assert (held <= room) is is_room, (rows, length, held)
+
+
+def test_a_base_that_is_packed_already_is_planned_as_such(base: Path, tmp_path: Path) -> None:
+    packing = Packing(QuantSection())
+    model = pack(str(base), packing, torch.device("cpu"))
+    write_packed(model, packing, tmp_path / "packed")
+    tokenizer().save_pretrained(tmp_path / "packed")
+    (tmp_path / "run").mkdir()
+    found = plan(recipe_of(tmp_path / "packed", tmp_path / "run"))
+    assert (found.quant, found.own) == ("nf4", "4 bits")
+    assert found.memory.step.weights < plan(recipe_of(base, tmp_path)).memory.step.weights
+
+
+def test_a_target_may_name_a_block() -> None:
+    found = of_shape("gpt2", adapter={"rank": 8, "targets": ["transformer.h.5.attn.c_attn"]})
+    assert found.counts.trainable_parameters == 8 * (768 + 2304)
+    assert found.memory.step.adapters == 4 * 8 * (768 + 2304)
+
+
+def test_few_rows_are_enough_to_calibrate(base: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(base, tmp_path, train__batch_size=40)
+    assert calibrated(plan(recipe), recipe).pace.duration is not None
 
 
 def test_a_calibrated_plan_tells_the_time_of_the_run(base: Path, tmp_path: Path) -> None:

@@ -122,13 +122,12 @@ class Linear4bit(nn.Module):
         """Return the weight `(out, in)`, as the product sees it, in `dtype` (its own if None)."""
         value = self.quantized
         value = value if dtype is None else replace(value, dtype=dtype)
-        if self.principal_up is not None:
-            whole = dequantize(replace(value, dtype=torch.float32)) + self.principal()
-            return whole.to(value.dtype)
+        inner = torch.float32 if self.principal_up is not None else value.dtype
         if torch.compiler.is_compiling() or is_hollow(value.packed):
-            found: Tensor = _traced_dense(torch.empty(0, dtype=value.dtype, device=value.packed.device), *_parts(value))
-            return found
-        return dequantize(value)
+            found: Tensor = _traced_dense(torch.empty(0, dtype=inner, device=value.packed.device), *_parts(value))
+        else:
+            found = dequantize(replace(value, dtype=inner))
+        return found if self.principal_up is None else (found + self.principal()).to(value.dtype)
 
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return the dense layer of the same product, of the class it was made of: the inverse of `of`."""
@@ -198,6 +197,10 @@ class Linear4bit(nn.Module):
                 self.take(value.to(state_dict[start].device if self.weight.is_meta else self.weight.device))
             except AdapterFileError as error:
                 error_msgs.append(str(error))
+        for name in ("principal_down", "principal_up"):  # where there was no room yet, or one without a place
+            given, own_part = state_dict.get(f"{prefix}{name}"), getattr(self, name)
+            if given is not None and (own_part is None or own_part.is_meta):
+                setattr(self, name, given.clone())
         rest = {key: value for key, value in state_dict.items() if not key.startswith(f"{start}.")}
         own = {key: value for key, value in rest.items() if key != start}
         before = self._parameters.pop("weight")
@@ -345,7 +348,7 @@ def _unpacked(value: Quantized, start: int, stop: int) -> Tensor:
         room = getattr(_BUFFER, "room", None)
         if room is None or room.numel() < count * value.dtype.itemsize:
             with torch.inference_mode(False):  # a tensor of that mode could not be written outside of it
-                room = _BUFFER.room = torch.empty(count * value.dtype.itemsize, dtype=torch.uint8)
+                room = _BUFFER.room = torch.empty(count * value.dtype.itemsize, dtype=torch.uint8, device="cpu")
         rows = room[: count * value.dtype.itemsize].view(value.dtype)
     else:
         rows = torch.empty(count, dtype=value.dtype, device=device)

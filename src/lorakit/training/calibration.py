@@ -7,8 +7,10 @@ memory alone. The others are the run's own first batches, so that padding is as 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,26 +62,30 @@ def calibrate(recipe: Recipe) -> Calibration:
         attached(recipe, stage, None)
         if recipe.train.checkpointing:
             stage.model.activation_checkpointing_enable({"use_reentrant": False})
-        widened = widen(stage.model)
-        steps = tuple(_steps(recipe, stage, widened))
-        rest = _evaluations(recipe, stage)
+        model, dtype = stage.model, stage.model.dtype  # a widened model no longer says which it was
+        narrow = widen(model) and dtype != torch.float32
+        forward = partial(torch.autocast, model.device.type, dtype, enabled=narrow)
+        if model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(model.device)
+        steps = tuple(_steps(recipe, stage, forward))
+        peak = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else None
+        with forward():
+            rest = _evaluations(recipe, stage)
     numbers = make_plan(recipe, stage)
     tokens = padded_tokens(recipe, stage) * numbers.steps // numbers.steps_per_epoch
-    peak = torch.cuda.max_memory_allocated() if stage.model.device.type == "cuda" else None
     return Calibration(steps, from_steps(steps, tokens, rest), peak)
 
 
-def _steps(recipe: Recipe, stage: Stage, widened: bool) -> Iterator[Measured]:
+def _steps(recipe: Recipe, stage: Stage, forward: Callable[[], Any]) -> Iterator[Measured]:
     model, train = stage.model, recipe.train
     optimizer = make_optimizer(train.optimizer, param_groups(model, 1e-8, train.up_ratio, train.weight_decay))
     trained = [p for p in model.parameters() if p.requires_grad]
-    narrow = widened and model.dtype != torch.float32
     model.train(True)
     for batch in _chosen(recipe, stage):
         _wait(model.device)
         began = time.perf_counter()
         try:
-            with torch.autocast(model.device.type, model.dtype, enabled=narrow):
+            with forward():
                 loss, term = mean_of_batch(model, batch), penalty(model)
             (loss if term is None else loss + term).backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(trained, train.clip)
@@ -97,10 +103,12 @@ def _steps(recipe: Recipe, stage: Stage, widened: bool) -> Iterator[Measured]:
 
 def _chosen(recipe: Recipe, stage: Stage) -> Iterator[dict[str, Tensor]]:
     """Yield the heaviest batch, then the run's first ones."""
-    rows, size, pad = stage.train.dataset, stage.batch_rows, stage.tokenizer.pad_token_id
+    rows, pad = stage.train.dataset, stage.tokenizer.pad_token_id
+    size = min(stage.batch_rows, len(rows))
     lengths = row_lengths(rows)
     heaviest = sorted(range(len(rows)), key=lambda i: -lengths[i])[:size]
-    order = list(row_order(recipe, stage))[: size * (STEPS - 1)]
+    own = cycle(row_order(recipe, stage))
+    order = list(islice(own, size * (STEPS - 1)))
     yield from batches(rows.select([*heaviest, *order]), size, pad, stage.model.device)
 
 

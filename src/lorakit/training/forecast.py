@@ -36,9 +36,8 @@ if TYPE_CHECKING:
 FEW = 4
 """Blocks that are rehearsed one and all; of more, two and three are."""
 MOMENTS = {"adamw": 8.0, "paged-adamw": 8.0, "adamw-8bit": 2.0, "paged-adamw-8bit": 2.0}
-"""Bytes of an optimizer's two moments for each trained number; 8 bits have an fp32 scale for every 256 beside them."""
-SMALL = 4096
-"""A tensor of fewer numbers keeps its moments in 32 bits (bitsandbytes)."""
+"""Bytes of an optimizer's two moments for each trained number; an fp32 scale for every 256, and the 32 bits of tensors
+under 4,096 numbers, are left out."""
 
 
 class Unrehearsed(LorakitError):
@@ -163,7 +162,10 @@ def _depth(model: nn.Module) -> int:
 
 def _depends_on_depth(spec: AdapterSpec) -> bool:
     """Return whether a spec means other blocks in a shorter model: it numbers them, or shares tensors among them."""
-    numbered = spec.targets.layers is not None or any(o.targets.layers is not None for o in spec.overrides)
+    targets = [spec.targets, *(override.targets for override in spec.overrides)]
+    words = [word for one in targets for word in (*one.include, *one.exclude)] + list(spec.train)
+    by_path = any(word.startswith("re:") or any(part.isdigit() for part in word.split(".")) for word in words)
+    numbered = by_path or any(one.layers is not None for one in targets)
     return numbered or isinstance(spec.method, Context)
 
 

@@ -6,7 +6,7 @@ What a step holds grows with the rows in a straight line, and with their length 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from lorakit.core.spec import AdapterSpec
 from lorakit.planning.fitting import largest
 from lorakit.training.forecast import Load, forecast
+from lorakit.training.rehearsal import Held
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,20 +28,28 @@ class Limits:
     length: int
 
 
-def limits(model: PreTrainedModel, spec: AdapterSpec, load: Load, room: int) -> Limits:
-    """Return the largest batch and context of a run whose step may hold `room` bytes, its weights included.
+def limits(model: PreTrainedModel, spec: AdapterSpec, load: Load, rooms: Sequence[int]) -> list[Limits]:
+    """Return the largest batch and context of a run whose step may hold so many bytes, weights included, for each room.
 
-    A context no longer than the model has positions for.
+    A context is no longer than the model has positions for. Each moment of a step grows by a law of its own, and the
+    fullest of them counts.
     """
 
-    def held(rows: int, length: int) -> int:
-        return forecast(model, spec, replace(load, rows=rows, length=length)).step.total
+    def moments(rows: int, length: int) -> list[int]:
+        found = forecast(model, spec, replace(load, rows=rows, length=length), Held())
+        return [held.total for held in found.moments]
 
     short = max(16, min(load.length, 64))
-    by_rows = _through({rows: held(rows, load.length) for rows in (1, 2)})
-    by_length = _through({length: held(1, length) for length in (short, 2 * short, 4 * short)})
+    by_rows = _fullest({rows: moments(rows, load.length) for rows in (1, 2)})
+    by_length = _fullest({length: moments(1, length) for length in (short, 2 * short, 4 * short)})
     positions = int(getattr(model.config, "max_position_embeddings", None) or 2**20)
-    return Limits(largest(by_rows, room), largest(by_length, room, at=short, ceiling=positions))
+    return [Limits(largest(by_rows, room), largest(by_length, room, at=short, ceiling=positions)) for room in rooms]
+
+
+def _fullest(points: dict[int, list[int]]) -> Callable[[int], int]:
+    """Return the largest of the polynomials through the moments at each point."""
+    laws = [_through(dict(zip(points, values, strict=True))) for values in zip(*points.values(), strict=True)]
+    return lambda x: max(law(x) for law in laws)
 
 
 def _through(points: dict[int, int]) -> Callable[[int], int]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorakit.core.method import LowRank, Scheduled
+from lorakit.core.method import Scheduled
 from lorakit.core.spec import AdapterSpec
 from lorakit.core.targets import parameters_named, resolve
 from lorakit.data.packing import example_lengths
@@ -35,6 +35,7 @@ from lorakit.training.forecast import Load
 from lorakit.training.limits import Limits, limits
 from lorakit.training.order import padded_tokens, row_lengths
 from lorakit.training.phases import Ways, ways
+from lorakit.training.quantised import settings_of
 from lorakit.training.stage import BATCH_TOKENS, build_stage
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ def plan(recipe: Recipe, where: Where | None = None, *, model: Any = None) -> Pl
         stage = build_stage(recipe, empty=True) if recipe.data.train and model is None else None
         if model is None:
             task: Any = "causal-lm" if recipe.task == "auto" else recipe.task
-            model = build_empty(recipe.model, task=task) if stage is None else stage.model
+            model = build_empty(recipe.model, task=task, labels=recipe.data.labels) if stage is None else stage.model
         return _plan(recipe, where or Where(), model, stage)
 
 
@@ -204,7 +205,8 @@ def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> Plan
     spec = recipe.adapter.spec(seed=0, depth=depth, heads=heads) if stage is None else stage.spec
     shapes, ties = shapes_of(model), ties_of(model)
     counts = count(spec, skeleton, shapes, ties)
-    load = _load(recipe, model, stage)
+    quant = recipe.quant or settings_of(model.config)
+    load = replace(_load(recipe, model, stage), quant=quant)
     if stage is not None and spec.method is not None and isinstance(spec.method, Scheduled):
         from lorakit.training.rank_schedule import refuse_schedule  # beside the Trainer, which takes a second
 
@@ -215,7 +217,7 @@ def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> Plan
     return PlannedRun(
         model=recipe.model,
         dtype=DTYPES[load.dtype],
-        quant=None if recipe.quant is None else recipe.quant.kind,
+        quant=None if quant is None else quant.kind,
         method=recipe.adapter.method,
         counts=counts,
         load=load,
@@ -293,7 +295,8 @@ def _fits(where: Where, forecasts: Mapping[str, Forecast], depth: int) -> tuple[
 def _limits(where: Where, found: Ways, model: Any, spec: AdapterSpec, load: Load) -> dict[str, Limits]:
     if not where.devices or where.count > 1 or found.guessed:
         return {}
-    return {one.name: limits(model, spec, load, one.memory - OVERHEAD) for one in where.chosen}
+    largest = limits(model, spec, load, [one.memory - OVERHEAD for one in where.chosen])
+    return {one.name: most for one, most in zip(where.chosen, largest, strict=True)}
 
 
 def _pace(recipe: Recipe, where: Where, found: Ways, stage: Stage | None, load: Load) -> Pace:
@@ -323,7 +326,7 @@ def _advice(
 ) -> tuple[Advice, ...]:
     """Return the advice for this base and this data, beside what the recipe itself says."""
     config, method = model.config, spec.method
-    rank = getattr(method, "rank", None) if isinstance(method, LowRank) else None
+    rank = getattr(method, "rank", None) if method is not None and method.name in ("lora", "lora-fa") else None
     linear = [s for s in skeleton.sites if s.kind in ("linear", "transposed-linear") and s.path not in skeleton.heads]
     report = None if stage is None else stage.train.report
     task = "classification" if stage is not None and stage.task == "classification" else "causal-lm"
@@ -331,7 +334,7 @@ def _advice(
         hidden=int(config.get_text_config().hidden_size),
         family=str(config.model_type),
         blocks=max(skeleton.depths.values(), default=0),
-        per_rank=None if rank is None else counts.adapter_parameters // rank,
+        per_rank=None if rank is None else sum(m.site.out + m.site.in_ for m in resolve(spec, skeleton)),
         everywhere=sum(s.out + s.in_ for s in linear),
         rows=None if report is None else report.kept,
         tokens=None if report is None or task == "classification" else report.trained_tokens,

@@ -36,7 +36,7 @@ def settings_of(config: Any) -> QuantSection | None:
     """Return how a checkpoint's configuration says it is packed, or None for one that is not in 4 bits."""
     kept = _quantization(config)
     if kept.get("quant_method") == METHOD:
-        return QuantSection(**{name: kept[name] for name in ("kind", "double_quant", "principal")})
+        return QuantSection(**{name: kept[name] for name in QuantSection.model_fields if name in kept})
     if not kept.get("load_in_4bit", kept.get("_load_in_4bit", False)):
         return None
     return QuantSection(
@@ -63,7 +63,7 @@ def bnb_config(packing: Packing, compute_dtype: str) -> dict[str, Any]:
     """
     settings = packing.settings
     if settings.principal:
-        own = settings.model_dump(include={"kind", "double_quant", "principal"})
+        own = settings.model_dump()
         return {"quant_method": METHOD, **own, "llm_int8_skip_modules": packing.dense}
     return {
         "quant_method": "bitsandbytes",

@@ -26,10 +26,16 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from lorakit.core.site import layer_of
 
-if torch.ops.aten._grouped_mm not in flop_registry:  # the product of experts, for which torch has no formula yet
-    register_flop_formula(torch.ops.aten._grouped_mm)(
-        lambda a, b, *_, out_shape=None, **__: 2 * prod(out_shape) * a[-1]
-    )
+
+def _grouped_flops(a: Any, b: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Return the FLOPs of a product of experts: each row meets one of them, forward and for either gradient."""
+    flops: int = 2 * prod(a) * b[-1] if len(a) == len(b) == 2 else 2 * prod(out_shape) * a[-1]
+    return flops
+
+
+_GROUPED = getattr(torch.ops.aten, "_grouped_mm", None)
+if _GROUPED is not None and _GROUPED not in flop_registry:  # torch has no formula for it yet
+    register_flop_formula(_GROUPED)(_grouped_flops)
 
 
 @dataclass(frozen=True)
