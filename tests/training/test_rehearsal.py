@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lorakit.training.rehearsal import Held, Rehearsal, Scene, rehearse
+from lorakit.planning.memory import Parts
+from lorakit.training.rehearsal import Rehearsal, Scene, rehearse
 
 
 class Square(nn.Module):
@@ -35,8 +36,8 @@ def test_a_step_by_hand() -> None:
     # W has 4 * 8 fp32 numbers = 128 bytes, its gradient 128, two moments 256 and a count of 4
     # forward: y = x W^T is 16 * 4 numbers = 256 bytes and is saved; y * y, another 256, dies at the sum, 4 bytes
     found = rehearse(scene())
-    assert found.between == Held(adapters=128, optimizer=260, activations=256 + 4)
-    assert found.evaluation == Held(adapters=128, optimizer=260, temporaries=512)
+    assert found.between == Parts(adapters=128, optimizer=260, activations=256 + 4)
+    assert found.evaluation == Parts(adapters=128, optimizer=260, temporaries=512)
     # backward: d(y * y) is a view of one number; 2 y dy needs y dy twice, and their sum: fullest with three of them
     assert found.step.activations == 256 + 4
     assert found.step.total >= 128 + 260 + 2 * 256
@@ -55,7 +56,7 @@ def test_what_is_frozen_has_no_gradient_and_saves_nothing() -> None:
 
     made = scene(Shifted)
     found = rehearse(Scene(made.build, freeze, made.batch, made.loss, lambda m: torch.optim.AdamW([m.bias])))  # type: ignore[list-item]
-    assert found.between == Held(weights=128, adapters=16, optimizer=2 * 16 + 4, activations=4)
+    assert found.between == Parts(weights=128, adapters=16, optimizer=2 * 16 + 4, activations=4)
     assert found.flops == 2 * 16 * 8 * 4
 
 
@@ -89,14 +90,14 @@ def test_nothing_is_allocated() -> None:
 
 
 def test_a_line_goes_on_as_it_began() -> None:
-    two = Rehearsal((Held(weights=20, logits=5),), Held(activations=7), Held(), 100)
-    three = Rehearsal((Held(weights=30, logits=5),), Held(activations=9), Held(), 150)
-    assert two.continued(three, 4) == Rehearsal((Held(weights=60, logits=5),), Held(activations=15), Held(), 300)
+    two = Rehearsal((Parts(weights=20, logits=5),), Parts(activations=7), Parts(), 100)
+    three = Rehearsal((Parts(weights=30, logits=5),), Parts(activations=9), Parts(), 150)
+    assert two.continued(three, 4) == Rehearsal((Parts(weights=60, logits=5),), Parts(activations=15), Parts(), 300)
 
 
 def test_which_moment_is_the_fullest_may_change_with_the_depth() -> None:
     # forward: 100 of logits and 1 a block; backward's end: 10 a block
-    two = Rehearsal((Held(logits=100, activations=2), Held(gradients=20)), Held(), Held(), 0)
-    three = Rehearsal((Held(logits=100, activations=3), Held(gradients=30)), Held(), Held(), 0)
+    two = Rehearsal((Parts(logits=100, activations=2), Parts(gradients=20)), Parts(), Parts(), 0)
+    three = Rehearsal((Parts(logits=100, activations=3), Parts(gradients=30)), Parts(), Parts(), 0)
     assert two.step.logits == 100
-    assert two.continued(three, 10).step == Held(gradients=120)
+    assert two.continued(three, 10).step == Parts(gradients=120)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -134,6 +133,8 @@ def _other(name: str, changes: list[str], where: Any) -> tuple[Recipe, Any]:
 
 
 def _show(out: Screen, found: PlannedRun, modules: bool, advice: bool) -> None:
+    from lorakit.report.plan import WAYS
+
     counts, load = found.counts, found.load
     kind = f" packed into {found.quant}" if found.quant else ""
     out.say(
@@ -150,7 +151,7 @@ def _show(out: Screen, found: PlannedRun, modules: bool, advice: bool) -> None:
     _say_data(out, found)
     out.say("")
     out.show(_memory(found.memory))
-    ways = ", ".join(f"{_way(name)} {size(one.step.total)}" for name, one in found.ways.items())
+    ways = ", ".join(f"{WAYS[name]} {size(one.step.total)}" for name, one in found.ways.items())
     out.say(f"a step: {ways}")
     if found.where.count > 1:
         each = ", ".join(f"{fit.device} {size(fit.needed)}" for fit in found.fits[:3])
@@ -167,29 +168,11 @@ def _show(out: Screen, found: PlannedRun, modules: bool, advice: bool) -> None:
         out.say(f"note: {warning}")
 
 
-def _way(name: str) -> str:
-    return {"plain": "plain", "checkpointing": "with checkpointing", "4 bits": "in 4 bits"}.get(name, "with both")
-
-
 def _grouped(found: PlannedRun) -> Any:
     """Draw one row for each kind of module: those of one name, shape and rank in all layers."""
-    from lorakit.core.site import layer_of
+    from lorakit.report.plan import GROUPED, grouped
 
-    kinds: Counter[tuple[Any, ...]] = Counter()
-    numbers: Counter[tuple[Any, ...]] = Counter()
-    for m in found.counts.modules:
-        place = layer_of(m.path)
-        name = m.path if place is None else m.path.partition(f"{place[0]}.{place[1]}.")[2] or place[0]
-        key = (name, m.shape, m.rank, m.pattern)
-        kinds[key] += 1
-        numbers[key] += m.parameters
-    rows = [
-        (name, " x ".join(map(str, shape)), "" if rank is None else str(rank), str(kinds[key]), f"{numbers[key]:,}",
-         pattern)
-        for key in kinds
-        for name, shape, rank, pattern in [key]
-    ]  # fmt: skip
-    return table("", "module", "weight", "rank", "times", "trains", "pattern", rows=rows, numbers=(2, 3, 4))
+    return table("", *GROUPED, rows=grouped(found.modules), numbers=(2, 3, 4))
 
 
 def _modules(found: PlannedRun) -> Any:

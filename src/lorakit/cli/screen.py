@@ -16,6 +16,8 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorakit.report.words import size as size  # the words of pages and of the terminal are one
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
@@ -116,16 +118,6 @@ def table(title: str, *columns: str, rows: Sequence[Sequence[str]], numbers: Seq
     for row in rows:
         drawn.add_row(*row)
     return drawn
-
-
-def size(count: int) -> str:
-    """Return bytes in words: `1.4 MB`."""
-    value, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
 def printable(text: str) -> str:

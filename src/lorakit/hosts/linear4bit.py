@@ -64,15 +64,19 @@ class Linear4bit(nn.Module):
         self.register_buffer("principal_up", None)
 
     @classmethod
-    def of(cls, layer: nn.Module, block_size: int = 64, double_quant: bool = True, kind: str = "nf4") -> Linear4bit:
+    def of(
+        cls, layer: nn.Module, block_size: int = 64, double_quant: bool = True, kind: str = "nf4", principal: int = 0
+    ) -> Linear4bit:
         """Return the 4-bit layer of a dense `nn.Linear`, or of GPT-2's Conv1D."""
         transposed = not isinstance(layer, nn.Linear)
         weight = layer.get_parameter("weight").detach()
         canonical = weight.T.contiguous() if transposed else weight
         out, in_ = canonical.shape
         bias = None if getattr(layer, "bias", None) is None else layer.get_parameter("bias").detach()
-        quantized = quantize(canonical, block_size, double_quant, kind)
-        return cls(in_, out, quantized, bias, transposed=transposed).train(layer.training)
+        made = cls(in_, out, None, bias, transposed=transposed)
+        rest = made.split_off(canonical, principal).to(canonical.dtype) if principal else canonical
+        made.take(quantize(rest, block_size, double_quant, kind))
+        return made.train(layer.training)
 
     @property
     def quantized(self) -> Quantized:

@@ -29,7 +29,12 @@ _MAPS = 2 * 256 * 4  # what 8 bits mean, for both moments; once for all tensors
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes of one phase, by what they are for."""
+    """Bytes of one phase, or of one moment of it, by what they are for.
+
+    `adapters` are the trained tensors, those of the base that are trained whole among them where they were rehearsed;
+    `activations` what the forward left for the backward; `logits` what is as wide as the vocabulary; `temporaries` all
+    else that is alive; `overhead` what a device needs itself.
+    """
 
     weights: int = 0
     adapters: int = 0

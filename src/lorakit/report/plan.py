@@ -6,7 +6,7 @@ It draws the plain values of `--json` and works nothing out but sums, so the pag
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lorakit import __version__
@@ -42,6 +42,8 @@ WAYS = {
 }
 FEW = 6
 """Parameters trained whole that are named before the rest is only counted."""
+GROUPED = ("module", "weight", "rank", "times", "trains", "pattern")
+"""The columns of `grouped`."""
 DATA = {
     "source": "file",
     "format": "format",
@@ -243,7 +245,7 @@ def _datum(field: str, value: Any) -> str:
 
 def _modules(plan: Values) -> Iterator[Html]:
     modules = plan["modules"]
-    yield _grouped(modules)
+    yield table(GROUPED, grouped(modules), numbers=(2, 3, 4), class_="modules")
     if len(plan["patterns"]) > 1:
         yield note("Modules by pattern: " + ", ".join(f"{name} {hits:,}" for name, hits in plan["patterns"].items()))
     whole = plan["trained_whole"]
@@ -263,8 +265,8 @@ def _modules(plan: Values) -> Iterator[Html]:
         )
 
 
-def _grouped(modules: list[Values]) -> Html:
-    """Draw one row for each kind of module: those of one name, shape, rank and pattern in all layers."""
+def grouped(modules: Sequence[Values]) -> list[tuple[str, ...]]:
+    """Return a row for each kind of module: those of one name, shape, rank and pattern in all layers."""
     times: Counter[tuple[str, ...]] = Counter()
     numbers: Counter[tuple[str, ...]] = Counter()
     for m in modules:
@@ -273,12 +275,11 @@ def _grouped(modules: list[Values]) -> Html:
         key = (name, _shape(m), _rank(m), m["pattern"])
         times[key] += 1
         numbers[key] += m["parameters"]
-    rows = [
+    return [
         (name, shape, rank, f"{times[key]:,}", f"{numbers[key]:,}", pattern)
         for key in times
         for name, shape, rank, pattern in [key]
     ]
-    return table(("module", "weight", "rank", "times", "trains", "pattern"), rows, numbers=(2, 3, 4), class_="modules")
 
 
 def _shape(module: Values) -> str:

@@ -23,12 +23,13 @@ from lorakit.core.spec import AdapterSpec
 from lorakit.errors import LorakitError
 from lorakit.inject.attach import attach
 from lorakit.inject.penalty import penalty
+from lorakit.planning.memory import Parts
 from lorakit.training.arguments import widen
 from lorakit.training.groups import param_groups
 from lorakit.training.loss import mean_of_batch
 from lorakit.training.quantised import pack_hollow, state_tensors
 from lorakit.training.recipe import QuantSection
-from lorakit.training.rehearsal import Held, Rehearsal, Scene, rehearse
+from lorakit.training.rehearsal import Rehearsal, Scene, rehearse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +59,7 @@ class Load:
     optimizer: str = "adamw"
 
 
-def forecast(model: PreTrainedModel, spec: AdapterSpec, load: Load, evaluation: Held | None = None) -> Rehearsal:
+def forecast(model: PreTrainedModel, spec: AdapterSpec, load: Load, evaluation: Parts | None = None) -> Rehearsal:
     """Return what a step holds and computes.
 
     Args:
@@ -142,7 +143,7 @@ def _batch(load: Load) -> dict[str, Tensor]:
     return batch
 
 
-def _moments(held: Held, optimizer: str) -> Held:
+def _moments(held: Parts, optimizer: str) -> Parts:
     """Return what is held with the moments of the recipe's optimizer in the place of AdamW's."""
     return replace(held, optimizer=round(held.optimizer * MOMENTS[optimizer] / MOMENTS["adamw"]))
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from lorakit.core.spec import AdapterSpec
 from lorakit.planning.fitting import largest
+from lorakit.planning.memory import Parts
 from lorakit.training.forecast import Load, forecast
-from lorakit.training.rehearsal import Held
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +36,7 @@ def limits(model: PreTrainedModel, spec: AdapterSpec, load: Load, rooms: Sequenc
     """
 
     def moments(rows: int, length: int) -> list[int]:
-        found = forecast(model, spec, replace(load, rows=rows, length=length), Held())
+        found = forecast(model, spec, replace(load, rows=rows, length=length), Parts())
         return [held.total for held in found.moments]
 
     short = max(16, min(load.length, 64))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lorakit.core.site import Site, Skeleton
 from lorakit.core.spec import AdapterSpec
 from lorakit.core.sublayers import LINEAR_KINDS
-from lorakit.core.targets import parameters_named, resolve
+from lorakit.core.targets import resolve
 from lorakit.errors import LorakitError
 from lorakit.planning.memory import (
     Forecast,
@@ -23,7 +23,7 @@ from lorakit.planning.pace import flops_per_token
 from lorakit.training.forecast import Load, Unrehearsed, forecast
 from lorakit.training.quantised import DENSE_AT_ONCE
 from lorakit.training.recipe import QuantSection
-from lorakit.training.rehearsal import Held, Rehearsal
+from lorakit.training.rehearsal import Rehearsal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,14 +45,13 @@ class Ways:
     guessed: str = ""
 
 
-def ways(model: PreTrainedModel, skeleton: Skeleton, spec: AdapterSpec, load: Load) -> Ways:
-    """Return what a run holds plain, with checkpointing, in 4 bits and with both.
+def ways(model: PreTrainedModel, skeleton: Skeleton, spec: AdapterSpec, load: Load, trained: Collection[str]) -> Ways:
+    """Return what a run holds plain, with checkpointing, in 4 bits and with both; `trained` is what of the base trains.
 
     In 4 bits a step computes the same and saves the same (bench/plan.py), so only the weights are counted anew, and the
     block that is dense at a time. Where linear weights are trained whole they cannot be packed.
     """
     packable = [s for s in skeleton.sites if s.kind in LINEAR_KINDS and s.path not in skeleton.heads]
-    trained = _trained_whole(model, skeleton, spec)
     forecasts: dict[str, Forecast] = {}
     rehearsals: dict[str, Rehearsal] = {}
     sizes, guessed = _Sizes.of(model, packable), ""
@@ -63,13 +62,13 @@ def ways(model: PreTrainedModel, skeleton: Skeleton, spec: AdapterSpec, load: Lo
             known = rehearsals["plain"].evaluation if "plain" in rehearsals else None
             rehearsals[name] = forecast(model, spec, asked, known)
         except Unrehearsed as reason:
-            rehearsals[name], guessed = by_formula(model, skeleton, spec, asked), str(reason)
+            rehearsals[name], guessed = by_formula(model, skeleton, spec, asked, trained), str(reason)
         except LorakitError:  # such as a prefix in the cache, which checkpointing switches off
             if checkpointing == load.checkpointing:
                 raise
             continue
         forecasts[name] = phases(rehearsals[name], load, sizes)
-        if not trained & {f"{site.path}.weight" for site in packable}:
+        if not {f"{site.path}.weight" for site in packable} & set(trained):
             packed = sizes.packed(rehearsals[name], load)
             other = "4 bits and checkpointing" if checkpointing else "4 bits"
             rehearsals[other], forecasts[other] = packed, phases(packed, load, sizes, in_4_bits=True)
@@ -100,7 +99,7 @@ class _Sizes:
         gone = sum(numbers) * width - small - beside
         block = min(max(numbers, default=0), DENSE_AT_ONCE) * width
 
-        def less(held: Held) -> Held:
+        def less(held: Parts) -> Parts:
             return replace(held, weights=held.weights - gone, temporaries=held.temporaries + block)
 
         return Rehearsal(tuple(map(less, dense.moments)), less(dense.between), less(dense.evaluation), dense.flops)
@@ -119,14 +118,16 @@ def phases(rehearsal: Rehearsal, load: Load, sizes: _Sizes, *, in_4_bits: bool =
             weights=rehearsal.evaluation.weights if in_4_bits else sizes.every * width,
             temporaries=sizes.largest * width if in_4_bits else 0,
         ),
-        step=Parts(**asdict(step)),
-        evaluation=Parts(**asdict(rehearsal.evaluation)),
+        step=step,
+        evaluation=rehearsal.evaluation,
         checkpoint=Parts(weights=step.weights, adapters=step.adapters, optimizer=step.optimizer),
         merge=Parts(weights=sizes.every * width, adapters=step.adapters, temporaries=2 * WIDE * sizes.largest),
     )
 
 
-def by_formula(model: PreTrainedModel, skeleton: Skeleton, spec: AdapterSpec, load: Load) -> Rehearsal:
+def by_formula(
+    model: PreTrainedModel, skeleton: Skeleton, spec: AdapterSpec, load: Load, trained: Collection[str]
+) -> Rehearsal:
     """Return a step whose weights and trained tensors are counted, and whose activations are by a published formula."""
     config: Any = model.config.get_text_config()
     hidden, layers = int(config.hidden_size), sum(skeleton.depths.values())
@@ -138,11 +139,10 @@ def by_formula(model: PreTrainedModel, skeleton: Skeleton, spec: AdapterSpec, lo
     vocabulary = 0 if load.classes else int(getattr(config, "vocab_size", None) or 0)
     logits = logits_by_formula(load.length, load.rows, vocabulary)
     base = sum(p.numel() for p in model.parameters())
-    trained = _trained_whole(model, skeleton, spec)
     whole = [p.numel() for name, p in model.named_parameters() if name in trained]
     adapters = [d.numel for m in resolve(spec, skeleton) for d in m.method.tensors(m.site).values() if d.trainable]
     parts = trained_parts([*adapters, *whole], load.optimizer)
-    held = Held(
+    held = Parts(
         weights=(base - sum(whole)) * load.dtype.itemsize,
         adapters=parts.adapters,
         gradients=parts.gradients,
@@ -155,9 +155,3 @@ def by_formula(model: PreTrainedModel, skeleton: Skeleton, spec: AdapterSpec, lo
                            width=hidden, context=load.length)  # fmt: skip
     quiet = replace(held, gradients=0, activations=0)
     return Rehearsal((held,), replace(held, gradients=0), quiet, work * load.rows * load.length)
-
-
-def _trained_whole(model: Any, skeleton: Skeleton, spec: AdapterSpec) -> set[str]:
-    """Return the names of the base's parameters a spec trains itself."""
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    return {key for keys in parameters_named(spec.train, names, skeleton, spec.targets.layers).values() for key in keys}

@@ -16,7 +16,7 @@ import torch
 
 from lorakit.core.method import Scheduled
 from lorakit.core.spec import AdapterSpec
-from lorakit.core.targets import parameters_named, resolve
+from lorakit.core.targets import Match, parameters_named, resolve
 from lorakit.data.packing import example_lengths
 from lorakit.data.preview import Run, example
 from lorakit.inject.sites import sites
@@ -111,9 +111,13 @@ class PlannedRun:
     findings: tuple[Finding, ...] = ()
     warnings: tuple[str, ...] = ()
 
+    @property
+    def modules(self) -> list[dict[str, Any]]:
+        """Return each adapted module as plain values."""
+        return [{name: getattr(m, name) for name in _MODULE} | {"shape": list(m.shape)} for m in self.counts.modules]
+
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values."""
-        modules = [{name: getattr(m, name) for name in _MODULE} | {"shape": list(m.shape)} for m in self.counts.modules]
         return {
             "model": self.model,
             "dtype": self.dtype,
@@ -123,7 +127,7 @@ class PlannedRun:
             "total_parameters": self.counts.total_parameters,
             "percent": self.counts.percent,
             "adapter_bytes": self.counts.adapter_bytes(),
-            "modules": modules,
+            "modules": self.modules,
             "trained_whole": [asdict(one) for one in self.counts.whole],
             "patterns": dict(self.counts.hits),
             "batch": {"rows": self.load.rows, "length": self.load.length, "packed": self.load.packed},
@@ -211,9 +215,9 @@ def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> Plan
         from lorakit.training.rank_schedule import refuse_schedule  # beside the Trainer, which takes a second
 
         refuse_schedule(model, spec, make_plan(recipe, stage).steps)
-    found = ways(model, skeleton, spec, load)
     trained = [key for keys in parameters_named(spec.train, list(shapes), skeleton, spec.targets.layers).values()
                for key in keys]  # fmt: skip
+    found, matches = ways(model, skeleton, spec, load, trained), resolve(spec, skeleton)
     return PlannedRun(
         model=recipe.model,
         dtype=DTYPES[load.dtype],
@@ -231,8 +235,8 @@ def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> Plan
         data={} if stage is None else _reports(stage),
         lengths=() if stage is None else tuple(sorted(example_lengths(stage.train.dataset))),
         example=() if stage is None else tuple(example(stage.train, stage.tokenizer)),
-        advice=_advice(recipe, spec, counts, model, skeleton, stage),
-        findings=lint(spec, resolve(spec, skeleton), tied=bool(ties), heads=skeleton.heads, trained=trained,
+        advice=_advice(recipe, spec, matches, model, skeleton, stage),
+        findings=lint(spec, matches, tied=bool(ties), heads=skeleton.heads, trained=trained,
                       depths=skeleton.depths),
         warnings=(*map(str, roles(counts, skeleton)), *_guessed(found), *_fused(shapes, counts)),
     )  # fmt: skip
@@ -322,7 +326,7 @@ def _reports(stage: Stage) -> dict[str, DataReport]:
 
 
 def _advice(
-    recipe: Recipe, spec: AdapterSpec, counts: Counts, model: Any, skeleton: Skeleton, stage: Stage | None
+    recipe: Recipe, spec: AdapterSpec, matches: Sequence[Match], model: Any, skeleton: Skeleton, stage: Stage | None
 ) -> tuple[Advice, ...]:
     """Return the advice for this base and this data, beside what the recipe itself says."""
     config, method = model.config, spec.method
@@ -334,7 +338,7 @@ def _advice(
         hidden=int(config.get_text_config().hidden_size),
         family=str(config.model_type),
         blocks=max(skeleton.depths.values(), default=0),
-        per_rank=None if rank is None else sum(m.site.out + m.site.in_ for m in resolve(spec, skeleton)),
+        per_rank=None if rank is None else sum(m.site.out + m.site.in_ for m in matches),
         everywhere=sum(s.out + s.in_ for s in linear),
         rows=None if report is None else report.kept,
         tokens=None if report is None or task == "classification" else report.trained_tokens,

@@ -161,18 +161,8 @@ def pack_layers(model: nn.Module, settings: QuantSection) -> None:
     for site in skeleton.sites:
         if site.kind in LINEAR_KINDS and site.path not in skeleton.heads:
             layer = model.get_submodule(site.path)
-            made = settings.block_size, settings.double_quant, settings.kind
-            packed = Linear4bit.of(layer, *made)
-            if settings.principal:
-                dense = _canonical(layer)
-                packed.take(nf4.quantize(packed.split_off(dense, settings.principal).to(dense.dtype), *made))
-            model.set_submodule(site.path, packed)
-
-
-def _canonical(layer: nn.Module) -> Tensor:
-    """Return the weight `(out, in)` of a linear layer or GPT-2's Conv1D."""
-    weight = layer.get_parameter("weight").detach()
-    return weight if isinstance(layer, nn.Linear) else weight.T.contiguous()
+            made = settings.block_size, settings.double_quant, settings.kind, settings.principal
+            model.set_submodule(site.path, Linear4bit.of(layer, *made))
 
 
 def narrow_layers(model: nn.Module, block_size: int) -> dict[str, int]:

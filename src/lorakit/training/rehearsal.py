@@ -12,7 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from math import prod
 from typing import Any
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from lorakit.core.site import layer_of
+from lorakit.planning.memory import Parts
 
 
 def _grouped_flops(a: Any, b: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
@@ -39,28 +40,6 @@ if _GROUPED is not None and _GROUPED not in flop_registry:  # torch has no formu
 
 
 @dataclass(frozen=True)
-class Held:
-    """Bytes held at one moment of a step, by what they are for.
-
-    `adapters` are the trained tensors, those of the base that are trained whole among them; `activations` what the
-    forward left for the backward; `logits` what is as wide as the vocabulary; `temporaries` everything else.
-    """
-
-    weights: int = 0
-    adapters: int = 0
-    gradients: int = 0
-    optimizer: int = 0
-    activations: int = 0
-    logits: int = 0
-    temporaries: int = 0
-
-    @property
-    def total(self) -> int:
-        """Return the sum."""
-        return sum(asdict(self).values())
-
-
-@dataclass(frozen=True)
 class Rehearsal:
     """What a step holds at its fullest moment, between forward and backward, and in an evaluation; and its FLOPs.
 
@@ -69,13 +48,13 @@ class Rehearsal:
     block's activations for its gradients, so nothing there is fuller.
     """
 
-    moments: tuple[Held, ...]
-    between: Held
-    evaluation: Held
+    moments: tuple[Parts, ...]
+    between: Parts
+    evaluation: Parts
     flops: int
 
     @property
-    def step(self) -> Held:
+    def step(self) -> Parts:
         """Return the fullest moment."""
         return max(self.moments, key=lambda held: held.total)
 
@@ -88,8 +67,8 @@ class Rehearsal:
         def line(one: int, two: int) -> int:
             return one + blocks * (two - one)
 
-        def held(one: Held, two: Held) -> Held:
-            return Held(**{f.name: line(getattr(one, f.name), getattr(two, f.name)) for f in fields(Held)})
+        def held(one: Parts, two: Parts) -> Parts:
+            return Parts(**{f.name: line(getattr(one, f.name), getattr(two, f.name)) for f in fields(Parts)})
 
         return Rehearsal(
             tuple(held(one, two) for one, two in zip(self.moments, other.moments, strict=True)),
@@ -159,7 +138,7 @@ class _Backward:
     def __init__(self, model: nn.Module, live: _Live) -> None:
         self._live = live
         self._open: Counter[tuple[str, int] | None] = Counter()
-        self._early: Held | None = None
+        self._early: Parts | None = None
         live.begin(flops=False)
         self._hooks = []
         for name, parameter in model.named_parameters():
@@ -184,7 +163,7 @@ class _Backward:
         if self._blocks == 1:
             self._live.begin(flops=False)
 
-    def moments(self) -> tuple[Held, Held]:
+    def moments(self) -> tuple[Parts, Parts]:
         """Return the fullest of the beginning and of the end."""
         for hook in self._hooks:
             hook.remove()
@@ -262,20 +241,20 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._most, self._most_at = self._held, self._clock
         self._ever = list(self._pieces.values())
 
-    def now(self) -> Held:
+    def now(self) -> Parts:
         """Return what is held."""
         return self._at(self._clock)
 
-    def fullest(self) -> Held:
+    def fullest(self) -> Parts:
         """Return what was held when there was the most since `begin`."""
         return self._at(self._most_at)
 
-    def _at(self, moment: int) -> Held:
-        held = dict.fromkeys((f.name for f in fields(Held)), 0)
+    def _at(self, moment: int) -> Parts:
+        held = dict.fromkeys((f.name for f in fields(Parts)), 0)
         for piece in self._ever:
             if piece.born <= moment and (piece.died is None or piece.died > moment):
                 held[piece.kind] += piece.bytes
-        return Held(**held)
+        return Parts(**held)
 
 
 def _make_states(trained: list[nn.Parameter], optimizer: torch.optim.Optimizer, live: _Live) -> None:
