@@ -63,6 +63,12 @@ class Progress:
         if event.get("trained_whole"):
             self._print(f"{'whole':<11} {', '.join(event['trained_whole'])}")
 
+    def _on_fused(self, event: dict[str, Any]) -> None:
+        runs = ", ".join(f"{count} {what}" for what, count in event["runs"].items()) or "nothing"
+        self._print(f"{'fused':<11} {runs}")
+        for reason, count in event["plain"].items():
+            self._print(f"{'':<11} {_counted(count, 'adapted layer')} not: {reason}")
+
     def _on_plan(self, event: dict[str, Any]) -> None:
         packed = "packed" if event["packed"] else "one example a row"
         self._steps = event["steps"]

@@ -23,6 +23,8 @@ from lorakit.core.site import Site
 from lorakit.errors import AttachError, MergeError
 
 Weight = float | Tensor
+Fast = Callable[[nn.Module, Tensor], Tensor | None]
+"""`(layer, x) -> y`, the adapted output all at once, or None where the plain way must be taken (inject/fuse.py)."""
 
 
 class Adapter(nn.Module):
@@ -121,6 +123,8 @@ class Adapters(nn.Module):
         self.host = host
         self.by_name = nn.ModuleDict()
         self.weights: dict[str, Weight] = {}
+        self.fast: Fast | None = None
+        self.witness: Callable[[Adapter], None] | None = None
 
     def named(self) -> list[tuple[str, Adapter]]:
         """Return the updates: a name owns one, or several on different rows of a fused layer."""
@@ -132,6 +136,8 @@ class Adapters(nn.Module):
         for name, adapter in self.named():
             if name in self.weights:
                 total = total + _per_row(self.weights[name], y, adapter.site.path) * adapter(module, x, y)
+                if self.witness is not None:
+                    self.witness(adapter)
         return total
 
 
@@ -142,6 +148,14 @@ class Adapted(Front):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the adapted output; the input is the first argument, by place or by name."""
+        adapters: Adapters = self._modules["adapters"]  # type: ignore[attr-defined]
+        if adapters.fast is not None and len(args) == 1 and not kwargs:
+            fast = adapters.fast(cast(nn.Module, self), args[0])
+            if fast is not None:
+                if adapters.witness is not None:
+                    for adapter in adapters.by_name.values():
+                        adapters.witness(cast(Adapter, adapter))
+                return fast
         y: Any = super().forward(*args, **kwargs)  # type: ignore[misc]
         if not isinstance(y, Tensor):
             path = self.adapters.named()[0][1].site.path
@@ -150,7 +164,12 @@ class Adapted(Front):
                 "name the layers inside it"
             )
         x = args[0] if args else next(iter(kwargs.values()))
-        return self.adapters(self, x, y)  # type: ignore[no-any-return]
+        return adapters(self, x, y)  # type: ignore[no-any-return]
+
+    def base_forward(self, x: Tensor) -> Tensor:
+        """Return the output without the updates."""
+        y: Tensor = super().forward(x)  # type: ignore[misc]
+        return y
 
 
 def attached(model: nn.Module, *, acting: bool = False) -> Iterator[tuple[str, Adapter]]:

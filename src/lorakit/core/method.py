@@ -192,6 +192,26 @@ class LowRank(Static):
             )
 
 
+@runtime_checkable
+class Scaled(Protocol):
+    """A low-rank method whose factors are a pair and one number, which need not be multiplied first."""
+
+    def pair(self, p: Tensors) -> tuple[Tensor, Tensor, float]:
+        """Return `(down, up, scale)`; `factors` are `(down, scale * up)`."""
+
+
+@runtime_checkable
+class Stretched(Protocol):
+    """An update that stretches each output of the changed weight: `dW = g (W + dW_inner) - W`."""
+
+    @property
+    def inner(self) -> Static:
+        """Return the update inside."""
+
+    def gain(self, p: Tensors, weight: Tensor) -> Tensor:
+        """Return g `(out,)`."""
+
+
 class Context(Method):
     """An update of what a model reads: trained vectors at virtual positions beside the input.
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
-from lorakit.core.adapters import Adapter, attached
+from lorakit.core.adapters import Adapted, Adapter, attached
 from lorakit.errors import AliveError, listing
 from lorakit.inject.ledger import ledger_of, parameters_of
 
@@ -30,17 +29,14 @@ def alive(model: nn.Module, backward: bool = True) -> Iterator[None]:
     if not watched and not whole:
         raise AliveError("no adapter is active on this model; attach one, or switch it on with use(model, {name: 1.0})")
     called: set[Adapter] = set()
-
-    def note(module: nn.Module, *_: Any) -> None:
-        assert isinstance(module, Adapter)
-        called.add(module)
-
-    hooks = [adapter.register_forward_hook(note) for adapter in watched]
+    layers = [module.adapters for module in model.modules() if isinstance(module, Adapted)]
+    for layer in layers:
+        layer.witness = called.add
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for layer in layers:
+            layer.witness = None
     silent = [a.site.key for a in watched if a not in called]
     if silent:
         raise AliveError(

@@ -83,16 +83,16 @@ class DoRA(Static):
 
     def delta(self, p: Tensors, weight: Tensor) -> Tensor:
         """Return `g (W + dW) - W`."""
-        gain = self._gain(p, weight).view(-1, *[1] * (weight.dim() - 1))
+        gain = self.gain(p, weight).view(-1, *[1] * (weight.dim() - 1))
         return gain * (weight + self.inner.delta(p, weight)) - weight
 
     def branch(self, p: Tensors, call: Call) -> Tensor:
         """Return `(g - 1) y0 + g inner(x)`; a low-rank inner never forms its dW."""
-        gain = self._gain(call.kept, call.weight)
+        gain = self.gain(call.kept, call.weight)
         inner = self.inner.branch(p, call)
         return call.scale((gain - 1).to(call.y.dtype), call.y0) + call.scale(gain.to(inner.dtype), inner)
 
-    def _gain(self, p: Tensors, weight: Tensor) -> Tensor:
+    def gain(self, p: Tensors, weight: Tensor) -> Tensor:
         """Return g, with the norm detached; a row of V that is 0 has no direction to stretch and stays 0."""
         with torch.no_grad():
             if isinstance(self.inner, LowRank):

@@ -95,15 +95,15 @@ class LoRA(LowRank):
 
     def factors(self, p: Tensors) -> tuple[Float[Tensor, "r in *kernel"], Float[Tensor, "out rg"]]:
         """Return `(A, s B)`, or the same of rank 2r where the start is taken off."""
-        down, up = self._pair(p)
-        return down, self.scale * up
+        down, up, scale = self.pair(p)
+        return down, scale * up
 
-    def _pair(self, p: Tensors) -> tuple[Tensor, Tensor]:
-        """Return `(A, B)`, or `([A; A - A0], [B - B0, B0])`, whose product is `B A - B0 A0`."""
+    def pair(self, p: Tensors) -> tuple[Tensor, Tensor, float]:
+        """Return `(A, B, s)`, or `([A; A - A0], [B - B0, B0], s)`, whose product is `s (B A - B0 A0)`."""
         down, up = p["down"], p["up"]
         if not self.init_.keeps_start:
-            return down, up
+            return down, up, self.scale
         groups = down.shape[0] // up.shape[1]
         by_group = [t.reshape(groups, -1, *down.shape[1:]) for t in (down, down - p["down_start"])]
         stacked = torch.cat(by_group, dim=1).flatten(0, 1)  # each group's rows stay together
-        return stacked, torch.cat([up - p["up_start"], p["up_start"]], dim=1)
+        return stacked, torch.cat([up - p["up_start"], p["up_start"]], dim=1), self.scale

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorakit.errors import LorakitError
+from lorakit.inject.fuse import fuse
 from lorakit.inject.penalty import penalty
 from lorakit.planning.pace import Duration, Measured, from_steps
 from lorakit.training.arguments import make_plan, widen
@@ -60,6 +61,8 @@ def calibrate(recipe: Recipe) -> Calibration:
     with quiet():
         stage = build_stage(recipe)
         attached(recipe, stage, None)
+        if recipe.train.fused:
+            fuse(stage.model)
         if recipe.train.checkpointing:
             stage.model.activation_checkpointing_enable({"use_reentrant": False})
         model, dtype = stage.model, stage.model.dtype  # a widened model no longer says which it was

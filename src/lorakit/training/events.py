@@ -8,6 +8,7 @@ behind the last checkpoint are told again; the later line counts.
     data        part (train, validation), and the counts of its report
     example     runs [[text, trained, special]] of the first example: what is context and what is trained
     targets     patterns {pattern: modules}, trainable_parameters, base_parameters, trained_whole
+    fused       runs {kind: modules} that compute together or keep less, plain {reason: modules} that do not
     plan        task, device, dtype, steps, steps_per_epoch, batch_rows, accumulation, lr, evaluate_every_steps,
                 save_every_steps, packed and why
     step        loss (of the data; a method's penalty is not in it), lr, gradient_norm (null in a step that fp16's

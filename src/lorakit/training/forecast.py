@@ -22,6 +22,7 @@ from lorakit.core.site import layer_of
 from lorakit.core.spec import AdapterSpec
 from lorakit.errors import LorakitError
 from lorakit.inject.attach import attach
+from lorakit.inject.fuse import fuse
 from lorakit.inject.penalty import penalty
 from lorakit.planning.memory import Parts
 from lorakit.training.arguments import widen
@@ -57,6 +58,7 @@ class Load:
     dtype: torch.dtype = torch.float32
     quant: QuantSection | None = None
     optimizer: str = "adamw"
+    fused: bool = True
 
 
 def forecast(model: PreTrainedModel, spec: AdapterSpec, load: Load, evaluation: Parts | None = None) -> Rehearsal:
@@ -110,6 +112,8 @@ def scene(
 
     def prepare(made: nn.Module) -> None:
         attach(made, spec)
+        if load.fused:
+            fuse(made)
         widen(made)
         if load.checkpointing:
             made.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]

@@ -269,7 +269,8 @@ def _load(recipe: Recipe, model: Any, stage: Stage | None) -> Load:
         length = stage.train.report.max_length if stage.packed else max(row_lengths(stage.train.dataset))
         rows, packed = min(stage.batch_rows, len(stage.train.dataset)), stage.packed
     classes = recipe.task == "classification" or (stage is not None and stage.task == "classification")
-    return Load(rows, length, packed, classes, train.checkpointing, _dtype(recipe), recipe.quant, train.optimizer)
+    return Load(rows, length, packed, classes, train.checkpointing, _dtype(recipe), recipe.quant, train.optimizer,
+                train.fused)  # fmt: skip
 
 
 def _dtype(recipe: Recipe) -> torch.dtype:

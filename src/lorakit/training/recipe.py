@@ -213,6 +213,7 @@ class TrainSection(Section):
     keep: int = Field(default=2, ge=1, le=MANY)
     patience: int | None = Field(default=None, ge=1, le=MANY)
     checkpointing: bool = False
+    fused: bool = True
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     seed: int = Field(default=0, ge=0, le=SEEDS)

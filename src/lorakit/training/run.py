@@ -134,6 +134,7 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
     from transformers import set_seed
 
     from lorakit.data.preview import example
+    from lorakit.inject.fuse import fuse
     from lorakit.training.base import choose_device
     from lorakit.training.checkpoints import Memory, checkpoints, fingerprint, refuse_changes, refuse_damaged
     from lorakit.training.flow import Interrupt
@@ -161,10 +162,13 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
         log.append("example", runs=[list(run) for run in example(stage.train, stage.tokenizer)])
     patterns = target_counts(stage)
     handle = attached(recipe, stage, saved)
+    fusion = fuse(stage.model) if recipe.train.fused else None
     trainable = sum(p.numel() for p in handle.parameters())
     base = sum(p.numel() for p in stage.model.parameters()) - trainable
     log.append("targets", patterns=patterns, trainable_parameters=trainable, base_parameters=base,
                trained_whole=list(stage.spec.train))  # fmt: skip
+    if fusion is not None:
+        log.append("fused", **fusion.counts())
     folder.write(output / folder.RECIPE, recipe.to_yaml())
     trainer = _trainer(recipe, stage, output, log, progress, interrupt, data)
     with interrupt.heard():

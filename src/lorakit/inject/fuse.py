@@ -1,0 +1,252 @@
+"""Let a model compute faster what it computes anyway: adapted layers together, norms and activations that keep less.
+
+`fuse(model)` looks at every module once and says which run fused and which not and why. What a module does is read from
+the code of its forward, not guessed from its name, so a model that computes something else is left alone. Whatever the
+conditions of a call exclude (a weight per row, several adapters at once, autocast) takes the plain way, call by call.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.adapters import Adapted
+from lorakit.core.fronts import Front, base_class, put_in_front, take_from_front
+from lorakit.core.method import LowRank, Stretched
+from lorakit.inject.together import Together, takes
+from lorakit.kernels.gated import activated, gated
+from lorakit.kernels.norms import layer_norm, rms_norm
+from lorakit.kernels.remade import forget
+
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"),
+            ("gate_proj", "up_proj"))  # fmt: skip
+"""Names of layers beside each other that a block calls one after the other with one input."""
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What of a model runs fused: for each path what it is part of, and for the others why not."""
+
+    fused: dict[str, str]
+    plain: dict[str, str]
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Return how many modules run as what, and for which reason others do not, the most frequent first."""
+        parts = {"runs": Counter(self.fused.values()), "plain": Counter(self.plain.values())}
+        return {part: dict(counter.most_common()) for part, counter in parts.items()}
+
+
+def fuse(model: nn.Module) -> Fusion:
+    """Make the adapted layers of a model, and the norms and activations between them, run fused where they can."""
+    did: dict[str, str] = {}
+    refused: dict[str, str] = {}
+    modules = dict(model.named_modules())
+    alone: list[str] = []
+    inside: set[str] = set()
+    for path, module in modules.items():
+        if isinstance(module, Adapted):
+            if (why := _why_not(cast(nn.Module, module))) is None:
+                alone.append(path)
+            else:
+                refused[path] = why
+        elif (front := _front_of(module)) is not None and path not in inside:
+            put_in_front(module, front)
+            if front.what:
+                did[path] = front.what
+            if front is FusedGatedMLP:
+                inside.add(f"{path}.act_fn")
+    for paths in _neighbours(alone):
+        together = Together([modules[path] for path in paths])
+        for path in paths:
+            modules[path].adapters.fast = together
+            did[path] = "adapted layers sharing an input" if len(paths) > 1 else "adapted layers"
+    return Fusion(did, refused)
+
+
+def unfuse(model: nn.Module) -> None:
+    """Undo `fuse`."""
+    for module in model.modules():
+        if isinstance(module, Adapted):
+            module.adapters.fast = None
+        for front in _FRONTS:
+            take_from_front(module, front)
+
+
+def _why_not(module: nn.Module) -> str | None:
+    """Return why an adapted layer can never run fused, or None."""
+    for _, adapter in module.adapters.named():  # type: ignore[union-attr,operator]
+        method: Any = adapter.method
+        site = adapter.site
+        if site.kind not in ("linear", "transposed-linear"):
+            return f"a layer of kind {site.kind}"
+        if not isinstance(method.inner if isinstance(method, Stretched) else method, LowRank):
+            return f"{method.name} is no product of two factors"
+        if site.rows is not None:
+            return "an update of some rows of a fused layer"
+        if isinstance(method, Stretched) and not adapter.host.store.lossless:
+            return f"{adapter.method.name} on a packed weight"
+    return None
+
+
+def _neighbours(paths: Iterable[str]) -> list[list[str]]:
+    """Return the paths in groups that read one input, the others alone."""
+    groups: dict[tuple[str, Any], list[str]] = {}
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        which = next((i for i, names in enumerate(TOGETHER) if name in names), name)
+        groups.setdefault((parent, which), []).append(path)
+    return list(groups.values())
+
+
+# ---- norms and activations ----
+
+
+class _Fused(Front):
+    """What stands in front of a module that computes a known formula; it acts where a gradient is wanted."""
+
+    renames = False
+    what = ""
+
+    @property
+    def _acts(self) -> bool:
+        module = cast(nn.Module, self)
+        return torch.is_grad_enabled() and not any(
+            p.requires_grad for p in module._parameters.values() if p is not None
+        )
+
+
+class FusedRMSNorm(_Fused):
+    """Llama's RMSNorm and its kin."""
+
+    what = "norms"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the norm of `x`."""
+        if not (self._acts and takes(x) and x.requires_grad):
+            return super().forward(x)  # type: ignore[misc,no-any-return]
+        eps = getattr(self, "variance_epsilon", None) or self.eps  # type: ignore[attr-defined]
+        return rms_norm(x, self.weight, eps, from_one=_code(base_class(self).forward) == _GEMMA)  # type: ignore[attr-defined,arg-type]
+
+
+class FusedLayerNorm(_Fused):
+    """torch's LayerNorm."""
+
+    what = "norms"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the norm of `x`."""
+        if not (self._acts and takes(x) and x.requires_grad):
+            return super().forward(x)  # type: ignore[misc,no-any-return]
+        return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)  # type: ignore[attr-defined]
+
+
+class FusedActivation(_Fused):
+    """An activation that stands between two layers."""
+
+    what = "activations"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `f(x)`."""
+        if not (self._acts and takes(x) and x.requires_grad):
+            return super().forward(x)  # type: ignore[misc,no-any-return]
+        return activated(x, cast(str, _activation(self)))
+
+
+class Recomputed(_Fused):
+    """A block that checkpointing may compute again, from its input alone: how that was made is lost by then."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the block's output."""
+        if getattr(self, "gradient_checkpointing", False):
+            for given in (*args, *kwargs.values()):
+                forget(given)
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+class FusedGatedMLP(_Fused):
+    """`down(f(gate(x)) * up(x))`."""
+
+    what = "gated MLPs"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output."""
+        if not (torch.is_grad_enabled() and takes(x)) or isinstance(self, Adapted):
+            return super().forward(x)  # type: ignore[misc,no-any-return]
+        gate, up = self.gate_proj(x), self.up_proj(x)  # type: ignore[attr-defined]
+        return self.down_proj(gated(gate, up, cast(str, _activation(self.act_fn))))  # type: ignore[attr-defined,no-any-return]
+
+
+_FRONTS = (Recomputed, FusedRMSNorm, FusedLayerNorm, FusedActivation, FusedGatedMLP)
+
+_LLAMA = """input_dtype = x.dtype
+x = x.to(torch.float32)
+variance = x.pow(2).mean(-1, keepdim=True)
+x = x * torch.rsqrt(variance + self.variance_epsilon)
+return self.weight * x.to(input_dtype)"""
+_GEMMA = """output = self._norm(x.float())
+output = output * (1.0 + self.weight.float())
+return output.type_as(x)"""
+_GEMMA_NORM = "return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)"
+_MLP = """down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+return down_proj"""
+
+_NAMED = {
+    "SiLUActivation": "silu", "SiLU": "silu", "GELUActivation": "gelu", "NewGELUActivation": "gelu-tanh",
+    "GELUTanh": "gelu-tanh", "PytorchGELUTanh": "gelu-tanh", "FastGELUActivation": "gelu-tanh",
+    "QuickGELUActivation": "gelu-quick", "ReLU": "relu",
+}  # fmt: skip
+"""torch's and transformers' activations, whose names are their formulas."""
+
+
+def _front_of(module: nn.Module) -> type[_Fused] | None:
+    """Return what may stand in front of a module that is not adapted itself."""
+    cls = base_class(module)
+    if any(c.__name__ == "GradientCheckpointingLayer" for c in cls.__mro__):
+        return Recomputed
+    if cls is nn.LayerNorm:
+        return FusedLayerNorm
+    if cls is nn.GELU or cls.__name__ in _NAMED:
+        return FusedActivation if _activation(module) is not None else None
+    if cls.__name__.endswith("Norm"):
+        code = _code(cls.forward)
+        gemma = code == _GEMMA and _code(getattr(cls, "_norm", None)) == _GEMMA_NORM
+        return FusedRMSNorm if code == _LLAMA or gemma else None
+    if hasattr(module, "gate_proj") and _code(cls.forward) == _MLP and _activation(module.act_fn) is not None:
+        return FusedGatedMLP
+    return None
+
+
+def _activation(module: Any) -> str | None:
+    """Return the kernel's name of an activation module, or None for one it does not know."""
+    cls = base_class(module) if isinstance(module, nn.Module) else type(module)
+    if cls is nn.GELU:
+        return "gelu-tanh" if module.approximate == "tanh" else "gelu"
+    ours = cls.__module__ in ("torch.nn.modules.activation", "transformers.activations")
+    return _NAMED.get(cls.__name__) if ours else None
+
+
+@cache
+def _code(function: Any) -> str:
+    """Return the statements of a function of one argument, called `x`, without comments; "" without a source."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return ""
+    definition = tree.body[0]
+    if not isinstance(definition, ast.FunctionDef) or len(definition.args.args) != 2:
+        return ""
+    given = definition.args.args[1].arg
+    for node in ast.walk(definition):
+        if isinstance(node, ast.Name) and node.id == given:
+            node.id = "x"
+    body = [s for s in definition.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
+    return "\n".join(map(ast.unparse, body))

@@ -1,0 +1,104 @@
+"""Adapted layers that compute in one function, those that read one input together.
+
+Whether a call can go this way is asked at every call: a weight per row, several adapters at once, a weight that is
+trained itself or autocast take the plain way.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.method import Method
+from lorakit.kernels.low_rank import Layer, low_rank_linear
+
+
+class Together:
+    """Layers that read one input: the first that is called computes all of them, and the others find their outputs."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._modules = modules
+        self._held: tuple[Tensor, int, dict[nn.Module, Tensor]] | None = None
+
+    def __call__(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """Return the adapted output of `module`, or None where the plain way must be taken."""
+        if self._held is not None:
+            read, version, waiting = self._held
+            if read is x and x._version == version and module in waiting:
+                y = waiting.pop(module)
+                self._held = self._held if waiting else None
+                return y
+            self._held = None
+        if not takes(x):
+            return None
+        if len(self._modules) == 1 or not torch.is_grad_enabled():
+            found = _layer(module, x)
+            return None if found is None else low_rank_linear(x, (found[0],), found[1])[0]
+        every = [_layer(each, x) for each in self._modules]
+        rates = {found[1] for found in every if found is not None}
+        if None in every or len(rates) > 1:
+            return None
+        layers = [found[0] for found in every if found is not None]
+        waiting = dict(zip(self._modules, low_rank_linear(x, layers, rates.pop()), strict=True))
+        y = waiting.pop(module)
+        self._held = (x, x._version, waiting)
+        return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle without what an interrupted forward left."""
+        return {"_modules": self._modules, "_held": None}
+
+
+def takes(x: Tensor) -> bool:
+    """Return whether an input of this kind, in the context it comes in, can go the fused way."""
+    return (
+        x.dtype.is_floating_point
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.compiler.is_exporting()
+    )
+
+
+def _layer(module: nn.Module, x: Tensor) -> tuple[Layer, float] | None:
+    """Return an adapted layer as the kernel takes it, and the dropout of its update, or None where it cannot."""
+    adapters: Any = module._modules["adapters"]
+    weights, own = adapters.weights, adapters._modules["by_name"]._modules
+    if len(own) != 1 or len(weights) != 1:
+        return None
+    ((name, adapter),) = own.items()
+    by = weights.get(name)
+    if not isinstance(by, float) or adapter._forward_hooks:
+        return None
+    method, p = adapter.method, adapter._parameters
+    if adapter._buffers:
+        p = {**p, **adapter._buffers}
+    stretched, scaled = _traits(type(method))
+    inner = method.inner if stretched else method
+    if scaled or (stretched and _traits(type(inner))[1]):
+        down, up, scale = inner.pair(p)
+    else:
+        (down, up), scale = inner.factors(p), 1.0
+    if down.device != x.device:
+        return None
+    dropout = adapter.dropout if adapter.training else 0.0
+    if not adapter.host.store.lossless:
+        return Layer(down, up, by * scale, base=module.base_forward(x)), dropout  # type: ignore[operator]
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    assert weight is not None
+    if weight.dtype != x.dtype or weight.requires_grad or (bias is not None and bias.requires_grad):
+        return None
+    gain = None
+    if stretched:
+        if by != 1.0:
+            return None
+        gain = method.gain(p, adapter.host.store.read(module))
+    return Layer(down, up, by * scale, weight, bias, adapter.site.kind == "transposed-linear", gain), dropout
+
+
+@cache
+def _traits(method: type[Method]) -> tuple[bool, bool]:
+    """Return whether a method is `Stretched`, and `Scaled`: asked of its class, as a protocol is slow to ask."""
+    return hasattr(method, "gain"), hasattr(method, "pair")

@@ -1,0 +1,1 @@
+"""Fast twins of plain formulas, each held equal to its plain twin."""

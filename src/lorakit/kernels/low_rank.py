@@ -1,0 +1,173 @@
+"""Linear layers that read one input, each with its low-rank update: one autograd function for all of them.
+
+    y_i = g_i * (x W_i^T + s_i drop(x) A_i^T B_i^T) + b_i
+
+The plain twin is the base layer plus `LowRank.branch` (DoRA's for the gain g), layer by layer. Here the layers of one
+input, such as query, key and value, share the input that is kept, the mask of the dropout, one product with all A_i and
+one buffer for the gradient of x. Kept for backward are x (or what it is made from, kernels/remade.py) and the thin
+products `drop(x) A^T`; with a gain also the unstretched outputs. The frozen weights get no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lorakit.kernels.dropout import draw_seed, keep_mask
+from lorakit.kernels.remade import Remade, remade
+
+
+class Layer(NamedTuple):
+    """One frozen layer and its update.
+
+    `weight (out, in)`, or `(in, out)` if `transposed`; `bias (out,)`; `down (r, in)`, `up (out, r)` in any float dtype,
+    `scale` a number, `gain (out,)`. With `base (..., out)`, the layer's own output, the update is added to it in place,
+    and `weight` is not read: a packed layer makes its output and the gradient of its input itself.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    transposed: bool = False
+    gain: Tensor | None = None
+    base: Tensor | None = None
+
+
+def low_rank_linear(x: Tensor, layers: Sequence[Layer], dropout: float = 0.0) -> tuple[Tensor, ...]:
+    """Return the outputs `(..., out_i)` of the layers on `x (..., in)`; `dropout` is the rate of the updates' input."""
+    seed = draw_seed(x) if dropout else 0
+    if torch.is_grad_enabled():
+        tensors = [t for layer in layers for t in (layer.down, layer.up, layer.gain, layer.base)]
+        if any(t is not None and t.requires_grad for t in (x, *tensors)):
+            made: tuple[Tensor, ...] = _LowRankLinear.apply(x, tuple(layers), dropout, seed, remade(x), *tensors)  # type: ignore[no-untyped-call]
+            return made
+    thin = _thinned(x, dropout, seed) if dropout else x
+    return tuple([_one(x, thin, layer) for layer in layers])
+
+
+def _thinned(x: Tensor, dropout: float, seed: int) -> Tensor:
+    mask, factor = keep_mask(x, dropout, seed)
+    return torch.where(mask, x, 0.0).mul_(factor)
+
+
+def _one(x: Tensor, thin: Tensor, layer: Layer) -> Tensor:
+    """Return one layer's output where nothing is kept: three calls, for a single row's sake."""
+    y, down, up = _base(x, layer), layer.down, layer.up
+    if down.dtype != x.dtype:
+        down, up = down.to(x.dtype), up.to(x.dtype)
+    _flat(y).addmm_(_flat(F.linear(thin, down)), up.t(), alpha=layer.scale)
+    return y if layer.gain is None else _stretched(y, layer)
+
+
+def _base(x: Tensor, layer: Layer) -> Tensor:
+    """Return the layer's own output; without the bias where a gain follows."""
+    if layer.base is not None:
+        return layer.base
+    assert layer.weight is not None
+    weight = layer.weight.t() if layer.transposed else layer.weight
+    return F.linear(x, weight, layer.bias if layer.gain is None else None)
+
+
+def _stretched(z: Tensor, layer: Layer) -> Tensor:
+    """Return `g z + b`."""
+    assert layer.gain is not None
+    y = z * layer.gain.to(z.dtype)
+    return y if layer.bias is None else y.add_(layer.bias)
+
+
+def _flat(t: Tensor) -> Tensor:
+    return t if t.dim() == 2 else t.view(-1, t.shape[-1])
+
+
+class _LowRankLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, layers: tuple[Layer, ...], dropout: float, seed: int, how: Remade | None, *_: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        rows = x.reshape(-1, x.shape[-1])
+        thin = rows
+        if dropout:
+            mask, factor = keep_mask(rows, dropout, seed)
+            thin = torch.where(mask, rows, 0.0)
+        hidden = thin @ torch.cat([layer.down for layer in layers]).to(x.dtype).t()
+        if dropout:
+            hidden.mul_(factor)
+        outs, unstretched = [], []
+        for layer, part in zip(layers, torch.split(hidden, [len(layer.down) for layer in layers], 1), strict=True):
+            y = _base(x, layer)
+            _flat(y).addmm_(part, layer.up.to(x.dtype).t(), alpha=layer.scale)
+            if layer.gain is not None:
+                unstretched.append(y)
+                y = _stretched(y, layer)
+            outs.append(y)
+        ctx.mark_dirty(*(layer.base for layer in layers if layer.base is not None))
+        ctx.reads_x = any(ctx.needs_input_grad[5::4])  # only the gradients of A do
+        ctx.make = how.make if how is not None else None
+        kept = () if not ctx.reads_x else (rows,) if how is None else how.kept
+        ctx.dropout, ctx.seed, ctx.shape = dropout, seed, x.shape
+        ctx.fixed = [(layer.scale, layer.transposed, layer.base is None, layer.gain is not None) for layer in layers]
+        own = [t for layer in layers for t in (layer.down, layer.up, layer.weight, layer.gain) if t is not None]
+        ctx.save_for_backward(hidden, *own, *unstretched, *kept)
+        return tuple(outs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad
+        saved = iter(ctx.saved_tensors)
+        hidden = next(saved)
+        layers = [
+            (next(saved), next(saved), next(saved) if owns else None, next(saved) if gains else None)
+            for _, _, owns, gains in ctx.fixed
+        ]
+        unstretched = [next(saved) if gains else None for _, _, _, gains in ctx.fixed]
+        kept = tuple(saved)
+        ranks = [len(down) for down, *_ in layers]
+        thin_grad = torch.empty_like(hidden)
+        x_grad: Tensor | None = None
+        found: list[Tensor | None] = [None] * (4 * len(layers))
+        columns = zip(torch.split(hidden, ranks, 1), torch.split(thin_grad, ranks, 1), strict=True)
+        parts = zip(layers, ctx.fixed, grads, unstretched, columns, strict=True)
+        for i, ((_, up, weight, gain), (scale, transposed, *_), grad, z, (part, part_grad)) in enumerate(parts):
+            dy = grad.reshape(-1, grad.shape[-1])
+            if gain is not None and z is not None:
+                found[4 * i + 2] = (dy * _flat(z)).sum(0, dtype=gain.dtype)
+                dy = dy * gain.to(dy.dtype)
+            torch.mm(dy, up.to(dy.dtype), out=part_grad)
+            if needs[5 + 4 * i + 1]:
+                found[4 * i + 1] = (part.t() @ dy).t().to(up.dtype).mul_(scale)
+            if scale != 1.0:
+                part_grad.mul_(scale)
+            if needs[0] and weight is not None:
+                forth = weight.t() if transposed else weight
+                x_grad = dy @ forth if x_grad is None else x_grad.addmm_(dy, forth)
+            if weight is None:
+                found[4 * i + 3] = grad
+        downs = torch.cat([down for down, *_ in layers])
+        mask = None
+        if ctx.dropout:
+            mask, factor = keep_mask(hidden.new_empty(len(hidden), downs.shape[1]), ctx.dropout, ctx.seed)
+            thin_grad.mul_(factor)
+        if needs[0]:
+            x_grad = _with_updates(x_grad, thin_grad, downs.to(thin_grad.dtype), mask).view(ctx.shape)
+        if ctx.reads_x:
+            rows = (kept[0] if ctx.make is None else ctx.make(*kept)).reshape(-1, ctx.shape[-1])
+            thin = rows if mask is None else torch.where(mask, rows, 0.0)
+            for i, down_grad in enumerate(torch.split((thin_grad.t() @ thin).to(downs.dtype), ranks)):
+                found[4 * i] = down_grad if needs[5 + 4 * i] else None
+        return (x_grad, None, None, None, None, *found)
+
+
+def _with_updates(x_grad: Tensor | None, thin_grad: Tensor, downs: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the gradient of x through the layers plus that through the updates."""
+    if mask is not None:
+        through = (thin_grad @ downs).mul_(mask)
+        return through if x_grad is None else x_grad.add_(through)
+    return thin_grad @ downs if x_grad is None else x_grad.addmm_(thin_grad, downs)
