@@ -60,6 +60,8 @@ def test_a_model_cannot_steer_the_terminal() -> None:
     assert printable("a\x1b[2Jb\r\x07\n\tñ") == "a\ufffd[2Jb\ufffd\ufffd\n\tñ"
 
 
-@pytest.mark.parametrize(("seconds", "words"), [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1:00"), (3723, "1:02:03")])
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0, "0 s"), (0.4, "0.4 s"), (59.4, "59 s"), (59.6, "1:00"), (3723, "1:02:03")]
+)
 def test_durations_read_like_a_clock(seconds: float, words: str) -> None:
     assert duration(seconds) == words

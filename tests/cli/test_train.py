@@ -23,9 +23,11 @@ def test_a_run_shows_its_data_targets_plan_and_steps(finished: tuple[Path, Resul
     assert re.search(r"^train +\S+train\.jsonl: 48 rows, format prompt\+completion$", said, re.MULTILINE), said
     assert re.search(r"^example .*\[\[marked\]\]:\n[a-j ]+=\[\[[^]]+\]\]$", said, re.MULTILINE), said
     assert re.search(r"^targets +all-linear: 14 layers$", said, re.MULTILINE), said
-    assert re.search(r"^trainable +[\d,]+ parameters, [\d.]+% of the base's [\d,]+$", said, re.MULTILINE), said
+    assert re.search(r"^trainable +[\d,]+ parameters, 10\.22 % of base \([\d,]+\) and adapter$", said, re.MULTILINE), (
+        said
+    )
     assert re.search(r"^plan +6 steps of 8 rows \(one example a row\), lr 0\.005, on cpu in float32$", said, re.M), said
-    step = r"^step 1/6  loss [\d.]+  lr [\d.e+-]+  [\d,]+ tokens/s  [\d:]+( s)? left  [\d.]+ [MG]B$"
+    step = r"^step 1/6  loss [\d.]+  lr [\d.e+-]+  [\d,]+ tokens/s  [\d:.]+( s)? left  process peak [\d.]+ [MG]B$"
     assert re.search(step, said, re.MULTILINE), said
     assert re.search(r"^step \d: validation loss [\d.]+", said, re.MULTILINE), said
 
@@ -33,6 +35,9 @@ def test_a_run_shows_its_data_targets_plan_and_steps(finished: tuple[Path, Resul
 def test_a_finished_run_names_the_next_commands(finished: tuple[Path, Result]) -> None:
     folder, result = finished
     assert result.stdout.startswith("6 steps in ")
+    assert re.search(r" tokens/s, process peak of memory [\d.]+ [MG]B$", result.stdout, re.MULTILINE), (
+        "libraries and all"
+    )
     for verb in (f"lorakit evaluate {folder}\n", f"lorakit generate {folder} --prompt", f"lorakit merge {folder} "):
         assert f"  {verb}" in result.stdout
 

@@ -205,7 +205,6 @@ def test_llama_2_7b_has_the_published_numbers_of_parameters() -> None:
     every = here.count(lora(16))
     assert every.trainable_parameters == 39_976_960
     assert round(every.percent, 4) == 0.5898  # of base and adapter together, as PEFT prints it
-    assert round(every.percent_of_base, 4) == 0.5933  # of the base alone: 39,976,960 / 6,738,415,616
     assert here.count(lora(64)).trainable_parameters == 159_907_840
     assert here.count(AdapterSpec(DoRA(LoRA(16, 32.0)))).trainable_parameters == 39_976_960 + 32 * (
         5 * 4096 + 2 * 11008

@@ -50,6 +50,16 @@ def test_an_unknown_name_is_refused_in_both_readings_with_the_near_ones(
         load_base(str(tmp_path / "empty"))
 
 
+def test_a_directory_without_a_tokenizer_is_named_with_what_to_do(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(LorakitError) as refused:
+        load_tokenizer(str(tmp_path / "bare"))
+    assert str(refused.value) == (
+        f"the directory {tmp_path / 'bare'} has no tokenizer, so no text can be read; copy tokenizer.json and "
+        "tokenizer_config.json into it from where the model came from (tokenizer.save_pretrained writes them)"
+    )
+
+
 def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(tmp_path: Path) -> None:
     small = save_base(tmp_path / "small", vocabulary=200)
     with pytest.raises(DataError, match=r"ids go up to 266 \('ab'\), the model has only 200 rows"):

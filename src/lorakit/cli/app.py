@@ -1,7 +1,8 @@
 """The verbs in one place, and what happens when one fails.
 
-Exit codes: 0 it worked; 2 the user can repair it (`error: ...`, no traceback); 130 interrupted; an unexpected exception
-is our bug and keeps its traceback. Nothing heavy is imported here: a verb imports what it needs when it runs.
+Exit codes: 0 it worked; 2 the user can repair it (`error: ...`, no traceback); 130 interrupted; 141 nobody reads what
+it says any more (`| head`), as of any program that SIGPIPE ends; an unexpected exception is our bug and keeps its
+traceback. Nothing heavy is imported here: a verb imports what it needs when it runs.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ class Verbs(TyperGroup):
         as_json = "--json" in arguments
         try:
             code = self._answer(arguments, prog_name, extra, as_json)
+        except BrokenPipeError:  # an error that nobody reads
+            code = _unread()
         except OSError as error:
             if error.errno not in _ENVIRONMENT:
                 raise
@@ -68,9 +71,11 @@ class Verbs(TyperGroup):
             return 130
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the verb; Ctrl-C gives one line, with the way to go on where the verb knows one."""
+        """Run the verb; Ctrl-C gives one line, with the way to go on where the verb knows one, a closed pipe none."""
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:
+            raise typer.Exit(_unread()) from None
         except KeyboardInterrupt as stop:
             hint = f"; {stop}" if str(stop) else ""
             print(f"\ninterrupted{hint}", file=sys.stderr)
@@ -107,8 +112,14 @@ def options(
     """Make a pretrained model yours with a low-rank update: plan, train, evaluate, generate, merge, convert."""
 
 
+def _unread() -> int:
+    """End the output that nobody reads any more, and return the exit code for that."""
+    _discard_output()
+    return 141
+
+
 def _discard_output() -> None:
-    """Send what is still buffered for a full standard output to nowhere, so that ending says nothing more of it."""
+    """Send what is still buffered for an output that takes no more to nowhere, so that ending says nothing of it."""
     with suppress(OSError, ValueError):  # a stream without a descriptor has nothing to end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from lorakit.cli.example import show_example
-from lorakit.cli.screen import Screen, console, duration, size
+from lorakit.cli.screen import Screen, console, duration, peak, size
 
 LINES = 20  # step lines of a whole run, where there is no terminal
 
@@ -20,6 +20,7 @@ class Progress:
         self._live: Any = None
         self._task: Any = None
         self._steps = 0
+        self._device = "cpu"
         self.interrupted = False
 
     def __enter__(self) -> Progress:
@@ -59,7 +60,9 @@ class Progress:
         for place, (pattern, count) in enumerate(event["patterns"].items()):
             self._print(f"{'targets' if place == 0 else '':<11} {pattern}: {count} layers")
         trained, base = event["trainable_parameters"], event["base_parameters"]
-        self._print(f"{'trainable':<11} {trained:,} parameters, {trained / max(base, 1):.2%} of the base's {base:,}")
+        self._print(
+            f"{'trainable':<11} {trained:,} parameters, {event['percent']:.4g} % of base ({base:,}) and adapter"
+        )
         if event.get("trained_whole"):
             self._print(f"{'whole':<11} {', '.join(event['trained_whole'])}")
 
@@ -71,7 +74,7 @@ class Progress:
 
     def _on_plan(self, event: dict[str, Any]) -> None:
         packed = "packed" if event["packed"] else "one example a row"
-        self._steps = event["steps"]
+        self._steps, self._device = event["steps"], event["device"]
         self._print(
             f"{'plan':<11} {_counted(event['steps'], 'step')} of "
             f"{_counted(event['batch_rows'] * event['accumulation'], 'row')} ({packed}), "
@@ -83,7 +86,7 @@ class Progress:
     def _on_step(self, event: dict[str, Any]) -> None:
         words = (
             f"loss {event['loss']:.4f}  lr {event['lr']:.1e}  {event['tokens_per_second']:,.0f} tokens/s  "
-            f"{duration(event['eta_seconds'])} left  {size(event['peak_memory_bytes'])}"
+            f"{duration(event['eta_seconds'])} left  {peak(self._device)} {size(event['peak_memory_bytes'])}"
         )
         step, steps = event["step"], event["steps"]
         if self._live is not None:

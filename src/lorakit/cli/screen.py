@@ -16,7 +16,8 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.report.words import size as size  # the words of pages and of the terminal are one
+from lorakit.report.words import duration as duration  # the words of pages and of the terminal are one
+from lorakit.report.words import size as size
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -96,8 +97,14 @@ def console(file: Any) -> Console:
     """Return a rich console that keeps our words as they are; on a pipe it writes plain text."""
     from rich.console import Console
 
+    class Ours(Console):
+        """A console that leaves the end of a pipe to `cli.app`, where rich would exit with 1."""
+
+        def on_broken_pipe(self) -> None:
+            raise
+
     width = None if file.isatty() else WIDTH
-    return Console(file=file, highlight=False, markup=False, emoji=False, width=width)
+    return Ours(file=file, highlight=False, markup=False, emoji=False, width=width)
 
 
 def table(title: str, *columns: str, rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> RenderableType:
@@ -125,12 +132,9 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def duration(seconds: float) -> str:
-    """Return seconds in words: `42 s`, `3:05`, `1:02:03`."""
-    if seconds < 59.5:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+def peak(device: str) -> str:
+    """Return what a run's peak of memory is of: torch counts it on CUDA, elsewhere it is all the process held."""
+    return "peak" if device.startswith("cuda") else "process peak"
 
 
 def quiet_libraries() -> None:

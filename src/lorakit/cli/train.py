@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorakit.cli.screen import Screen, duration, screen, size
+from lorakit.cli.screen import Screen, duration, peak, screen, size
 from lorakit.errors import LorakitError, RecipeError, SpecError
 from lorakit.training.folder import SUMMARY
 
@@ -117,7 +117,7 @@ def _summary(run: Run, recipe: Recipe, out: Screen) -> None:
         losses += f", validation loss {run.validation_loss:.4f} (best, at step {run.best_step})"
     out.say(
         f"{run.steps:,} {'step' if run.steps == 1 else 'steps'} in {duration(run.seconds)}: {losses}",
-        f"{run.tokens_per_second:,.0f} tokens/s, peak memory {size(run.peak_memory_bytes)}",
+        f"{run.tokens_per_second:,.0f} tokens/s, {peak(run.device)} of memory {size(run.peak_memory_bytes)}",
         f"the adapter is in {run.adapter_dir} ({run.trainable_parameters:,} parameters)",
         "",
         "next:",

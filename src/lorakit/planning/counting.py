@@ -93,15 +93,11 @@ class Counts:
         return self.adapter_parameters + sum(one.parameters for one in self.whole)
 
     @property
-    def percent_of_base(self) -> float:
-        """Return 100 * trainable / base."""
-        return 100 * self.trainable_parameters / self.total_parameters
-
-    @property
     def percent(self) -> float:
         """Return 100 * trainable / (base + all values of the adapter), the share that papers and PEFT print."""
-        together = self.total_parameters + self.adapter_parameters + self.frozen_in_adapter
-        return 100 * self.trainable_parameters / together
+        return percent(
+            self.trainable_parameters, self.total_parameters, self.adapter_parameters + self.frozen_in_adapter
+        )
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -170,6 +166,11 @@ class Spread:
             f"{self.pattern!r} catches every {self.layer}, whatever it is for ({caught}): {_modules(self.modules)} and "
             f"{self.parameters:,} parameters in all. If you do not mean them all:\n{listing(lines)}"
         )
+
+
+def percent(trainable: int, base: int, adapter: int) -> float:
+    """Return 100 * trainable / (base + all values of the adapter, trained or not): what is called the share trained."""
+    return 100 * trainable / (base + adapter)
 
 
 def count(spec: AdapterSpec, skeleton: Skeleton, shapes: Shapes, ties: Mapping[str, str] | None = None) -> Counts:

@@ -1,4 +1,4 @@
-"""Numbers in words, for pages: what the terminal says too, with a digit more where a number is small."""
+"""Numbers in words, for pages and for the terminal alike."""
 
 from __future__ import annotations
 

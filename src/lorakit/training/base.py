@@ -29,6 +29,7 @@ Task = Literal["causal-lm", "classification"]
 
 ASSETS = Path(__file__).parents[1] / "assets"
 _AUTO = {"causal-lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification"}
+_TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "sentencepiece*")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -77,6 +78,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     transformers = need("transformers", "train")
     check_place(name, "tokenizer*")
+    _check_tokenizer(name)
     with quiet(data=False), explained(name):
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(resolve(name))
     if tokenizer.pad_token_id is None:
@@ -277,6 +279,16 @@ def check_place(name: str, needed: str) -> None:
         raise LorakitError(
             f"the directory {place} is no model: it has no config.json, it "
             f"{f'holds {holds}' if found else 'is empty'}{adapter if is_adapter else ''}"
+        )
+
+
+def _check_tokenizer(name: str) -> None:
+    """Raise `LorakitError` for a directory without a file of any tokenizer."""
+    place = Path(resolve(name))
+    if place.is_dir() and not any(found for pattern in _TOKENIZERS for found in place.glob(pattern)):
+        raise LorakitError(
+            f"the directory {place} has no tokenizer, so no text can be read; copy tokenizer.json and "
+            "tokenizer_config.json into it from where the model came from (tokenizer.save_pretrained writes them)"
         )
 
 

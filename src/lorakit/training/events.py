@@ -7,7 +7,7 @@ behind the last checkpoint are told again; the later line counts.
     start       model, resumed_from_step, versions_changed {package: [then, now]}
     data        part (train, validation), and the counts of its report
     example     runs [[text, trained, special]] of the first example: what is context and what is trained
-    targets     patterns {pattern: modules}, trainable_parameters, base_parameters, trained_whole
+    targets     patterns {pattern: modules}, trainable_parameters, base_parameters, percent, trained_whole
     fused       runs {kind: modules} that compute together or keep less, plain {reason: modules} that do not
     plan        task, device, dtype, steps, steps_per_epoch, batch_rows, accumulation, lr, evaluate_every_steps,
                 save_every_steps, packed and why

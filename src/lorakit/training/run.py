@@ -55,6 +55,8 @@ class Run:
     lr: float
     labels: tuple[str, ...]
     data: dict[str, dict[str, Any]]
+    device: str = "cpu"
+    """Where it ran; the peak is that device's memory on CUDA, elsewhere that of the whole process."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as plain values."""
@@ -134,7 +136,10 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
     from transformers import set_seed
 
     from lorakit.data.preview import example
+    from lorakit.inject.attach import adapters_named
     from lorakit.inject.fuse import fuse
+    from lorakit.inject.sites import sites
+    from lorakit.planning.counting import percent
     from lorakit.training.base import choose_device
     from lorakit.training.checkpoints import Memory, checkpoints, fingerprint, refuse_changes, refuse_damaged
     from lorakit.training.flow import Interrupt
@@ -161,12 +166,13 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
     if saved is None:
         log.append("example", runs=[list(run) for run in example(stage.train, stage.tokenizer)])
     patterns = target_counts(stage)
+    base = sites(stage.model).total_parameters
     handle = attached(recipe, stage, saved)
     fusion = fuse(stage.model) if recipe.train.fused else None
     trainable = sum(p.numel() for p in handle.parameters())
-    base = sum(p.numel() for p in stage.model.parameters()) - trainable
+    own = {id(t): t.numel() for one in adapters_named(stage.model, handle.name) for t in one.tensors().values()}
     log.append("targets", patterns=patterns, trainable_parameters=trainable, base_parameters=base,
-               trained_whole=list(stage.spec.train))  # fmt: skip
+               percent=percent(trainable, base, sum(own.values())), trained_whole=list(stage.spec.train))  # fmt: skip
     if fusion is not None:
         log.append("fused", **fusion.counts())
     folder.write(output / folder.RECIPE, recipe.to_yaml())
@@ -301,6 +307,7 @@ def _finish(recipe: Recipe, stage: Stage, trainer: AdapterTrainer, output: Path,
         labels=stage.labels,
         data={"train": stage.train.report.to_json()}
         | ({"validation": stage.validation.report.to_json()} if stage.validation else {}),
+        device=str(stage.model.device),
     )
     folder.write(output / SUMMARY, json.dumps(run.to_json(), indent=2))
     return run
