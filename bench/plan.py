@@ -204,7 +204,7 @@ def one(name: str) -> None:
     began = time.perf_counter()
     from lorakit.inject.skeleton import config_of, on_meta
     from lorakit.planning.shapes import shape
-    from lorakit.training.planned import plan
+    from lorakit.training.plan import plan
 
     model = on_meta(config_of(shape(name)), "causal-lm")
     recipe = make_recipe({"model": name, "train": {"dtype": "bf16"}})

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from lorakit.methods.lora import LoRA
     from lorakit.persist import load, save
     from lorakit.training.groups import param_groups
-    from lorakit.training.planned import PlannedRun, plan
+    from lorakit.training.plan import plan
+    from lorakit.training.planned import PlannedRun
     from lorakit.training.recipe import Recipe, load_recipe
     from lorakit.training.run import Run, train
 
@@ -50,7 +51,7 @@ _WINDOW = {
     "merge": "lorakit.inject.merge",
     "param_groups": "lorakit.training.groups",
     "penalty": "lorakit.inject.penalty",
-    "plan": "lorakit.training.planned",
+    "plan": "lorakit.training.plan",
     "save": "lorakit.persist",
     "sites": "lorakit.inject.sites",
     "state": "lorakit.inject.attach",

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from lorakit.cli.screen import console, table
 from tests.cli.conftest import answer, invoke, write_recipe
 
 
@@ -67,10 +73,57 @@ def test_several_are_put_side_by_side(base: Path, tmp_path: Path) -> None:
     assert "compared" in invoke("plan", one, "--compare", other).stdout
 
 
+def test_a_comparison_ends_with_a_verdict(base: Path, tmp_path: Path) -> None:
+    one = write_recipe(tmp_path, base)
+    other = tmp_path / "other.yaml"
+    other.write_text(one.read_text().replace("rank: 4", "rank: 8"))
+    said = invoke("plan", one, "--compare", other, "--device", "RTX 4090", "--device", "A10").stdout.splitlines()[-4:]
+    assert said[0].startswith(f"smallest step: {one}, ")
+    assert re.fullmatch(rf"smallest adapter's file: {one}, [\d.]+ kB, [\d.]+ kB \(50%\) less than {other}", said[1])
+    assert said[2:] == [f"{device}: {one} fits, {other} fits" for device in ("RTX 4090", "A10")]
+
+
+def test_two_devices_have_two_times(base: Path, tmp_path: Path) -> None:
+    said = invoke("plan", write_recipe(tmp_path, base), "--device", "RTX 4090", "--device", "A10").stdout
+    for name in ("RTX 4090", "A10"):
+        assert re.search(rf"^on {name} about [\d.e-]+ s \(.*\): 35% of .* on 1 x {name}, assumed$", said, re.MULTILINE)
+
+
+def test_data_beside_a_shape_are_said_to_be_unread(tmp_path: Path) -> None:
+    said = invoke("plan", "--shape", "gpt2", "--set", f"data.train={tmp_path / 'train.jsonl'}").stdout
+    assert "train.jsonl was not read, as gpt2 is only a configuration and has no tokenizer" in " ".join(said.split())
+    assert "was not read" not in invoke("plan", "--shape", "gpt2").stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [("gpt2",), ("gpt2", "--json"), ("gpt5", "--json")], ids=["table", "json", "error"]
+)
+def test_a_pipe_that_closes_early_ends_it_quietly(arguments: tuple[str, ...]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = (sys.executable, "-m", "lorakit", "plan", "--shape", *arguments)
+    with os.fdopen(write, "wb") as closed:
+        ended = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 141
+    assert not re.search("Traceback|Exception", ended.stderr)
+
+
+def test_a_table_into_a_closed_pipe_is_no_success() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    closed = os.fdopen(write, "w")
+    with pytest.raises(BrokenPipeError):
+        console(closed).print(table("", "a", rows=[("1",)]))
+    with suppress(BrokenPipeError):
+        closed.close()
+
+
 def test_a_device_may_be_an_amount_of_memory(base: Path, tmp_path: Path) -> None:
     found = answer("plan", write_recipe(tmp_path, base), "--device", "24 GB")
     assert found["fits"][0]["verdict"] == "fits"
-    assert found["pace"]["duration"] is None, "nothing is known of its speed"
+    assert found["pace"]["times"] == {}, "nothing is known of its speed"
+    said = invoke("plan", tmp_path / "recipe.yaml", "--device", "24 GB").stdout
+    assert "no time on 24 GB: no throughput is known in fp32; --calibrate there" in said
 
 
 def test_a_page_is_written(base: Path, tmp_path: Path) -> None:
@@ -145,7 +198,7 @@ def test_modules_and_reasons_are_listed_on_demand(base: Path, tmp_path: Path) ->
 
 def test_a_few_real_steps_tell_the_time(base: Path, tmp_path: Path) -> None:
     found = answer("plan", write_recipe(tmp_path, base), "--calibrate")
-    assert "measured steps" in found["pace"]["duration"]["reason"]
+    assert "measured steps" in found["pace"]["times"]["this machine"]["duration"]["reason"]
     refused = invoke("plan", "--shape", "gpt2", "--calibrate")
     assert refused.exit_code == 2
     assert "--calibrate runs steps, so it needs a recipe with data.train" in refused.stderr

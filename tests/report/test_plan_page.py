@@ -18,10 +18,10 @@ from lorakit.planning.lint import Finding
 from lorakit.planning.memory import Forecast, Parts
 from lorakit.planning.pace import Bill, Duration
 from lorakit.report.html import tag
-from lorakit.report.plan import DATA, PARTS, WAYS, plan_page
+from lorakit.report.plan import DATA, PARTS, WAYS, plan_page, verdicts
 from lorakit.training.limits import Limits
+from lorakit.training.plan import plan as planned
 from lorakit.training.planned import Where
-from lorakit.training.planned import plan as planned
 from lorakit.training.recipe import make_recipe
 
 GB = 10**9
@@ -64,8 +64,10 @@ def values(**changes: Any) -> dict[str, Any]:
         ],
         "largest": {"large": asdict(Limits(12, 8192))},
         "pace": {"flops_per_step": 108_818_902_024_192, "steps": 31, "tokens": 124_416,
-                 "duration": asdict(Duration(185.0, 100.0, 3723.0, "35% of 312 TFLOP/s, assumed")),
-                 "bill": asdict(Bill(0.25, 0.08, None))},
+                 "times": {"large": {"duration": asdict(Duration(185.0, 100.0, 3723.0, "35% of 312 TFLOP/s, assumed")),
+                                     "bill": asdict(Bill(0.25, 0.08, None))}}},
+        "own": "plain",
+        "where": asdict(Where(("small", "middle", "large"))),
         "data": {"train": report.to_json()},
         "advice": [asdict(Advice("rank", "16", "it holds the data", "a paper, doi 10.1/2"))],
         "findings": [asdict(Finding("vLLM", "rank 24", "no such rank", "take 32", "vllm/lora.py"))],
@@ -112,7 +114,7 @@ def widths(line: ElementTree.Element) -> list[tuple[str | None, float]]:
 def test_a_real_plan_has_its_page(real: dict[str, Any]) -> None:
     text = text_of(real)
     assert real["data"]
-    assert real["pace"]["duration"]
+    assert real["pace"]["times"]
     for number in (real["trainable_parameters"], real["total_parameters"], real["pace"]["steps"]):
         assert f"{number:,}" in text
     for phase in real["memory"].values():
@@ -182,15 +184,26 @@ def test_a_device_is_a_bar_of_its_limit_with_a_verdict_in_words() -> None:
     assert widths(large) == [("fits", 50.0)]
     assert small[2].text == "30.0 GB of 20.0 GB (18.6 GiB), 10.0 GB too much"  # 20e9 / 2^30 = 18.63
     assert large[2].text == "40.0 GB of 80.0 GB (74.5 GiB), 40.0 GB left"
-    assert "The largest on large: 12 rows of 1,024 tokens, or one row of 8,192." in text_of(values())
+    assert "largest on large, as the recipe is: 12 rows of 1,024 tokens, or one row of 8,192" in text_of(values())
+
+
+def test_the_largest_batch_is_that_of_the_way_that_fits() -> None:
+    most = {
+        "large": asdict(Limits(1, 8192, "4 bits and checkpointing")),
+        "small": asdict(Limits(0, 0, "checkpointing")),
+    }
+    text = text_of(values(largest=most))
+    assert "largest on large, in 4 bits with checkpointing: 1 row of 1,024 tokens, or one row of 8,192" in text
+    assert "on small not even one short row fits with checkpointing" in text
 
 
 def test_time_work_and_cost_are_said_where_they_are_known() -> None:
     text = text_of(values())
-    assert "a step 109 TFLOP steps 31 tokens, with padding 124,416 time, about 3:05 between 1:40 and 1:02:03" in text
-    assert "which rests on 35% of 312 TFLOP/s, assumed kWh 0.25 price of the energy 0.08" in text
-    assert "price of the devices" not in text
-    nothing = {"flops_per_step": 2 * GB, "steps": None, "tokens": None, "duration": None, "bill": None}
+    assert "a step 109 TFLOP steps 31 tokens, with padding 124,416 on large about 3:05 (1:40 to 1:02:03)" in text
+    assert ", 0.25 kWh, 0.08 for energy: 35% of 312 TFLOP/s, assumed" in text
+    assert "for the devices" not in text
+    assert "no time on small, middle: no throughput is known in bf16" in text
+    nothing = {"flops_per_step": 2 * GB, "steps": None, "tokens": None, "times": {}}
     assert "Work and time a step 2 GFLOP Data" in text_of(values(pace=nothing))
 
 
@@ -226,9 +239,20 @@ def test_other_plans_stand_beside_this_one() -> None:
     other = values(method="dora", memory=SMALL.to_json(), trainable_parameters=5_000_000)
     page = plan_page(values(compared={"other.yaml": other}))
     assert "other.yaml dora 4 5,000,000 0.0622 % 16.8 MB 25.0 GB" in " ".join(" ".join(parsed(page).itertext()).split())
+    text = " ".join(" ".join(parsed(page).itertext()).split())
+    assert "smallest step: other.yaml, 25.0 GB, 15.0 GB (38%) less than this plan" in text
+    assert "adapter's file: the same, 16.8 MB" in text
+    assert "middle: this plan fits with checkpointing, other.yaml fits with checkpointing" in text
     lines = rows_of(parsed(page), "Compared")
     assert list(lines) == ["this plan", "other.yaml"]
     assert sum(share for _, share in widths(lines["other.yaml"])) == pytest.approx(62.5)  # 25 of 40 GB
+
+
+def test_of_common_devices_those_are_said_on_which_verdicts_differ() -> None:
+    plans = {"one": values(where=asdict(Where())), "two": values(where=asdict(Where()))}
+    assert verdicts(plans)[2:] == ["on every common device the verdicts are the same"]
+    plans["two"]["fits"] = [*plans["one"]["fits"][:1], Fit("middle", "fits", 20 * GB, 40 * GB).to_json()]
+    assert verdicts(plans)[2:] == ["middle: one fits with checkpointing, two fits"]
 
 
 EMPTY: dict[str, dict[str, Any]] = {
@@ -272,7 +296,7 @@ def test_nothing_is_loaded_from_anywhere() -> None:
 
 
 HOSTILE = "</style><script>alert(1)</script><img src=x onerror='a()'>\"' style=\"x\" & \x1b[31m \ud800"
-NAMED = ("data", "largest", "patterns", "compared")
+NAMED = ("data", "largest", "patterns", "compared", "times")
 """Parts whose keys are names somebody chose."""
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorakit.cli.example import bars, show_example
-from lorakit.cli.screen import Screen, duration, screen, size, table
+from lorakit.cli.screen import Screen, screen, size, table
 from lorakit.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -47,8 +47,9 @@ def plan(
 ) -> None:
     """Say what a run will train, hold and take."""
     with screen(json) as out:
-        from lorakit.training.planned import Where, calibrated
-        from lorakit.training.planned import plan as planned
+        from lorakit.training.plan import calibrated
+        from lorakit.training.plan import plan as planned
+        from lorakit.training.planned import Where
 
         if html is not None:
             _refuse_to_overwrite(Path(html))
@@ -66,11 +67,11 @@ def plan(
             out.note("running a few steps, the heaviest batch first ...")
             found = calibrated(found, recipe)
         others = {name: planned(*_other(name, set or [], where), model=model) for name in compare or []}
-        _show(out, found, modules, advice)
+        values = found.to_json()
+        _show(out, found, values, modules, advice)
         if others:
-            out.say("")
-            out.show(_compared({source or shape or recipe.model: found, **others}))
-        values = found.to_json() | ({"compared": {n: p.to_json() for n, p in others.items()}} if others else {})
+            values["compared"] = {name: other.to_json() for name, other in others.items()}
+            _say_compared(out, {source or shape or recipe.model: values, **values["compared"]})
         if html is not None:
             from lorakit.persist.atomic import write_file
             from lorakit.report.plan import plan_page
@@ -132,8 +133,8 @@ def _other(name: str, changes: list[str], where: Any) -> tuple[Recipe, Any]:
     return load_recipe(name, changes_of(changes)), where
 
 
-def _show(out: Screen, found: PlannedRun, modules: bool, advice: bool) -> None:
-    from lorakit.report.plan import WAYS
+def _show(out: Screen, found: PlannedRun, values: dict[str, Any], modules: bool, advice: bool) -> None:
+    from lorakit.report.plan import EACH, GROUPED, WAYS, each, grouped
 
     counts, load = found.counts, found.load
     kind = f" packed into {found.quant}" if found.quant else ""
@@ -143,24 +144,30 @@ def _show(out: Screen, found: PlannedRun, modules: bool, advice: bool) -> None:
         f"the adapter's file is {size(counts.adapter_bytes())}",
         "",
     )
-    out.show(_modules(found) if modules else _grouped(found))
+    if modules:
+        out.show(table("", *EACH, rows=each(values["modules"]), numbers=(3, 4)))
+    else:
+        out.show(table("", *GROUPED, rows=grouped(values["modules"]), numbers=(2, 3, 4)))
     for one in counts.whole[:6]:
         out.say(f"  trained whole: {one.name}, {one.parameters:,}")
     if len(counts.whole) > 6:
         out.say(f"  and {len(counts.whole) - 6} more parameters of the base are trained whole")
-    _say_data(out, found)
+    _say_data(out, found, values)
     out.say("")
     out.show(_memory(found.memory))
     ways = ", ".join(f"{WAYS[name]} {size(one.step.total)}" for name, one in found.ways.items())
     out.say(f"a step: {ways}")
     if found.where.count > 1:
-        each = ", ".join(f"{fit.device} {size(fit.needed)}" for fit in found.fits[:3])
-        out.say(f"on each of {found.where.count} devices under {found.where.strategy}: {each}")
+        needs = ", ".join(f"{fit.device} {size(fit.needed)}" for fit in found.fits[:3])
+        out.say(f"on each of {found.where.count} devices under {found.where.strategy}: {needs}")
         out.say("that is a forecast for other tools: lorakit itself trains on one device")
     out.say("")
-    _say_fits(out, found)
-    packed = ", packed" if load.packed else ""
-    out.say(f"(batches of {load.rows} x {load.length} tokens{packed}; what a device needs itself is counted, 1 GB)")
+    _say_fits(out, found, values)
+    packed = ", packed" if load.packed else ", not packed" if found.why else ""
+    why = f": {found.why}" if found.why else ""
+    out.say(
+        f"(batches of {load.rows} x {load.length} tokens{packed}{why}; what a device needs itself is counted, 1 GB)"
+    )
     _say_advice(out, found, advice)
     for finding in found.findings:
         out.say(f"{finding.tool}: {finding.what}: {finding.why}; {finding.remedy}")
@@ -168,46 +175,24 @@ def _show(out: Screen, found: PlannedRun, modules: bool, advice: bool) -> None:
         out.say(f"note: {warning}")
 
 
-def _grouped(found: PlannedRun) -> Any:
-    """Draw one row for each kind of module: those of one name, shape and rank in all layers."""
-    from lorakit.report.plan import GROUPED, grouped
-
-    return table("", *GROUPED, rows=grouped(found.modules), numbers=(2, 3, 4))
-
-
-def _modules(found: PlannedRun) -> Any:
-    rows = [
-        (m.path, m.kind, " x ".join(map(str, m.shape)), "" if m.rank is None else str(m.rank), f"{m.parameters:,}",
-         m.pattern)
-        for m in found.counts.modules
-    ]  # fmt: skip
-    return table("", "module", "kind", "weight", "rank", "trains", "pattern", rows=rows, numbers=(3, 4))
-
-
-def _say_data(out: Screen, found: PlannedRun) -> None:
-    from lorakit.training.planned import histogram
+def _say_data(out: Screen, found: PlannedRun, values: dict[str, Any]) -> None:
+    from lorakit.report.plan import times
+    from lorakit.report.words import operations
 
     pace = found.pace
     for report in found.data.values():
         out.say("", *report.lines())
     if found.lengths:
-        counts = [one["examples"] for one in histogram(found.lengths)]
+        counts = [one["examples"] for one in values["lengths"]]
         middle, ninth = (found.lengths[int(len(found.lengths) * share)] for share in (0.5, 0.9))
         out.say(f"tokens an example: {found.lengths[0]:,} {bars(counts)} {found.lengths[-1]:,}, half up to {middle:,}, "
                 f"nine in ten up to {ninth:,}")  # fmt: skip
     if found.example:
         show_example(found.example, sys.stdout)
-    work = f"{pace.flops_per_step / 1e12:,.3g} TFLOP a step"
+    work = f"{operations(pace.flops_per_step)} a step"
     if pace.steps is not None and pace.tokens is not None:
         work = f"{pace.steps:,} steps, {pace.tokens:,} tokens; {work}"
-    out.say("", work)
-    if pace.duration is not None:
-        took = pace.duration
-        out.say(f"about {duration(took.seconds)} ({duration(took.fastest)} to {duration(took.slowest)}): {took.reason}")
-    if pace.bill is not None:
-        said = {"kWh": pace.bill.kwh, "for energy": pace.bill.energy_price, "for the devices": pace.bill.hire}
-        if parts := [f"{value:,.2f} {what}" for what, value in said.items() if value is not None]:
-            out.say(", ".join(parts))
+    out.say("", work, *times(values))
 
 
 def _memory(forecast: Forecast) -> Any:
@@ -218,20 +203,16 @@ def _memory(forecast: Forecast) -> Any:
     return table("", "memory", *parts, rows=rows, numbers=range(1, len(parts) + 1))
 
 
-def _say_fits(out: Screen, found: PlannedRun) -> None:
+def _say_fits(out: Screen, found: PlannedRun, values: dict[str, Any]) -> None:
     """Say one line for each verdict, and for named devices how much is left."""
+    from lorakit.report.plan import largest
+
     several = "" if found.where.count == 1 else f"{found.where.count} x, {found.where.strategy}: "
     if found.where.devices:
         for fit in found.fits:
             left = f"{size(fit.spare)} left" if fit.spare >= 0 else f"{size(-fit.spare)} too much"
             out.say(f"{several}{fit.device} ({fit.limit / 2**30:.1f} GiB): {fit.verdict}, {left}")
-        for name, most in found.limits.items():
-            if not most.rows and not most.length:
-                out.say(f"on {name} not even one short row fits without checkpointing")
-                continue
-            rows = "1 row" if most.rows == 1 else f"{most.rows:,} rows"
-            out.say(f"largest on {name}, as the recipe is: {rows} of {found.load.length:,} tokens, or one row of "
-                    f"{most.length:,}")  # fmt: skip
+        out.say(*largest(values))
         return
     by_verdict: dict[str, list[str]] = {}
     for fit in found.fits:
@@ -252,11 +233,10 @@ def _say_advice(out: Screen, found: PlannedRun, in_full: bool) -> None:
     out.say("", f"advice (--advice says why): {lines}")
 
 
-def _compared(found: dict[str, PlannedRun]) -> Any:
-    rows = [
-        (name, one.method, f"{len(one.counts.modules)}", f"{one.counts.trainable_parameters:,}",
-         f"{one.counts.percent:.3g} %", size(one.counts.adapter_bytes()), size(one.memory.step.total))
-        for name, one in found.items()
-    ]  # fmt: skip
-    columns = ("compared", "method", "modules", "trains", "share", "file", "step")
-    return table("", *columns, rows=rows, numbers=range(2, 7))
+def _say_compared(out: Screen, plans: dict[str, Any]) -> None:
+    """Say the plans side by side, and what that comes to."""
+    from lorakit.report.plan import COMPARED, compared, verdicts
+
+    out.say("")
+    out.show(table("", "compared", *COMPARED[1:], rows=compared(plans), numbers=range(2, 7)))
+    out.say(*verdicts(plans))

@@ -114,6 +114,19 @@ def config_of(place_or_mapping: str | Path | Mapping[str, Any]) -> Any:
         ) from error
 
 
+def size_of(config: Any, name: str) -> int | None:
+    """Return a size by transformers' name for it, of the part that reads text where there are several; None without."""
+    try:
+        text = config.get_text_config()
+    except ValueError:  # it has several that read text
+        text = config
+    for one in (text, config):
+        value: Any = getattr(one, name, None)
+        if _is_number(value):
+            return int(value)
+    return None
+
+
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the shape of each parameter of a bare base by every name it has: a tied one has two."""
     return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.method import Method
 from lorakit.kernels.low_rank import Layer, low_rank_linear
 
 
@@ -72,7 +71,8 @@ def _layer(module: nn.Module, x: Tensor) -> tuple[Layer, float] | None:
     by = weights.get(name)
     if not isinstance(by, float) or adapter._forward_hooks:
         return None
-    method, p = adapter.method, adapter._parameters
+    method: Any = adapter.method
+    p = adapter._parameters
     if adapter._buffers:
         p = {**p, **adapter._buffers}
     stretched, scaled = _traits(type(method))
@@ -99,6 +99,6 @@ def _layer(module: nn.Module, x: Tensor) -> tuple[Layer, float] | None:
 
 
 @cache
-def _traits(method: type[Method]) -> tuple[bool, bool]:
+def _traits(method: Any) -> tuple[bool, bool]:
     """Return whether a method is `Stretched`, and `Scaled`: asked of its class, as a protocol is slow to ask."""
     return hasattr(method, "gain"), hasattr(method, "pair")

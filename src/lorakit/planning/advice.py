@@ -60,7 +60,7 @@ class Facts:
     are the trained ones of the data, once; `classes` those of a classifier.
     """
 
-    hidden: int
+    hidden: int | None
     family: str
     blocks: int
     per_rank: int | None = None
@@ -220,7 +220,8 @@ def _targets(facts: Facts, choice: Choice) -> Advice:
 
 
 def _rate(facts: Facts, choice: Choice) -> Advice:
-    rate, family = published_rate(facts.family, facts.hidden), fitted_family(facts.family)
+    rate = published_rate(facts.family, facts.hidden)
+    family = None if facts.hidden is None else fitted_family(facts.family)
     if choice.full:
         reason = f"a tenth of {_plain(rate)}, which is LoRA's: its best rate is about 10 times that of full fine-tuning"
         return Advice("learning rate", _plain(rate / LORA_FACTOR), reason, REGRET)

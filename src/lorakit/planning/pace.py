@@ -62,6 +62,13 @@ class Duration:
     slowest: float
     reason: str
 
+    def shared(self, devices: int) -> Duration:
+        """Return how long as many devices take, each as fast as the one this is about, and none waiting."""
+        if devices == 1:
+            return self
+        each = f"{self.reason}; {devices} devices are assumed to be {devices} times as fast"
+        return Duration(self.seconds / devices, self.fastest / devices, self.slowest / devices, each)
+
     def to_json(self) -> dict[str, Any]:
         """Return the fields as plain values."""
         return asdict(self)

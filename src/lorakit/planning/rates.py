@@ -19,10 +19,10 @@ def fitted_family(model_type: str) -> str | None:
     return next((family for family in EXPONENTS if model_type.startswith(family)), None)
 
 
-def published_rate(model_type: str, hidden: int) -> float:
-    """Return the learning rate for a model type of width `hidden`; 2e-4 for a family without a published fit."""
+def published_rate(model_type: str, hidden: int | None) -> float:
+    """Return the learning rate for a model type of width `hidden`; 2e-4 where there is no fit, or no width."""
     family = fitted_family(model_type)
-    if family is None:
+    if family is None or hidden is None:
         return ELSE
     rate: float = FULL_RATE * LORA_FACTOR * (WIDTH / hidden) ** EXPONENTS[family]
     return rate

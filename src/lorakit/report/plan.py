@@ -44,6 +44,10 @@ FEW = 6
 """Parameters trained whole that are named before the rest is only counted."""
 GROUPED = ("module", "weight", "rank", "times", "trains", "pattern")
 """The columns of `grouped`."""
+EACH = ("module", "kind", "weight", "rank", "trains", "pattern", "method")
+"""The columns of `each`."""
+COMPARED = ("", "method", "modules", "trains", "share", "file", "step")
+"""The columns of `compared`."""
 DATA = {
     "source": "file",
     "format": "format",
@@ -124,15 +128,8 @@ def _compared(plan: Values) -> Iterator[Html]:
     if not plan.get("compared"):
         return
     all_of_them: dict[str, Values] = {"this plan": plan, **plan["compared"]}
-    yield table(
-        ("", "method", "modules", "trains", "share", "file", "step"),
-        [
-            (name, one["method"], f"{len(one['modules']):,}", f"{one['trainable_parameters']:,}",
-             f"{one['percent']:.3g} %", size(one["adapter_bytes"]), size(one["memory"]["step"]["total"]))
-            for name, one in all_of_them.items()
-        ],
-        numbers=range(2, 7),
-    )  # fmt: skip
+    yield table(COMPARED, compared(all_of_them), numbers=range(2, 7))
+    yield items(verdicts(all_of_them))
     bars = [_bar(name, one["memory"]["step"]) for name, one in all_of_them.items()]
     yield from _drawn("What a step holds of each", bars)
 
@@ -174,12 +171,7 @@ def _devices(plan: Values) -> Iterator[Html]:
     if not plan["fits"]:
         return
     yield tag("div", *map(_device, plan["fits"]), class_="bars devices")
-    for name, most in plan["largest"].items():
-        length = plan["batch"]["length"]
-        yield tag(
-            "p",
-            f"The largest on {name}: {most['rows']:,} rows of {length:,} tokens, or one row of {most['length']:,}.",
-        )
+    yield from (tag("p", line) for line in largest(plan))
     yield note(
         "A whole bar is what the device has; filled is what the first way that fits needs on each device, or the "
         f"nearest to fitting. {size(OVERHEAD)} that a device needs itself is counted."
@@ -208,15 +200,7 @@ def _work(plan: Values) -> Html:
         facts["steps"] = f"{pace['steps']:,}"
     if pace["tokens"] is not None:
         facts["tokens, with padding"] = f"{pace['tokens']:,}"
-    if took := pace["duration"]:
-        facts["time, about"] = duration(took["seconds"])
-        facts["between"] = f"{duration(took['fastest'])} and {duration(took['slowest'])}"
-        facts["which rests on"] = took["reason"]
-    bill = pace["bill"] or {}
-    for key, what in {"kwh": "kWh", "energy_price": "price of the energy", "hire": "price of the devices"}.items():
-        if bill.get(key) is not None:
-            facts[what] = amount(bill[key])
-    return _facts(facts)
+    return join(_facts(facts), *(tag("p", line) for line in times(plan)))
 
 
 def _facts(facts: Mapping[str, str]) -> Html:
@@ -253,16 +237,84 @@ def _modules(plan: Values) -> Iterator[Html]:
     if len(whole) > FEW:
         yield note(f"And {len(whole) - FEW} more parameters of the base are trained whole.")
     if modules:
-        rows = [
-            (m["path"], m["kind"], _shape(m), _rank(m), f"{m['parameters']:,}", m["pattern"], m["method"])
-            for m in modules
-        ]
-        columns = ("module", "kind", "weight", "rank", "trains", "pattern", "method")
-        yield tag(
-            "details",
-            tag("summary", f"All {len(modules):,} modules"),
-            table(columns, rows, numbers=(3, 4), class_="modules"),
+        listed = table(EACH, each(modules), numbers=(3, 4), class_="modules")
+        yield tag("details", tag("summary", f"All {len(modules):,} modules"), listed)
+
+
+def each(modules: Sequence[Values]) -> list[tuple[str, ...]]:
+    """Return a row for each module."""
+    return [
+        (m["path"], m["kind"], _shape(m), _rank(m), f"{m['parameters']:,}", m["pattern"], m["method"]) for m in modules
+    ]
+
+
+def compared(plans: Mapping[str, Values]) -> list[tuple[str, ...]]:
+    """Return a row for each plan by its name."""
+    return [
+        (name, one["method"], f"{len(one['modules']):,}", f"{one['trainable_parameters']:,}",
+         f"{one['percent']:.3g} %", size(one["adapter_bytes"]), size(one["memory"]["step"]["total"]))
+        for name, one in plans.items()
+    ]  # fmt: skip
+
+
+def verdicts(plans: Mapping[str, Values]) -> list[str]:
+    """Return what a comparison comes to: whose step and which adapter is the smallest, and what fits on which device.
+
+    Of devices that nobody named only those are said on which the verdicts differ.
+    """
+    lines = [
+        _least(plans, "step", {name: one["memory"]["step"]["total"] for name, one in plans.items()}),
+        _least(plans, "adapter's file", {name: one["adapter_bytes"] for name, one in plans.items()}),
+    ]
+    by_device: dict[str, dict[str, str]] = {}
+    for name, one in plans.items():
+        for fit in one["fits"]:
+            by_device.setdefault(fit["device"], {})[name] = fit["verdict"]
+    asked = any(one["where"]["devices"] for one in plans.values())
+    differing = {device: said for device, said in by_device.items() if asked or len(set(said.values())) > 1}
+    told = [f"{device}: " + ", ".join(f"{n} {v}" for n, v in said.items()) for device, said in differing.items()]
+    return lines + (told or ["on every common device the verdicts are the same"])
+
+
+def _least(plans: Mapping[str, Values], what: str, sizes: Mapping[str, int]) -> str:
+    """Return whose size is the smallest, and how much smaller than the largest."""
+    low, high = min(sizes, key=lambda name: sizes[name]), max(sizes, key=lambda name: sizes[name])
+    if sizes[low] == sizes[high]:
+        return f"{what}: the same, {size(sizes[low])}"
+    least = sizes[high] - sizes[low]
+    return f"smallest {what}: {low}, {size(sizes[low])}, {size(least)} ({least / sizes[high]:.0%}) less than {high}"
+
+
+def largest(plan: Values) -> list[str]:
+    """Return the largest batch and context on each device that was named, and how the step is run then."""
+    lines = []
+    for name, most in plan["largest"].items():
+        how = "as the recipe is" if most["way"] == plan["own"] else VERDICTS[most["way"]].removeprefix("fits").strip()
+        if not most["rows"] and not most["length"]:
+            lines.append(f"on {name} not even one short row fits {how}")
+            continue
+        rows = "1 row" if most["rows"] == 1 else f"{most['rows']:,} rows"
+        length = plan["batch"]["length"]
+        lines.append(
+            f"largest on {name}, {how or 'plain'}: {rows} of {length:,} tokens, or one row of {most['length']:,}"
         )
+    return lines
+
+
+def times(plan: Values) -> list[str]:
+    """Return how long the run takes on each device, with its price, and which of those that were named have no time."""
+    pace, lines = plan["pace"], []
+    for name, one in pace["times"].items():
+        took, bill = one["duration"], one["bill"]
+        said = {"kWh": bill["kwh"], "for energy": bill["energy_price"], "for the devices": bill["hire"]}
+        cost = "".join(f", {amount(value)} {what}" for what, value in said.items() if value is not None)
+        between = f"{duration(took['fastest'])} to {duration(took['slowest'])}"
+        lines.append(f"on {name} about {duration(took['seconds'])} ({between}){cost}: {took['reason']}")
+    named = [fit["device"] for fit in plan["fits"]] if plan["where"]["devices"] and pace["steps"] is not None else []
+    unknown = [name for name in named if name not in pace["times"]]
+    if unknown and pace["times"].keys() <= set(named):  # else it was measured
+        lines.append(f"no time on {', '.join(unknown)}: no throughput is known in {plan['dtype']}; --calibrate there")
+    return lines
 
 
 def grouped(modules: Sequence[Values]) -> list[tuple[str, ...]]:

@@ -80,6 +80,7 @@ def calibrate(recipe: Recipe) -> Calibration:
 
 
 def _steps(recipe: Recipe, stage: Stage, forward: Callable[[], Any]) -> Iterator[Measured]:
+    """Yield micro-batches that were run, each with its share of the optimizer's step that several have in common."""
     model, train = stage.model, recipe.train
     optimizer = make_optimizer(train.optimizer, param_groups(model, 1e-8, train.up_ratio, train.weight_decay))
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -91,9 +92,12 @@ def _steps(recipe: Recipe, stage: Stage, forward: Callable[[], Any]) -> Iterator
             with forward():
                 loss, term = mean_of_batch(model, batch), penalty(model)
             (loss if term is None else loss + term).backward()  # type: ignore[no-untyped-call]
+            _wait(model.device)
+            summed = time.perf_counter()
             torch.nn.utils.clip_grad_norm_(trained, train.clip)
             optimizer.step()
-            optimizer.zero_grad()
+            if train.accumulation == 1:  # else the gradients of a micro-batch are there while the next one computes
+                optimizer.zero_grad()
         except torch.OutOfMemoryError as full:
             rows, length = batch["input_ids"].shape
             raise LorakitError(
@@ -101,7 +105,8 @@ def _steps(recipe: Recipe, stage: Stage, forward: Callable[[], Any]) -> Iterator
                 "train.batch_tokens (or batch_size), set train.checkpointing: true, or quant: nf4"
             ) from full
         _wait(model.device)
-        yield Measured(batch["input_ids"].numel(), time.perf_counter() - began)
+        share = (time.perf_counter() - summed) / train.accumulation
+        yield Measured(batch["input_ids"].numel(), summed - began + share)
 
 
 def _chosen(recipe: Recipe, stage: Stage) -> Iterator[dict[str, Tensor]]:

@@ -24,7 +24,7 @@ from lorakit.errors import LorakitError
 from lorakit.inject.attach import attach
 from lorakit.inject.fuse import fuse
 from lorakit.inject.penalty import penalty
-from lorakit.planning.memory import Parts
+from lorakit.planning.memory import Parts, optimizer_bytes
 from lorakit.training.arguments import widen
 from lorakit.training.groups import param_groups
 from lorakit.training.loss import mean_of_batch
@@ -37,9 +37,6 @@ if TYPE_CHECKING:
 
 FEW = 4
 """Blocks that are rehearsed one and all; of more, two and three are."""
-MOMENTS = {"adamw": 8.0, "paged-adamw": 8.0, "adamw-8bit": 2.0, "paged-adamw-8bit": 2.0}
-"""Bytes of an optimizer's two moments for each trained number; an fp32 scale for every 256, and the 32 bits of tensors
-under 4,096 numbers, are left out."""
 
 
 class Unrehearsed(LorakitError):
@@ -85,9 +82,7 @@ def forecast(model: PreTrainedModel, spec: AdapterSpec, load: Load, evaluation: 
     except Exception as error:  # a model's own code meets what it was not written for, and raises what it likes
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise Unrehearsed(f"a step of {type(model).__name__} cannot be rehearsed on tokens alone ({reason})") from error
-    moments = tuple(_moments(held, load.optimizer) for held in found.moments)
-    between = _moments(found.between, load.optimizer)
-    return replace(found, moments=moments, between=between, evaluation=evaluation or found.evaluation)
+    return replace(found, evaluation=evaluation or found.evaluation)
 
 
 def scene(
@@ -130,6 +125,7 @@ def scene(
         lambda made: torch.optim.AdamW(param_groups(made, 1e-3)),
         state_tensors,
         partial(_autocast, load.dtype, not spec.train),
+        partial(optimizer_bytes, optimizer=load.optimizer),
     )
 
 
@@ -145,11 +141,6 @@ def _batch(load: Load) -> dict[str, Tensor]:
     batch["labels"] = torch.zeros(load.rows if load.classes else shape, dtype=torch.long)
     batch["position_ids" if load.packed else "attention_mask"] = torch.zeros(shape, dtype=torch.long)
     return batch
-
-
-def _moments(held: Parts, optimizer: str) -> Parts:
-    """Return what is held with the moments of the recipe's optimizer in the place of AdamW's."""
-    return replace(held, optimizer=round(held.optimizer * MOMENTS[optimizer] / MOMENTS["adamw"]))
 
 
 def _depth(model: nn.Module) -> int:
@@ -177,7 +168,7 @@ def _depends_on_depth(spec: AdapterSpec) -> bool:
 def _shortened(config: Any, blocks: int) -> Any:
     """Return the configuration of the same model with fewer blocks."""
     short = copy.deepcopy(config)
-    kinds = getattr(short, "layer_types", None)
+    kinds = vars(short).get("layer_types")  # some families work them out from the depth
     short.num_hidden_layers = blocks
     if kinds is not None:
         short.layer_types = list(kinds[:blocks])

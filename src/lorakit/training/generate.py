@@ -10,6 +10,7 @@ import torch
 from lorakit.core.lazy import need
 from lorakit.errors import DataError
 from lorakit.inject.context import virtual_positions
+from lorakit.inject.skeleton import size_of
 from lorakit.training.base import evaluating, quiet
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def _check(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) ->
         more = f" and {len(empty) - 12} more" if len(empty) > 12 else ""
         which = f"prompt {empty[0]} is" if len(empty) == 1 else f"prompts {', '.join(empty[:12])}{more} are"
         raise DataError(f"{which} empty, and a model needs something to go on from; write at least one word")
-    room, read = getattr(model.config, "max_position_embeddings", None), sum(virtual_positions(model))
+    room, read = size_of(model.config, "max_position_embeddings"), sum(virtual_positions(model))
     longest = max(map(len, prompts), default=0)
     if room is not None and longest + max_new_tokens + read > room:
         taken = f"{room} positions, of which the adapter takes {read}" if read else f"{room} positions"

@@ -12,6 +12,7 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from lorakit.core.spec import AdapterSpec
+from lorakit.inject.skeleton import size_of
 from lorakit.planning.fitting import largest
 from lorakit.planning.memory import Parts
 from lorakit.training.forecast import Load, forecast
@@ -22,10 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Limits:
-    """The most rows of the load's length in a micro-batch, the most tokens in one row; 0 where not even one fits."""
+    """The most rows of the load's length in a micro-batch, the most tokens in one row; 0 where not even one fits.
+
+    `way` is how the step is run then, by the names of `planning.fitting.VERDICTS`.
+    """
 
     rows: int
     length: int
+    way: str = "plain"
 
 
 def limits(model: PreTrainedModel, spec: AdapterSpec, load: Load, rooms: Sequence[int]) -> list[Limits]:
@@ -42,7 +47,7 @@ def limits(model: PreTrainedModel, spec: AdapterSpec, load: Load, rooms: Sequenc
     short = max(16, min(load.length, 64))
     by_rows = _fullest({rows: moments(rows, load.length) for rows in (1, 2)})
     by_length = _fullest({length: moments(1, length) for length in (short, 2 * short, 4 * short)})
-    positions = int(getattr(model.config, "max_position_embeddings", None) or 2**20)
+    positions = size_of(model.config, "max_position_embeddings") or 2**20
     return [Limits(largest(by_rows, room), largest(by_length, room, at=short, ceiling=positions)) for room in rooms]
 
 

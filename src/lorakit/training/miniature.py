@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 WIDTH = 8
 """Features of a head."""
+HEADS = 4
+"""Heads that one without any is as wide as."""
 
 
 def miniature(model: PreTrainedModel) -> PreTrainedModel:
@@ -23,17 +25,7 @@ def miniature(model: PreTrainedModel) -> PreTrainedModel:
         LorakitError: a family whose sizes do not follow from its heads.
     """
     config: Any = copy.deepcopy(model.config)
-    heads = int(config.num_attention_heads)
-    sizes = {"num_hidden_layers": 2, "hidden_size": heads * WIDTH, "intermediate_size": 4 * WIDTH, "vocab_size": 64}
-    if getattr(config, "head_dim", None):
-        sizes["head_dim"] = WIDTH
-    for name, value in sizes.items():
-        if getattr(config, name, None) is not None:
-            setattr(config, name, value)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [*config.layer_types[:1], *config.layer_types[-1:]]
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(config, name, None)
+    _shrink(config)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -42,3 +34,21 @@ def miniature(model: PreTrainedModel) -> PreTrainedModel:
         raise LorakitError(f"no small copy of {type(model).__name__} could be built: {error}") from error
     made.train(False)
     return made
+
+
+def _shrink(config: Any) -> None:
+    """Make a configuration and those inside it small; one without heads gets the width of `HEADS`."""
+    for name in config.sub_configs:
+        if (inner := getattr(config, name, None)) is not None:
+            _shrink(inner)
+    heads = getattr(config, "num_attention_heads", None) or HEADS
+    sizes = {"num_hidden_layers": 2, "hidden_size": heads * WIDTH, "intermediate_size": 4 * WIDTH, "vocab_size": 64}
+    if getattr(config, "head_dim", None):
+        sizes["head_dim"] = WIDTH
+    for name, value in sizes.items():
+        if getattr(config, name, None) is not None:
+            setattr(config, name, value)
+    if vars(config).get("layer_types"):
+        config.layer_types = [*config.layer_types[:1], *config.layer_types[-1:]]
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(config, name, None)

@@ -11,6 +11,7 @@ from lorakit.core.spec import AdapterSpec
 from lorakit.core.sublayers import LINEAR_KINDS
 from lorakit.core.targets import resolve
 from lorakit.errors import LorakitError
+from lorakit.inject.skeleton import size_of
 from lorakit.planning.memory import (
     Forecast,
     Parts,
@@ -36,13 +37,24 @@ WIDE = 4
 class Ways:
     """The forecasts by the names of `planning.fitting.VERDICTS`, which of them is the recipe's, and its rehearsal.
 
-    `guessed` says why a published formula stands in for the rehearsal, where it does.
+    `guessed` says why a published formula stands in for the rehearsal, where it does, and `lacking` which of its parts
+    are not counted, as the configuration has no number for them.
     """
 
     forecasts: Mapping[str, Forecast]
     own: str
     rehearsal: Rehearsal
     guessed: str = ""
+    lacking: str = ""
+
+
+CHOICES = {
+    "plain": (False, False),
+    "checkpointing": (True, False),
+    "4 bits": (False, True),
+    "4 bits and checkpointing": (True, True),
+}
+"""Of each way whether it checkpoints, and whether its base is packed."""
 
 
 def ways(model: PreTrainedModel, skeleton: Skeleton, spec: AdapterSpec, load: Load, trained: Collection[str]) -> Ways:
@@ -72,9 +84,8 @@ def ways(model: PreTrainedModel, skeleton: Skeleton, spec: AdapterSpec, load: Lo
             packed = sizes.packed(rehearsals[name], load)
             other = "4 bits and checkpointing" if checkpointing else "4 bits"
             rehearsals[other], forecasts[other] = packed, phases(packed, load, sizes, in_4_bits=True)
-    own = {(False, False): "plain", (True, False): "checkpointing", (False, True): "4 bits",
-           (True, True): "4 bits and checkpointing"}[load.checkpointing, load.quant is not None]  # fmt: skip
-    return Ways(forecasts, own, rehearsals[own], guessed)
+    own = next(name for name, choice in CHOICES.items() if choice == (load.checkpointing, load.quant is not None))
+    return Ways(forecasts, own, rehearsals[own], guessed, _lacking(model.config) if guessed else "")
 
 
 @dataclass(frozen=True)
@@ -125,33 +136,47 @@ def phases(rehearsal: Rehearsal, load: Load, sizes: _Sizes, *, in_4_bits: bool =
     )
 
 
+_FORMULA = ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+
+
+def _lacking(config: Any) -> str:
+    """Return which parts of the formulas have no number to start from."""
+    if size_of(config, "hidden_size") is None:
+        return "its configuration has no hidden_size, so activations and attention are not counted"
+    if size_of(config, "num_attention_heads") is None:
+        return "its configuration has no num_attention_heads, so attention is not counted"
+    return ""
+
+
 def by_formula(
     model: PreTrainedModel, skeleton: Skeleton, spec: AdapterSpec, load: Load, trained: Collection[str]
 ) -> Rehearsal:
-    """Return a step whose weights and trained tensors are counted, and whose activations are by a published formula."""
-    config: Any = model.config.get_text_config()
-    hidden, layers = int(config.hidden_size), sum(skeleton.depths.values())
+    """Return a step whose weights and trained tensors are counted, and whose activations are by a published formula.
+
+    A tensor that sites share is held once, and multiplied with at each of them.
+    """
+    hidden, heads, inner, vocabulary = (size_of(model.config, name) or 0 for name in _FORMULA)
+    layers = sum(skeleton.depths.values())
     wide = load.dtype.itemsize / 2  # the formulas are for 16 bits
-    inner = getattr(config, "intermediate_size", None)
-    heads = int(config.num_attention_heads)
     saved = activations_by_formula(layers=layers, hidden=hidden, sequence=load.length, batch=load.rows, heads=heads,
-                                   intermediate=inner, checkpointing=load.checkpointing)  # fmt: skip
-    vocabulary = 0 if load.classes else int(getattr(config, "vocab_size", None) or 0)
-    logits = logits_by_formula(load.length, load.rows, vocabulary)
+                                   intermediate=inner or None, checkpointing=load.checkpointing)  # fmt: skip
+    logits = logits_by_formula(load.length, load.rows, 0 if load.classes else vocabulary)
     base = sum(p.numel() for p in model.parameters())
     whole = [p.numel() for name, p in model.named_parameters() if name in trained]
-    adapters = [d.numel for m in resolve(spec, skeleton) for d in m.method.tensors(m.site).values() if d.trainable]
+    declared = [d for m in resolve(spec, skeleton) for d in m.method.tensors(m.site).values() if d.trainable]
+    shared = {d.shared: d.numel for d in declared if d.shared is not None}
+    adapters = [d.numel for d in declared if d.shared is None] + list(shared.values())
     parts = trained_parts([*adapters, *whole], load.optimizer)
     held = Parts(
         weights=(base - sum(whole)) * load.dtype.itemsize,
         adapters=parts.adapters,
         gradients=parts.gradients,
         optimizer=parts.optimizer,
-        activations=round(saved * wide),
+        activations=round(saved * wide) if hidden else 0,
         logits=logits,
     )
     matrices = sum(site.out * site.fan_in for site in skeleton.sites if site.kind != "embedding")
-    work = flops_per_token(matrices, sum(adapters), full=bool(whole), checkpointing=load.checkpointing, layers=layers,
-                           width=hidden, context=load.length)  # fmt: skip
+    work = flops_per_token(matrices, sum(d.numel for d in declared), full=bool(whole), layers=layers if heads else 0,
+                           checkpointing=load.checkpointing, width=hidden, context=load.length)  # fmt: skip
     quiet = replace(held, gradients=0, activations=0)
     return Rehearsal((held,), replace(held, gradients=0), quiet, work * load.rows * load.length)

@@ -1,50 +1,25 @@
-"""`plan(recipe) -> PlannedRun`: what a recipe will train, hold and take, before a weight is loaded.
-
-What is trained is counted from the declarations that attach allocates from; a step is rehearsed on tensors without
-values; the data is read and tokenised as training would. Only time is a guess, until a few steps are measured.
-"""
+"""What a run will be, before a weight is loaded: the values of a plan, which `training.plan` makes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from math import prod
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from lorakit.core.method import Scheduled
-from lorakit.core.spec import AdapterSpec
-from lorakit.core.targets import Match, parameters_named, resolve
-from lorakit.data.packing import example_lengths
-from lorakit.data.preview import Run, example
-from lorakit.inject.sites import sites
-from lorakit.inject.skeleton import shapes_of, ties_of
-from lorakit.planning.advice import Advice, Choice, Facts, advise
-from lorakit.planning.counting import Counts, count, roles
-from lorakit.planning.devices import DEVICES, OVERHEAD, Device, device
-from lorakit.planning.fitting import Fit, fits
-from lorakit.planning.lint import Finding, lint
-from lorakit.planning.memory import Forecast, Parts
-from lorakit.planning.pace import Bill, Duration, bill, from_throughput
-from lorakit.planning.sharding import per_device
-from lorakit.training.arguments import make_plan
-from lorakit.training.base import build_empty, choose_device, quiet
+from lorakit.data.preview import Run
+from lorakit.planning.advice import Advice
+from lorakit.planning.counting import Counts
+from lorakit.planning.devices import DEVICES, Device, device
+from lorakit.planning.fitting import Fit
+from lorakit.planning.lint import Finding
+from lorakit.planning.memory import Forecast
+from lorakit.planning.pace import Bill, Duration
 from lorakit.training.forecast import Load
-from lorakit.training.limits import Limits, limits
-from lorakit.training.order import padded_tokens, row_lengths
-from lorakit.training.phases import Ways, ways
-from lorakit.training.quantised import settings_of
-from lorakit.training.stage import BATCH_TOKENS, build_stage
+from lorakit.training.limits import Limits
 
 if TYPE_CHECKING:
-    from lorakit.core.site import Skeleton
     from lorakit.data.report import DataReport
-    from lorakit.training.recipe import Recipe
-    from lorakit.training.stage import Stage
-
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
@@ -68,17 +43,29 @@ class Where:
 
 
 @dataclass(frozen=True)
-class Pace:
-    """What a run computes, and how long that takes where somebody said on what; None is not known.
+class Time:
+    """How long a run takes, and what that costs by the prices that were given."""
 
-    `tokens` are those of the whole run, with the padding that is computed.
+    duration: Duration
+    bill: Bill
+
+
+HERE = "this machine"
+"""The name of the time that was measured."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What a run computes, and how long that takes on each device somebody named; None is not known.
+
+    `tokens` are those of the whole run, with the padding that is computed. `times` are by the names of the devices
+    whose speed is known, or the one that was measured, `HERE`.
     """
 
     flops_per_step: int
     steps: int | None = None
     tokens: int | None = None
-    duration: Duration | None = None
-    bill: Bill | None = None
+    times: Mapping[str, Time] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +73,8 @@ class PlannedRun:
     """What a run will be; `to_json` is all of it.
 
     `memory` is the recipe's own forecast on one device, without what the device itself needs; `ways` has the others,
-    by the names of `planning.fitting.VERDICTS`, and `own` is the recipe's among them.
+    by the names of `planning.fitting.VERDICTS`, and `own` is the recipe's among them. `why` says for what reason rows
+    are packed or not, nothing where there is no data.
     """
 
     model: str
@@ -95,6 +83,7 @@ class PlannedRun:
     method: str
     counts: Counts
     load: Load
+    why: str
     memory: Forecast
     ways: Mapping[str, Forecast]
     own: str
@@ -102,7 +91,8 @@ class PlannedRun:
     pace: Pace
     where: Where
     limits: Mapping[str, Limits] = field(default_factory=dict)
-    """The largest batch and context by the name of each device that was asked for, each alone."""
+    """The largest batch and context by the name of each device that was asked for, each alone: of the recipe as it is
+    where that fits, else of the first way that does."""
     data: Mapping[str, DataReport] = field(default_factory=dict)
     lengths: tuple[int, ...] = ()
     """The tokens of each training example, in order of size."""
@@ -130,7 +120,7 @@ class PlannedRun:
             "modules": self.modules,
             "trained_whole": [asdict(one) for one in self.counts.whole],
             "patterns": dict(self.counts.hits),
-            "batch": {"rows": self.load.rows, "length": self.load.length, "packed": self.load.packed},
+            "batch": {"rows": self.load.rows, "length": self.load.length, "packed": self.load.packed, "why": self.why},
             "memory": self.memory.to_json(),
             "own": self.own,
             "where": asdict(self.where),
@@ -160,205 +150,3 @@ def histogram(lengths: Sequence[int], bins: int = 16) -> list[dict[str, int]]:
 
 
 _MODULE = ("path", "kind", "shape", "rank", "parameters", "pattern", "method")
-
-
-def calibrated(found: PlannedRun, recipe: Recipe) -> PlannedRun:
-    """Return a plan whose time, and whose memory where a device counts it, come from a few steps that were run.
-
-    What was measured beyond the forecast is overhead of the device; the forecast of every other way to run is moved by
-    as much.
-    """
-    from lorakit.training.calibration import calibrate
-
-    measured = calibrate(recipe)
-    where = found.where
-    cost = bill(measured.duration, devices=where.count, watts=where.watts, price_per_kwh=where.price_per_kwh,
-                price_per_hour=where.price_per_hour)  # fmt: skip
-    pace = replace(found.pace, duration=measured.duration, bill=cost)
-    if measured.peak_bytes is None:
-        return replace(found, pace=pace)
-    beyond = Parts(overhead=max(0, measured.peak_bytes - found.memory.step.total))
-    moved = {name: one.map(lambda parts: parts + beyond) for name, one in found.ways.items()}
-    depth = max(found.counts.depths.values(), default=0)
-    return replace(found, pace=pace, memory=moved[found.own], ways=moved, fits=_fits(where, moved, depth))
-
-
-def plan(recipe: Recipe, where: Where | None = None, *, model: Any = None) -> PlannedRun:
-    """Return what a run of this recipe will be.
-
-    Args:
-        recipe: from `load_recipe` or `make_recipe`; without training data a batch is as long as it may be.
-        where: the devices, by default the common ones, each alone.
-        model: a base on the meta device, for one that is only a configuration.
-
-    Raises:
-        LorakitError: whatever training would raise before its first step.
-    """
-    with quiet(data=bool(recipe.data.train)):
-        stage = build_stage(recipe, empty=True) if recipe.data.train and model is None else None
-        if model is None:
-            task: Any = "causal-lm" if recipe.task == "auto" else recipe.task
-            model = build_empty(recipe.model, task=task, labels=recipe.data.labels) if stage is None else stage.model
-        return _plan(recipe, where or Where(), model, stage)
-
-
-def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> PlannedRun:
-    skeleton = sites(model)
-    depth = max(skeleton.depths.values(), default=0)
-    heads = tuple(sorted(skeleton.heads)) if recipe.task == "classification" else ()
-    spec = recipe.adapter.spec(seed=0, depth=depth, heads=heads) if stage is None else stage.spec
-    shapes, ties = shapes_of(model), ties_of(model)
-    counts = count(spec, skeleton, shapes, ties)
-    quant = recipe.quant or settings_of(model.config)
-    load = replace(_load(recipe, model, stage), quant=quant)
-    if stage is not None and spec.method is not None and isinstance(spec.method, Scheduled):
-        from lorakit.training.rank_schedule import refuse_schedule  # beside the Trainer, which takes a second
-
-        refuse_schedule(model, spec, make_plan(recipe, stage).steps)
-    trained = [key for keys in parameters_named(spec.train, list(shapes), skeleton, spec.targets.layers).values()
-               for key in keys]  # fmt: skip
-    found, matches = ways(model, skeleton, spec, load, trained), resolve(spec, skeleton)
-    return PlannedRun(
-        model=recipe.model,
-        dtype=DTYPES[load.dtype],
-        quant=None if quant is None else quant.kind,
-        method=recipe.adapter.method,
-        counts=counts,
-        load=load,
-        memory=found.forecasts[found.own],
-        ways=found.forecasts,
-        own=found.own,
-        fits=_fits(where, found.forecasts, depth),
-        pace=_pace(recipe, where, found, stage, load),
-        where=where,
-        limits=_limits(where, found, model, spec, load),
-        data={} if stage is None else _reports(stage),
-        lengths=() if stage is None else tuple(sorted(example_lengths(stage.train.dataset))),
-        example=() if stage is None else tuple(example(stage.train, stage.tokenizer)),
-        advice=_advice(recipe, spec, matches, model, skeleton, stage),
-        findings=lint(spec, matches, tied=bool(ties), heads=skeleton.heads, trained=trained,
-                      depths=skeleton.depths),
-        warnings=(*map(str, roles(counts, skeleton)), *_guessed(found), *_fused(shapes, counts)),
-    )  # fmt: skip
-
-
-def _guessed(found: Ways) -> list[str]:
-    where = "activations, logits and FLOPs are by the formulas of arXiv 2205.05198, for full fine-tuning"
-    return [f"{found.guessed}; {where}"] if found.guessed else []
-
-
-def _fused(shapes: Mapping[str, tuple[int, ...]], counts: Counts) -> list[str]:
-    """Say of experts whose weights are one parameter: no target reaches them, and no packing."""
-    fused = {name: prod(shape) for name, shape in shapes.items() if len(shape) == 3}
-    if not fused or sum(fused.values()) < counts.total_parameters / 10:
-        return []
-    return [
-        f"{sum(fused.values()):,} of the {counts.total_parameters:,} parameters are experts in one tensor each, such "
-        f"as {next(iter(fused))}: no target reaches them, and `quant` leaves them in 16 bits"
-    ]
-
-
-def _load(recipe: Recipe, model: Any, stage: Stage | None) -> Load:
-    """Return the heaviest micro-batch: as long as the longest row, or as the recipe allows where there is no data."""
-    train = recipe.train
-    if stage is None:
-        positions = getattr(model.config, "max_position_embeddings", None) or recipe.data.max_length
-        length = min(recipe.data.max_length, int(positions))
-        rows, packed = train.batch_size or max(1, (train.batch_tokens or BATCH_TOKENS) // length), False
-    else:
-        length = stage.train.report.max_length if stage.packed else max(row_lengths(stage.train.dataset))
-        rows, packed = min(stage.batch_rows, len(stage.train.dataset)), stage.packed
-    classes = recipe.task == "classification" or (stage is not None and stage.task == "classification")
-    return Load(rows, length, packed, classes, train.checkpointing, _dtype(recipe), recipe.quant, train.optimizer,
-                train.fused)  # fmt: skip
-
-
-def _dtype(recipe: Recipe) -> torch.dtype:
-    """Return the dtype of the run: what the recipe says; else that of this machine, where `device` names no other."""
-    named = {name: dtype for dtype, name in DTYPES.items()}
-    if recipe.train.dtype != "auto":
-        return named[recipe.train.dtype]
-    place = recipe.train.device if recipe.train.device != "auto" else choose_device("auto").type
-    return torch.float32 if place == "cpu" else torch.bfloat16
-
-
-def _fits(where: Where, forecasts: Mapping[str, Forecast], depth: int) -> tuple[Fit, ...]:
-    """Return the verdict on each device, the step's peak and what the device itself needs counted."""
-
-    def held(forecast: Forecast) -> Parts:
-        peak = forecast.phases[
-            max(("load", "step", "evaluation", "checkpoint"), key=lambda n: forecast.phases[n].total)
-        ]
-        layer = (peak.weights + peak.adapters) // max(1, depth)
-        gradients = peak.gradients // max(1, depth)
-        shared = per_device(peak, where.count, where.strategy, layer=layer, layer_gradients=gradients)
-        return shared + Parts(overhead=OVERHEAD)
-
-    return tuple(fits(one, {name: held(forecast) for name, forecast in forecasts.items()}) for one in where.chosen)
-
-
-def _limits(where: Where, found: Ways, model: Any, spec: AdapterSpec, load: Load) -> dict[str, Limits]:
-    if not where.devices or where.count > 1 or found.guessed:
-        return {}
-    largest = limits(model, spec, load, [one.memory - OVERHEAD for one in where.chosen])
-    return {one.name: most for one, most in zip(where.chosen, largest, strict=True)}
-
-
-def _pace(recipe: Recipe, where: Where, found: Ways, stage: Stage | None, load: Load) -> Pace:
-    """Return what the run computes; how long it takes only on a device that was named."""
-    per_step = found.rehearsal.flops * recipe.train.accumulation
-    if stage is None:
-        return Pace(per_step)
-    numbers = make_plan(recipe, stage)
-    padded = load.rows * load.length * recipe.train.accumulation
-    epochs = numbers.steps / numbers.steps_per_epoch
-    tokens = round(padded_tokens(recipe, stage) * epochs)
-    if len(where.devices) != 1 or not where.chosen[0].knows(DTYPES[load.dtype]):
-        return Pace(per_step, numbers.steps, tokens)
-    duration = from_throughput(per_step / padded * tokens, where.chosen[0], DTYPES[load.dtype], where.count)
-    cost = bill(duration, devices=where.count, watts=where.watts, price_per_kwh=where.price_per_kwh,
-                price_per_hour=where.price_per_hour)  # fmt: skip
-    return Pace(per_step, numbers.steps, tokens, duration, cost)
-
-
-def _reports(stage: Stage) -> dict[str, DataReport]:
-    parts = {"train": stage.train, "validation": stage.validation}
-    return {name: part.report for name, part in parts.items() if part is not None}
-
-
-def _advice(
-    recipe: Recipe, spec: AdapterSpec, matches: Sequence[Match], model: Any, skeleton: Skeleton, stage: Stage | None
-) -> tuple[Advice, ...]:
-    """Return the advice for this base and this data, beside what the recipe itself says."""
-    config, method = model.config, spec.method
-    rank = getattr(method, "rank", None) if method is not None and method.name in ("lora", "lora-fa") else None
-    linear = [s for s in skeleton.sites if s.kind in ("linear", "transposed-linear") and s.path not in skeleton.heads]
-    report = None if stage is None else stage.train.report
-    task = "classification" if stage is not None and stage.task == "classification" else "causal-lm"
-    facts = Facts(
-        hidden=int(config.get_text_config().hidden_size),
-        family=str(config.model_type),
-        blocks=max(skeleton.depths.values(), default=0),
-        per_rank=None if rank is None else sum(m.site.out + m.site.in_ for m in matches),
-        everywhere=sum(s.out + s.in_ for s in linear),
-        rows=None if report is None else report.kept,
-        tokens=None if report is None or task == "classification" else report.trained_tokens,
-        task=task,  # type: ignore[arg-type]
-        classes=len(stage.labels) if stage is not None and stage.labels else None,
-    )
-    targets = recipe.adapter.targets
-    train = recipe.train
-    choice = Choice(
-        rank=rank,
-        alpha=getattr(method, "alpha", None),
-        stabilised=bool(getattr(method, "stabilised", False)),
-        targets=(targets,) if isinstance(targets, str) else targets,
-        lr=None if train.lr == "auto" else train.lr,
-        dropout=spec.dropout,
-        batch=None if stage is None or stage.packed else stage.batch_rows * train.accumulation,
-        epochs=train.epochs,
-        steps=train.steps,
-        layerwise=recipe.adapter.layerwise,
-        full="*" in spec.train,
-    )
-    return advise(facts, choice)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorakit.planning.rates import ELSE, LORA_FACTOR, fitted_family, published_rate
+from lorakit.inject.skeleton import size_of
+from lorakit.planning.rates import LORA_FACTOR, published_rate
 
 
 def auto_rate(config: Any, *, full: bool = False) -> float:
@@ -12,7 +13,5 @@ def auto_rate(config: Any, *, full: bool = False) -> float:
 
     Full fine-tuning has a tenth of it: the fit is that of LoRA, whose best rate is about 10 times the full one's.
     """
-    model_type, part = str(config.model_type), LORA_FACTOR if full else 1.0
-    if fitted_family(model_type) is None:
-        return ELSE / part  # whose width may have any name
-    return published_rate(model_type, int(config.hidden_size)) / part
+    rate = published_rate(str(config.model_type), size_of(config, "hidden_size"))
+    return rate / LORA_FACTOR if full else rate

@@ -12,7 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from lorakit.core.site import layer_of
-from lorakit.planning.memory import Parts
+from lorakit.planning.memory import Parts, optimizer_bytes
 
 
 def _grouped_flops(a: Any, b: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
@@ -83,8 +83,9 @@ class Scene:
     """What is rehearsed: functions that make the base, prepare it, and make the rest of a step.
 
     `build` makes the base in the dtype it is loaded in, `prepare` attaches the adapter and puts the model into the
-    state training has it in, `extra` names tensors a model keeps that are neither parameters nor buffers, and `forward`
-    is the context of a forward, such as autocast.
+    state training has it in, `extra` names tensors a model keeps that are neither parameters nor buffers, `forward` is
+    the context of a forward, such as autocast, and `moments` the bytes of the moments of trained tensors of some sizes,
+    where they are not the optimizer's own 8 a number.
     """
 
     build: Callable[[], nn.Module]
@@ -94,6 +95,7 @@ class Scene:
     optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     extra: Callable[[nn.Module], Iterable[Tensor]] = lambda model: ()
     forward: Callable[[], AbstractContextManager[Any]] = nullcontext
+    moments: Callable[[Iterable[int]], int] = optimizer_bytes
 
 
 def rehearse(scene: Scene, *, evaluate: bool = True) -> Rehearsal:
@@ -129,7 +131,13 @@ def rehearse(scene: Scene, *, evaluate: bool = True) -> Rehearsal:
             live.begin(flops=False)
             optimizer.step()
             moments = (forward, early, late, live.fullest())
-    return Rehearsal(moments, between, evaluation, live.flops)
+        sizes = [p.numel() for p in trained]
+        less = optimizer_bytes(sizes) - scene.moments(sizes)
+
+    def narrow(held: Parts) -> Parts:
+        return replace(held, optimizer=held.optimizer - less)
+
+    return Rehearsal(tuple(map(narrow, moments)), narrow(between), narrow(evaluation), live.flops)
 
 
 class _Backward:

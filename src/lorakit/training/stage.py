@@ -20,9 +20,10 @@ from lorakit.data import (
     refuse_leaky_packing,
 )
 from lorakit.data.formats import named
-from lorakit.errors import RecipeError
+from lorakit.errors import LorakitError, RecipeError
 from lorakit.inject.context import virtual_positions
 from lorakit.inject.sites import sites
+from lorakit.inject.skeleton import size_of
 from lorakit.training.base import Loaded, Task, load_empty, load_model, load_tokenizer, packing_of
 from lorakit.training.miniature import miniature
 from lorakit.training.recipe import DataSection, Recipe
@@ -137,7 +138,7 @@ def longest_row(
     The virtual positions of the adapter that the model reads, or of the `method` it will get, are taken off.
     """
     taken = sum(method.lengths() if isinstance(method, Context) else virtual_positions(model))
-    positions = getattr(model.config, "max_position_embeddings", None) or data.max_length + taken
+    positions = size_of(model.config, "max_position_embeddings") or data.max_length + taken
     if taken >= positions:
         raise RecipeError(
             f"the {taken} virtual positions of the adapter leave nothing of the model's {positions} positions for the "
@@ -279,7 +280,11 @@ def _packing(recipe: Recipe, model: PreTrainedModel) -> tuple[bool, str]:
         return True, "data.packing is always"
     if recipe.train.batch_size is not None:
         return False, "train.batch_size counts examples, so each has its own row"
-    if not packing_is_isolated(miniature(model) if next(model.parameters()).is_meta else model):
+    try:
+        measured = miniature(model) if next(model.parameters()).is_meta else model
+    except LorakitError as error:
+        return False, f"whether packed examples would see each other is measured when the run starts: {error}"
+    if not packing_is_isolated(measured):
         attention = getattr(model.config, "_attn_implementation", "unknown")
         return False, f"packed examples would see each other in this model with attention '{attention}'"
     return True, "packed examples do not see each other in this model (measured)"

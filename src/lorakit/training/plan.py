@@ -1,0 +1,285 @@
+"""`plan(recipe) -> PlannedRun`: what a recipe will train, hold and take, before a weight is loaded.
+
+What is trained is counted from the declarations that attach allocates from; a step is rehearsed on tensors without
+values; the data is read and tokenised as training would. Only time is a guess, until a few steps are measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorakit.core.method import Scheduled
+from lorakit.core.spec import AdapterSpec
+from lorakit.core.targets import Match, parameters_named, resolve
+from lorakit.data.packing import example_lengths
+from lorakit.data.preview import example
+from lorakit.inject.sites import sites
+from lorakit.inject.skeleton import shapes_of, size_of, ties_of
+from lorakit.planning.advice import Advice, Choice, Facts, advise
+from lorakit.planning.counting import Counts, count, roles
+from lorakit.planning.devices import OVERHEAD, Device
+from lorakit.planning.fitting import VERDICTS, Fit, fits
+from lorakit.planning.lint import lint
+from lorakit.planning.memory import Forecast, Parts
+from lorakit.planning.pace import Bill, Duration, bill, from_throughput
+from lorakit.planning.sharding import per_device
+from lorakit.training.arguments import make_plan
+from lorakit.training.base import build_empty, choose_device, choose_dtype, quiet
+from lorakit.training.forecast import Load
+from lorakit.training.limits import Limits, limits
+from lorakit.training.order import padded_tokens, row_lengths
+from lorakit.training.phases import CHOICES, Ways, ways
+from lorakit.training.planned import HERE, Pace, PlannedRun, Time, Where
+from lorakit.training.quantised import settings_of
+from lorakit.training.recipe import QuantSection
+from lorakit.training.stage import BATCH_TOKENS, build_stage
+
+if TYPE_CHECKING:
+    from lorakit.core.site import Skeleton
+    from lorakit.data.report import DataReport
+    from lorakit.training.recipe import Recipe
+    from lorakit.training.stage import Stage
+
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def calibrated(found: PlannedRun, recipe: Recipe) -> PlannedRun:
+    """Return a plan whose time, and whose memory where a device counts it, come from a few steps that were run.
+
+    What was measured beyond the forecast is overhead of the device; the forecast of every other way to run is moved by
+    as much. Several devices are taken to be as many times as fast as the one that was measured.
+    """
+    from lorakit.training.calibration import calibrate
+
+    measured = calibrate(recipe)
+    where = found.where
+    took = measured.duration.shared(where.count)
+    pace = replace(found.pace, times={HERE: Time(took, _bill(where, took))})
+    if measured.peak_bytes is None:
+        return replace(found, pace=pace)
+    beyond = Parts(overhead=max(0, measured.peak_bytes - found.memory.step.total))
+    moved = {name: one.map(lambda parts: parts + beyond) for name, one in found.ways.items()}
+    depth = max(found.counts.depths.values(), default=0)
+    return replace(found, pace=pace, memory=moved[found.own], ways=moved, fits=_fits(where, moved, depth))
+
+
+def plan(recipe: Recipe, where: Where | None = None, *, model: Any = None) -> PlannedRun:
+    """Return what a run of this recipe will be.
+
+    Args:
+        recipe: from `load_recipe` or `make_recipe`; without training data a batch is as long as it may be.
+        where: the devices, by default the common ones, each alone.
+        model: a base on the meta device, for one that is only a configuration.
+
+    Raises:
+        LorakitError: whatever training would raise before its first step.
+    """
+    with quiet(data=bool(recipe.data.train)):
+        stage = build_stage(recipe, empty=True) if recipe.data.train and model is None else None
+        if model is None:
+            task: Any = "causal-lm" if recipe.task == "auto" else recipe.task
+            model = build_empty(recipe.model, task=task, labels=recipe.data.labels) if stage is None else stage.model
+        return _plan(recipe, where or Where(), model, stage)
+
+
+def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> PlannedRun:
+    skeleton = sites(model)
+    depth = max(skeleton.depths.values(), default=0)
+    heads = tuple(sorted(skeleton.heads)) if recipe.task == "classification" else ()
+    spec = recipe.adapter.spec(seed=0, depth=depth, heads=heads) if stage is None else stage.spec
+    shapes, ties = shapes_of(model), ties_of(model)
+    counts = count(spec, skeleton, shapes, ties)
+    quant = recipe.quant or settings_of(model.config)
+    load = replace(_load(recipe, model, stage), quant=quant)
+    if stage is not None and spec.method is not None and isinstance(spec.method, Scheduled):
+        from lorakit.training.rank_schedule import refuse_schedule  # beside the Trainer, which takes a second
+
+        refuse_schedule(model, spec, make_plan(recipe, stage).steps)
+    trained = [key for keys in parameters_named(spec.train, list(shapes), skeleton, spec.targets.layers).values()
+               for key in keys]  # fmt: skip
+    found, matches = ways(model, skeleton, spec, load, trained), resolve(spec, skeleton)
+    return PlannedRun(
+        model=recipe.model,
+        dtype=DTYPES[load.dtype],
+        quant=None if quant is None else quant.kind,
+        method=recipe.adapter.method,
+        counts=counts,
+        load=load,
+        why="" if stage is None else stage.why,
+        memory=found.forecasts[found.own],
+        ways=found.forecasts,
+        own=found.own,
+        fits=_fits(where, found.forecasts, depth),
+        pace=_pace(recipe, where, found, stage, load),
+        where=where,
+        limits=_limits(where, found, model, spec, load, depth),
+        data={} if stage is None else _reports(stage),
+        lengths=() if stage is None else tuple(sorted(example_lengths(stage.train.dataset))),
+        example=() if stage is None else tuple(example(stage.train, stage.tokenizer)),
+        advice=_advice(recipe, spec, matches, model, skeleton, stage),
+        findings=lint(spec, matches, tied=bool(ties), heads=skeleton.heads, trained=trained,
+                      depths=skeleton.depths),
+        warnings=(*map(str, roles(counts, skeleton)), *_unread(recipe, stage), *_guessed(found),
+                  *_fused(shapes, counts)),
+    )  # fmt: skip
+
+
+def _unread(recipe: Recipe, stage: Stage | None) -> list[str]:
+    """Say of data beside a base that is only a configuration that nobody can tell their tokens."""
+    if stage is not None or not recipe.data.train:
+        return []
+    return [
+        f"{recipe.data.train} was not read, as {recipe.model} is only a configuration and has no tokenizer: tokens, "
+        "batches and work are those of rows as long as they may be, not of the data; plan the base itself for them"
+    ]
+
+
+def _guessed(found: Ways) -> list[str]:
+    where = "activations, logits and FLOPs are by the formulas of arXiv 2205.05198, for full fine-tuning"
+    lacking = f", but {found.lacking}" if found.lacking else ""
+    return [f"{found.guessed}; {where}{lacking}"] if found.guessed else []
+
+
+def _fused(shapes: Mapping[str, tuple[int, ...]], counts: Counts) -> list[str]:
+    """Say of experts whose weights are one parameter: no target reaches them, and no packing."""
+    fused = {name: prod(shape) for name, shape in shapes.items() if len(shape) == 3}
+    if not fused or sum(fused.values()) < counts.total_parameters / 10:
+        return []
+    return [
+        f"{sum(fused.values()):,} of the {counts.total_parameters:,} parameters are experts in one tensor each, such "
+        f"as {next(iter(fused))}: no target reaches them, and `quant` leaves them in 16 bits"
+    ]
+
+
+def _load(recipe: Recipe, model: Any, stage: Stage | None) -> Load:
+    """Return the heaviest micro-batch: as long as the longest row, or as the recipe allows where there is no data."""
+    train = recipe.train
+    if stage is None:
+        length = min(recipe.data.max_length, size_of(model.config, "max_position_embeddings") or recipe.data.max_length)
+        rows, packed = train.batch_size or max(1, (train.batch_tokens or BATCH_TOKENS) // length), False
+    else:
+        length = stage.train.report.max_length if stage.packed else max(row_lengths(stage.train.dataset))
+        rows, packed = min(stage.batch_rows, len(stage.train.dataset)), stage.packed
+    classes = recipe.task == "classification" or (stage is not None and stage.task == "classification")
+    return Load(rows, length, packed, classes, train.checkpointing, _dtype(recipe), recipe.quant, train.optimizer,
+                train.fused)  # fmt: skip
+
+
+def _dtype(recipe: Recipe) -> torch.dtype:
+    """Return the dtype of the run: what the recipe says; else that of this machine, where `device` names no other.
+
+    A CUDA device that is not here is taken to have bf16, as all since 2020 do.
+    """
+    named, asked = {name: dtype for dtype, name in DTYPES.items()}, recipe.train.device
+    if recipe.train.dtype != "auto":
+        return named[recipe.train.dtype]
+    if asked == "cuda" and not torch.cuda.is_available():
+        return torch.bfloat16
+    return choose_dtype("auto", choose_device("auto") if asked == "auto" else torch.device(asked))
+
+
+def _held(where: Where, forecast: Forecast, depth: int) -> Parts:
+    """Return what each device holds at the peak of a run, what the device itself needs counted."""
+    peak = forecast.phases[max(("load", "step", "evaluation", "checkpoint"), key=lambda n: forecast.phases[n].total)]
+    layer = (peak.weights + peak.adapters) // max(1, depth)
+    gradients = peak.gradients // max(1, depth)
+    shared = per_device(peak, where.count, where.strategy, layer=layer, layer_gradients=gradients)
+    return shared + Parts(overhead=OVERHEAD)
+
+
+def _fits(where: Where, forecasts: Mapping[str, Forecast], depth: int) -> tuple[Fit, ...]:
+    """Return the verdict on each device."""
+    held = {name: _held(where, forecast, depth) for name, forecast in forecasts.items()}
+    return tuple(fits(one, held) for one in where.chosen)
+
+
+def _limits(where: Where, found: Ways, model: Any, spec: AdapterSpec, load: Load, depth: int) -> dict[str, Limits]:
+    """Return the largest batch and context on each device that was named, in the way its verdict recommends.
+
+    That is the recipe's own where it fits; where no way does, the one that needs least.
+    """
+    if not where.devices or where.count > 1 or found.guessed:
+        return {}
+    held = {name: _held(where, forecast, depth) for name, forecast in found.forecasts.items()}
+    rooms: dict[str, list[Device]] = {}
+    for one in where.chosen:
+        fitting = [name for name in (found.own, *VERDICTS) if name in held and held[name].total <= one.memory]
+        way = fitting[0] if fitting else min(held, key=lambda name: held[name].total)
+        rooms.setdefault(way, []).append(one)
+    largest: dict[str, Limits] = {}
+    for way, devices in rooms.items():
+        checkpointing, packed = CHOICES[way]
+        quant = (load.quant or QuantSection()) if packed else None
+        asked = replace(load, checkpointing=checkpointing, quant=quant)
+        most = limits(model, spec, asked, [one.memory - OVERHEAD for one in devices])
+        largest |= {one.name: replace(limit, way=way) for one, limit in zip(devices, most, strict=True)}
+    return {one.name: largest[one.name] for one in where.chosen}
+
+
+def _pace(recipe: Recipe, where: Where, found: Ways, stage: Stage | None, load: Load) -> Pace:
+    """Return what the run computes; how long it takes only on devices that were named."""
+    per_step = found.rehearsal.flops * recipe.train.accumulation
+    if stage is None:
+        return Pace(per_step)
+    numbers, dtype = make_plan(recipe, stage), DTYPES[load.dtype]
+    padded = load.rows * load.length * recipe.train.accumulation
+    tokens = round(padded_tokens(recipe, stage) * numbers.steps / numbers.steps_per_epoch)
+    times = {}
+    for one in where.chosen if where.devices else ():
+        if one.knows(dtype):
+            took = from_throughput(per_step / padded * tokens, one, dtype, where.count)
+            times[one.name] = Time(took, _bill(where, took))
+    return Pace(per_step, numbers.steps, tokens, times)
+
+
+def _bill(where: Where, took: Duration) -> Bill:
+    return bill(took, devices=where.count, watts=where.watts, price_per_kwh=where.price_per_kwh,
+                price_per_hour=where.price_per_hour)  # fmt: skip
+
+
+def _reports(stage: Stage) -> dict[str, DataReport]:
+    parts = {"train": stage.train, "validation": stage.validation}
+    return {name: part.report for name, part in parts.items() if part is not None}
+
+
+def _advice(
+    recipe: Recipe, spec: AdapterSpec, matches: Sequence[Match], model: Any, skeleton: Skeleton, stage: Stage | None
+) -> tuple[Advice, ...]:
+    """Return the advice for this base and this data, beside what the recipe itself says."""
+    config, method = model.config, spec.method
+    rank = getattr(method, "rank", None) if method is not None and method.name in ("lora", "lora-fa") else None
+    linear = [s for s in skeleton.sites if s.kind in ("linear", "transposed-linear") and s.path not in skeleton.heads]
+    report = None if stage is None else stage.train.report
+    task = "classification" if stage is not None and stage.task == "classification" else "causal-lm"
+    facts = Facts(
+        hidden=size_of(config, "hidden_size"),
+        family=str(config.model_type),
+        blocks=max(skeleton.depths.values(), default=0),
+        per_rank=None if rank is None else sum(m.site.out + m.site.in_ for m in matches),
+        everywhere=sum(s.out + s.in_ for s in linear),
+        rows=None if report is None else report.kept,
+        tokens=None if report is None or task == "classification" else report.trained_tokens,
+        task=task,  # type: ignore[arg-type]
+        classes=len(stage.labels) if stage is not None and stage.labels else None,
+    )
+    targets = recipe.adapter.targets
+    train = recipe.train
+    choice = Choice(
+        rank=rank,
+        alpha=getattr(method, "alpha", None),
+        stabilised=bool(getattr(method, "stabilised", False)),
+        targets=(targets,) if isinstance(targets, str) else targets,
+        lr=None if train.lr == "auto" else train.lr,
+        dropout=spec.dropout,
+        batch=None if stage is None or stage.packed else stage.batch_rows * train.accumulation,
+        epochs=train.epochs,
+        steps=train.steps,
+        layerwise=recipe.adapter.layerwise,
+        full="*" in spec.train,
+    )
+    return advise(facts, choice)
