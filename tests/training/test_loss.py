@@ -10,7 +10,7 @@ import torch
 
 from lorakit.data import Collator, prepare
 from lorakit.training.base import load_base
-from lorakit.training.loss import batches, mean_loss, summed_loss, trained_labels
+from lorakit.training.loss import batches, mean_loss, mean_of_batch, summed_loss, trained_labels
 from tests.tolerances import assert_close
 from tests.training.samples import pairs
 
@@ -40,6 +40,7 @@ def test_the_sum_over_the_count_is_the_loss_of_the_model(base: Path) -> None:
     batch = Collator(tokenizer.pad_token_id)(list(prepare(pairs(6), tokenizer, max_length=64).dataset))
     loss, count = summed_loss(model(**{k: v for k, v in batch.items() if k != "labels"}).logits, batch["labels"])
     assert_close(loss / count, model(**batch).loss)
+    assert_close(mean_of_batch(model, batch), model(**batch).loss)
 
 
 def test_half_precision_logits_are_summed_in_fp32() -> None:
@@ -48,7 +49,8 @@ def test_half_precision_logits_are_summed_in_fp32() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_loss_and_gradient_are_torch_s(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorakit.training.loss.WIDE_VALUES", 40)
+    for name, value in {"ROWS": 3, "VALUES": 0, "CHUNKS": 99}.items():
+        monkeypatch.setattr(f"lorakit.kernels.linear_cross_entropy.{name}", value)
     logits = (3 * torch.randn(4, 7, 11)).to(dtype).requires_grad_()
     labels = torch.randint(0, 11, (4, 7))
     labels[torch.rand(4, 7) < 0.4] = -100
@@ -60,12 +62,12 @@ def test_loss_and_gradient_are_torch_s(dtype: torch.dtype, monkeypatch: pytest.M
     assert_close(found, torch.autograd.grad(wanted, logits)[0])
 
 
-def test_the_gradient_is_kept_once_in_the_logits_dtype_and_nothing_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gradient_is_kept_once_in_the_logits_dtype_and_nothing_wide() -> None:
     logits, saved = torch.randn(1, 64, 1000).bfloat16().requires_grad_(), []
     pack = lambda t: saved.append((t.numel(), t.dtype)) or t  # noqa: E731
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         summed_loss(logits, torch.randint(0, 1000, (1, 64)))
-    assert saved == [(64_000, torch.bfloat16)]
+    assert saved == [(63_000, torch.bfloat16), (63, torch.int64)], "the last position predicts nothing"
 
 
 @pytest.mark.parametrize("size", [1, 3, 50])

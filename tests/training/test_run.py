@@ -64,6 +64,7 @@ def test_a_run_leaves_an_adapter_its_recipe_its_events_and_a_summary(base: Path,
     assert Run.read(folder) == run
     assert json.loads((folder / "run.json").read_text())["trainable_parameters"] == 3712
     assert told(tmp_path, "targets")[0]["patterns"] == {"all-linear": 14}
+    assert told(tmp_path, "plan")[0]["loss"] == "fused, the logits never exist whole"
     for event in told(tmp_path, "step"):
         for number in ("loss", "lr", "gradient_norm", "tokens_per_second", "eta_seconds", "peak_memory_bytes"):
             assert isinstance(event[number], float | int), number

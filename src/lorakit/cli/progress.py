@@ -80,6 +80,7 @@ class Progress:
             f"{_counted(event['batch_rows'] * event['accumulation'], 'row')} ({packed}), "
             f"lr {event['lr']:.2g}, on {event['device']} in {event['dtype']}"
         )
+        self._print(f"{'loss':<11} {event['loss']}")
         if sys.stderr.isatty():
             self._start()
 

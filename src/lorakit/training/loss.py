@@ -17,15 +17,14 @@ from lorakit.core.hollow import is_hollow
 from lorakit.core.layout import row_ends
 from lorakit.data import IGNORE, Collator
 from lorakit.inject.context import virtual_positions
+from lorakit.kernels.linear_cross_entropy import linear_cross_entropy, summed_cross_entropy
 from lorakit.training.base import evaluating
+from lorakit.training.head import given_to, head_of
 from lorakit.training.order import row_lengths
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
-
-WIDE_VALUES = 2**21
-"""Logits that are in fp32 at once: 8 MB, and as much again for a temporary."""
 
 
 def summed_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,50 +34,47 @@ def summed_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits: `(batch, length, vocabulary)`, or `(batch, classes)` for a classifier.
         labels: `(batch, length)`, where position t is predicted by the logits of t - 1; or `(batch,)`.
     """
-    if labels.dim() == 2:
-        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    loss: Tensor = _SummedCrossEntropy.apply(logits.flatten(0, -2), labels.flatten())  # type: ignore[no-untyped-call]
-    return loss, (labels != IGNORE).sum()
+    rows, right = _trained_rows(labels)
+    return summed_cross_entropy(logits.flatten(0, -2), rows, right), trained_labels(labels)
 
 
-class _SummedCrossEntropy(torch.autograd.Function):
-    """`sum_i logsumexp(l_i) - l_i[y_i]` over the trained rows, wide for a few rows at a time.
+def loss_of_batch(model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `summed_loss` of the model's logits, which are never made where `head_of` finds that they need not be."""
+    head = head_of(model) if labels.dim() == 2 else ""
+    if isinstance(head, str):
+        return summed_loss(logits_of(model, inputs, labels), labels)
+    with given_to(head.layer) as given:
+        logits_of(model, inputs, labels)
+    hidden, layer = given[0].flatten(0, 1), head.layer
+    weight, bias = (None if t is None else t.to(hidden.dtype) for t in (layer.weight, layer.bias))
+    rows, right = _trained_rows(labels)
+    return linear_cross_entropy(hidden, weight, bias, rows, right, head.temper), trained_labels(labels)
 
-    The gradient, softmax less one at the label, is made on the way, in the logits' dtype: a step holds the logits and
-    their gradient, where a loss of wide logits holds four or five times as much.
+
+def how_lost(model: Any) -> str:
+    """Say how the model's loss is computed: without logits, or why with them."""
+    head = head_of(model)
+    return f"plain, because {head}" if isinstance(head, str) else "fused, the logits never exist whole"
+
+
+def _trained_rows(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which of all rows `(batch * length,)` are trained, and their labels.
+
+    The last position of a text predicts nothing; of a rehearsed batch, which has no values, all others are trained.
     """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        grad = torch.zeros_like(logits) if ctx.needs_input_grad[0] else None
-        total = torch.zeros((), dtype=wide, device=logits.device)
-        at_once = max(1, WIDE_VALUES // logits.shape[1])
-        if is_hollow(labels):  # a rehearsal's have no values: all are trained, and the third part is like the second
-            trained = torch.arange(min(len(labels), 2 * at_once), device=labels.device)
-        else:
-            trained = (labels != IGNORE).nonzero().squeeze(1)
-        for rows in torch.split(trained, at_once):
-            here, right = logits[rows].to(wide), labels[rows].unsqueeze(1)
-            log_sum = here.logsumexp(1, keepdim=True)
-            total += (log_sum - here.gather(1, right)).sum()
-            if grad is not None:
-                here.sub_(log_sum).exp_()
-                here.scatter_add_(1, right, here.new_full(right.shape, -1.0))
-                grad[rows] = here.to(grad.dtype)
-        ctx.save_for_backward(grad)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        (grad,) = ctx.saved_tensors
-        return grad * upstream.to(grad.dtype), None
+    shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE) if labels.dim() == 2 else labels
+    if is_hollow(labels):
+        places = torch.arange(labels.numel(), device=labels.device).view(labels.shape)
+        rows = (places[:, :-1] if labels.dim() == 2 else places).flatten()
+    else:
+        rows = (shifted.flatten() != IGNORE).nonzero().squeeze(1)
+    return rows, shifted.flatten()[rows]
 
 
 def mean_of_batch(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """Return the loss of one batch per trained token (or row)."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    loss, trained = summed_loss(logits_of(model, inputs, batch["labels"]), batch["labels"])
+    loss, trained = loss_of_batch(model, inputs, batch["labels"])
     return loss / trained
 
 
@@ -125,7 +121,7 @@ def mean_loss(model: PreTrainedModel, rows: Dataset, size: int, pad_id: int) -> 
     with evaluating(model):
         for batch in batches(rows, size, pad_id, model.device, by_length=True):
             labels = batch.pop("labels")
-            loss, trained = summed_loss(logits_of(model, batch, labels), labels)
+            loss, trained = loss_of_batch(model, batch, labels)
             total += loss.double().cpu()
             count += int(trained)
     return float(total) / count, count

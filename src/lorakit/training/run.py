@@ -202,6 +202,7 @@ def attached(recipe: Recipe, stage: Stage, saved: Path | None) -> Handle:
     from lorakit.inject.evidence import gather, needs, sites_that_need
     from lorakit.persist.native import load_native
     from lorakit.training.dense_weights import DenseWeights
+    from lorakit.training.head import head_of
     from lorakit.training.loss import batches, mean_of_batch
     from lorakit.training.order import row_order
     from lorakit.training.quantised import is_packed
@@ -215,6 +216,7 @@ def attached(recipe: Recipe, stage: Stage, saved: Path | None) -> Handle:
     dense = None
     if is_packed(stage.model) and (weighed := sites_that_need(stage.model, stage.spec, "weight")):
         dense = DenseWeights(recipe.model, weighed, stage.task, stage.labels)
+    head_of(stage.model)  # measured here, or its two tokens would be among the evidence
     evidence = gather(stage.model, stage.spec, few, loss=mean_of_batch, weights=dense)
     return attach(stage.model, stage.spec, evidence=evidence)
 
@@ -225,13 +227,15 @@ def _trainer(
     from lorakit.training.arguments import arguments, make_plan
     from lorakit.training.events import Narrator
     from lorakit.training.flow import KeepBest
+    from lorakit.training.loss import how_lost
     from lorakit.training.order import row_order
     from lorakit.training.rank_schedule import RankSchedules
     from lorakit.training.trainer import AdapterTrainer
 
     plan = make_plan(recipe, stage)
     log.append("plan", **plan.to_json(), packed=stage.packed, why=stage.why, task=stage.task,
-               device=str(stage.model.device), dtype=str(stage.model.dtype).removeprefix("torch."))  # fmt: skip
+               loss=how_lost(stage.model), device=str(stage.model.device),
+               dtype=str(stage.model.dtype).removeprefix("torch."))  # fmt: skip
     ranks = RankSchedules(stage.model, plan.steps)
     callbacks = [Narrator(log, progress, ranks.settled), interrupt]
     if stage.validation is not None:

@@ -33,7 +33,7 @@ from lorakit.persist.native import NATIVE, load_native, write_native
 from lorakit.training.checkpoints import STATE, Memory, checkpoints, prune, restore
 from lorakit.training.finite import FiniteCheck, refuse_exploded
 from lorakit.training.groups import param_groups
-from lorakit.training.loss import logits_of, mean_loss, summed_loss, trained_labels
+from lorakit.training.loss import loss_of_batch, mean_loss, trained_labels
 from lorakit.training.optimizers import into_pages, make_optimizer
 from lorakit.training.order import Shuffled
 from lorakit.training.precondition import precondition
@@ -116,7 +116,7 @@ class AdapterTrainer(Trainer):
     ) -> Tensor:
         """Return this micro-batch's share of the mean loss over the whole accumulated batch, and of the penalty."""
         labels = inputs.pop("labels")
-        loss, trained = summed_loss(logits_of(model, inputs, labels), labels)
+        loss, trained = loss_of_batch(model, inputs, labels)
         share: Tensor = loss / num_items_in_batch
         self._data_loss = share.detach()
         term = penalty(self.adapted)
