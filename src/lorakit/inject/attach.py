@@ -30,6 +30,7 @@ from lorakit.errors import AdapterFileError, AttachError, SpecError, did_you_mea
 from lorakit.inject.context import refuse_context
 from lorakit.inject.ledger import Ledger, ledger_of, parameters_of
 from lorakit.inject.sites import sites
+from lorakit.inject.together import resting
 
 
 @dataclass(frozen=True)
@@ -318,6 +319,7 @@ def _place(
     key = name if site.rows is None else f"{name}@{site.rows[0]}-{site.rows[1]}"
     layer.by_name[key] = adapter.train(module.training)
     layer.weights[name] = 1.0
+    layer.fast = resting(module)
     _rehook(module, hook)
     return adapter
 

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from lorakit.core.adapters import Adapted
 from lorakit.core.fronts import Front, base_class, put_in_front, take_from_front
-from lorakit.core.method import LowRank, Stretched
-from lorakit.inject.together import Together, takes
+from lorakit.inject.together import Together, resting, takes, why_not
 from lorakit.kernels.gated import activated, gated
 from lorakit.kernels.norms import layer_norm, rms_norm
 from lorakit.kernels.remade import forget
@@ -54,7 +53,7 @@ def fuse(model: nn.Module) -> Fusion:
     inside: set[str] = set()
     for path, module in modules.items():
         if isinstance(module, Adapted):
-            if (why := _why_not(cast(nn.Module, module))) is None:
+            if (why := why_not(cast(nn.Module, module))) is None:
                 alone.append(path)
             else:
                 refused[path] = why
@@ -76,25 +75,9 @@ def unfuse(model: nn.Module) -> None:
     """Undo `fuse`."""
     for module in model.modules():
         if isinstance(module, Adapted):
-            module.adapters.fast = None
+            module.adapters.fast = resting(cast(nn.Module, module))
         for front in _FRONTS:
             take_from_front(module, front)
-
-
-def _why_not(module: nn.Module) -> str | None:
-    """Return why an adapted layer can never run fused, or None."""
-    for _, adapter in module.adapters.named():  # type: ignore[union-attr,operator]
-        method: Any = adapter.method
-        site = adapter.site
-        if site.kind not in ("linear", "transposed-linear"):
-            return f"a layer of kind {site.kind}"
-        if not isinstance(method.inner if isinstance(method, Stretched) else method, LowRank):
-            return f"{method.name} is no product of two factors"
-        if site.rows is not None:
-            return "an update of some rows of a fused layer"
-        if isinstance(method, Stretched) and not adapter.host.store.lossless:
-            return f"{adapter.method.name} on a packed weight"
-    return None
 
 
 def _neighbours(paths: Iterable[str]) -> list[list[str]]:

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.core.method import LowRank, Stretched
 from lorakit.kernels.low_rank import Layer, low_rank_linear
 
 
 class Together:
     """Layers that read one input: the first that is called computes all of them, and the others find their outputs."""
 
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self._modules = modules
+    def __init__(self, modules: list[nn.Module], trains: bool = True) -> None:
+        self._modules, self._trains = modules, trains
         self._held: tuple[Tensor, int, dict[nn.Module, Tensor]] | None = None
 
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor | None:
@@ -31,7 +32,7 @@ class Together:
                 self._held = self._held if waiting else None
                 return y
             self._held = None
-        if not takes(x):
+        if not takes(x) or (torch.is_grad_enabled() and not self._trains):
             return None
         if len(self._modules) == 1 or not torch.is_grad_enabled():
             found = _layer(module, x)
@@ -48,7 +49,28 @@ class Together:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without what an interrupted forward left."""
-        return {"_modules": self._modules, "_held": None}
+        return {**self.__dict__, "_held": None}
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Return why an adapted layer can never run fused, or None."""
+    for _, adapter in module.adapters.named():  # type: ignore[union-attr,operator]
+        method: Any = adapter.method
+        site = adapter.site
+        if site.kind not in ("linear", "transposed-linear"):
+            return f"a layer of kind {site.kind}"
+        if not isinstance(method.inner if isinstance(method, Stretched) else method, LowRank):
+            return f"{method.name} is no product of two factors"
+        if site.rows is not None:
+            return "an update of some rows of a fused layer"
+        if isinstance(method, Stretched) and not adapter.host.store.lossless:
+            return f"{adapter.method.name} on a packed weight"
+    return None
+
+
+def resting(module: nn.Module) -> Together | None:
+    """Return the way of a layer that nobody fused: fast without gradients, where nothing of autograd can be missed."""
+    return Together([module], trains=False) if why_not(module) is None else None
 
 
 def takes(x: Tensor) -> bool:
@@ -75,9 +97,11 @@ def _layer(module: nn.Module, x: Tensor) -> tuple[Layer, float] | None:
     p = adapter._parameters
     if adapter._buffers:
         p = {**p, **adapter._buffers}
-    stretched, scaled = _traits(type(method))
+    kind: Any = type(method)
+    stretched = _has_gain(kind)
     inner = method.inner if stretched else method
-    if scaled or (stretched and _traits(type(inner))[1]):
+    kind = type(inner)
+    if _has_pair(kind):
         down, up, scale = inner.pair(p)
     else:
         (down, up), scale = inner.factors(p), 1.0
@@ -99,6 +123,12 @@ def _layer(module: nn.Module, x: Tensor) -> tuple[Layer, float] | None:
 
 
 @cache
-def _traits(method: Any) -> tuple[bool, bool]:
-    """Return whether a method is `Stretched`, and `Scaled`: asked of its class, as a protocol is slow to ask."""
-    return hasattr(method, "gain"), hasattr(method, "pair")
+def _has_gain(method: Any) -> bool:
+    """Return whether methods of a class are `Stretched`: asked once, as a protocol is slow to ask."""
+    return hasattr(method, "gain")
+
+
+@cache
+def _has_pair(method: Any) -> bool:
+    """Return whether methods of a class are `Scaled`."""
+    return hasattr(method, "pair")
