@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,11 @@ from lorakit.core.spec import AdapterSpec, Targets
 from lorakit.inject.attach import attach, state
 from lorakit.methods.dora import DoRA
 from lorakit.methods.hierarchical import Hierarchical
+from lorakit.methods.ia3 import IA3
+from lorakit.methods.krona import KronA
+from lorakit.methods.lokr import LoKr
 from lorakit.methods.lora import LoRA
+from lorakit.methods.mixture import Mixture
 from lorakit.persist import load, save
 from lorakit.training.base import load_base
 from tests.cli.conftest import answer, invoke
@@ -96,24 +101,26 @@ def test_a_base_is_no_adapter(base: Path, tmp_path: Path) -> None:
         )  # fmt: skip
 
 
-def saved(base: Path, method: Method, folder: Path) -> Path:
-    """Write an adapter of a method on a base, moved off its start, in lorakit's own format."""
+def saved(base: Path, method: Method, folder: Path, named: Path | None = None) -> Path:
+    """Write an adapter of a method on a base, moved off its start, in lorakit's own format; it may name its base."""
     torch.manual_seed(0)
     model, _ = load_base(str(base))
     handle = attach(model, AdapterSpec(method, Targets(("q_proj", "down_proj"))))
     with torch.no_grad():
         for parameter in handle.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    save(state(model), folder, "native")
+    kept = state(model)
+    save(replace(kept, base=replace(kept.base, name=None if named is None else str(named))), folder, "native")
     return folder
 
 
 def test_a_low_rank_method_becomes_the_lora_it_equals(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     place = saved(base, Hierarchical(2, 4.0, 2, 2), tmp_path / "native")
-    asked = ("convert", place, "--to", "peft", "--output", tmp_path / "peft")
-    assert "which `lorakit convert --to peft --as-lora` writes" in invoke(*asked).stderr
-    said = answer(*asked, "--as-lora")
+    asked = ("convert", place, "--output", tmp_path / "peft")
+    exact = f"lorakit convert {place} --as-lora --output {tmp_path / 'peft'}"
+    assert exact in invoke(*asked, "--to", "peft").stderr
+    said = answer(*exact.split()[1:])
     assert (said["method"], said["as_lora"]["max_error"]) == ("hierarchical", 0.0)
     plain = {update.site.key: update for update in load(tmp_path / "peft").updates}
     for mine in load(place).updates:
@@ -127,18 +134,55 @@ def test_a_low_rank_method_becomes_the_lora_it_equals(tmp_path: Path) -> None:
 def test_any_change_of_a_weight_becomes_the_nearest_lora_with_its_error_said(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     place = saved(base, DoRA(LoRA(2)), tmp_path / "native")
-    asked: tuple[object, ...] = ("convert", place, "--to", "peft", "--as-lora")
-    assert "no LoRA equals them" in invoke(*asked, "--output", tmp_path / "a").stderr
-    asked += ("--rank",)
-    assert "depends on the weights; name the base" in invoke(*asked, 4, "--output", tmp_path / "a").stderr
-    coarse = answer(*asked, 4, "--base", base, "--output", tmp_path / "a")["as_lora"]
-    whole = answer(*asked, 64, "--base", base, "--output", tmp_path / "b")["as_lora"]
+    asked: tuple[object, ...] = ("convert", place, "--as-lora", "--base", base, "--rank")
+    coarse = answer(*asked, 4, "--output", tmp_path / "a")["as_lora"]
+    whole = answer(*asked, 64, "--output", tmp_path / "b")["as_lora"]
     assert 1 > coarse["max_error"] >= coarse["total_error"] > 0.01 > 1e-4 > whole["max_error"]
     assert coarse["max_error"] == max(coarse["errors"].values())
     assert len(coarse["errors"]) == 4
-    shown = invoke(*asked, 4, "--base", base, "--output", tmp_path / "c").stdout
+    shown = invoke(*asked, 4, "--output", tmp_path / "c").stdout
     assert f"rank 4: {coarse['total_error']:.2%} of the change of the weights is lost" in " ".join(shown.split())
     assert {u.method.name for u in load(tmp_path / "a").updates} == {"lora"}
+
+
+@pytest.mark.parametrize("method", [DoRA(LoRA(2)), IA3(), KronA(2, 2), LoKr(2)])
+@pytest.mark.parametrize("named", [True, False])
+def test_the_command_in_the_message_writes_the_nearest_lora(tmp_path: Path, method: Method, named: bool) -> None:
+    base = save_base(tmp_path / "base")
+    place = saved(base, method, tmp_path / "native", base if named else None)
+    asked = ("convert", place, "--as-lora", "--output", tmp_path / "a")
+    told = invoke(*asked)
+    assert told.exit_code == 2
+    assert "merge them" not in told.stderr
+    assert "no LoRA equals them" in told.stderr
+    exact = f"lorakit convert {place} --as-lora --rank 16 --output {tmp_path / 'a'}"
+    assert exact in told.stderr
+    done = invoke(*exact.split()[1:])
+    if not named and method.name in ("dora", "ia3"):
+        assert "depends on the weights" in done.stderr
+        exact += " --base BASE"
+        assert exact in done.stderr
+        done = invoke(*exact.replace("BASE", str(base)).split()[1:])
+    assert done.exit_code == 0, done.stderr
+    assert {u.method.name for u in load(tmp_path / "a").updates} == {"lora"}
+    assert (tmp_path / "a" / "adapter_config.json").is_file()
+
+
+def test_no_lora_comes_near_what_depends_on_the_input(tmp_path: Path) -> None:
+    place = saved(save_base(tmp_path / "base"), Mixture(2, 2), tmp_path / "native")
+    for asked in (("--as-lora",), ("--as-lora", "--rank", 4), ("--to", "peft")):
+        said = invoke("convert", place, *asked, "--output", tmp_path / "a").stderr
+        assert "mixture" in said
+        assert "merge" not in said
+        assert "lorakit convert" not in said
+        assert "native" in said
+
+
+def test_a_format_is_asked_for_where_none_is_meant(run: Path, tmp_path: Path) -> None:
+    asked = ("convert", run, "--output", tmp_path / "x")
+    assert invoke(*asked).stderr == "error: name the format to write: --to peft, or --to native\n"
+    assert answer(*asked, "--as-lora")["format"] == "peft"
+    assert answer("convert", run, "--as-lora", "--to", "native", "--output", tmp_path / "y")["format"] == "native"
 
 
 def test_rank_and_base_go_with_as_lora(run: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -9,36 +10,45 @@ import typer
 
 from lorakit.cli.screen import screen, size
 from lorakit.cli.sources import BASE_HELP, is_base
-from lorakit.errors import AdapterFileError, RecipeError
+from lorakit.errors import AdapterFileError, RecipeError, SpecError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lorakit.core.state import AdapterState
 
+Asked = tuple[tuple[str, ...], tuple[str, ...]]
+"""The command to give again with other options between its two parts."""
+
 
 def convert(
     source: Annotated[str, typer.Argument(help="An adapter: a directory, a run's folder, or a loralib .bin file.")],
-    to: Annotated[Literal["peft", "native"], typer.Option(help="The format to write.")],
     output: Annotated[str, typer.Option(help="The directory to write.")],
+    to: Annotated[
+        Literal["peft", "native"] | None, typer.Option(help="The format to write; peft, if it is with --as-lora.")
+    ] = None,
     alpha: Annotated[float | None, typer.Option(help="The alpha of a loralib file, which does not store it.")] = None,
     enabled: Annotated[
         str | None,
         typer.Option(help="Which projections the merged layers of a loralib file adapt: yes,no,yes for q and v."),
     ] = None,
     as_lora: Annotated[
-        bool, typer.Option("--as-lora", help="Write the plain LoRA that a low-rank method equals, or with --rank any.")
+        bool,
+        typer.Option("--as-lora", help="Write the plain LoRA that a low-rank method equals; with --rank, of others too."),
     ] = False,
     rank: Annotated[
         int | None, typer.Option(help="With --as-lora: of the LoRA nearest to each change of a weight.")
     ] = None,
-    base: Annotated[str | None, typer.Option(help=f"With --as-lora, for DoRA, IA3: {BASE_HELP}")] = None,
+    base: Annotated[str | None, typer.Option(help=f"With --as-lora: {BASE_HELP[0].lower()}{BASE_HELP[1:]}")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write an adapter in another format."""
     with screen(json) as out:
-        from lorakit.persist import load, save
+        from lorakit.persist import load, peft_refusal, save
 
+        if to is None and not as_lora:
+            raise RecipeError("name the format to write: --to peft, or --to native")
+        to = to or "peft"
         inside = Path(source) / "adapter"
         place = inside if (Path(source) / "recipe.yaml").is_file() and inside.is_dir() else Path(source)
         if is_base(place):
@@ -47,10 +57,13 @@ def convert(
         state = load(place, alpha=alpha, enabled=_switches(enabled))
         said: dict[str, Any] = {}
         method = state.spec.name
+        asked = ("lorakit", "convert", source, "--as-lora"), ("--output", output)
         if as_lora:
-            state, said = _plain(state, rank, base)
+            state, said = _plain(state, rank, base, asked)
         elif rank is not None or base is not None:
             raise RecipeError("--rank and --base say how to write a plain LoRA; add --as-lora, or leave them out")
+        elif to == "peft" and (why := peft_refusal(state)) is not None:
+            raise AdapterFileError(f"{why}{_way(state, asked)}")
         save(state, output, to)
         written = sum(file.stat().st_size for file in Path(output).glob("adapter*"))
         out.say(
@@ -74,16 +87,26 @@ def convert(
         )
 
 
-def _plain(state: AdapterState, rank: int | None, base: str | None) -> tuple[AdapterState, dict[str, Any]]:
+def _plain(
+    state: AdapterState, rank: int | None, base: str | None, asked: Asked
+) -> tuple[AdapterState, dict[str, Any]]:
     """Return the adapter as plain LoRA, and how far from it that is: exactly it without a rank."""
     from lorakit.core.as_lora import as_lora
     from lorakit.core.nearest_lora import nearest_lora, total
 
     weights: dict[str, Tensor] = {}
+    if base is None and rank is not None and _leans_on_base(state):
+        base = state.base.name
+        if base is None:
+            given = "the change of these weights depends on the weights, and the adapter does not say of which base"
+            raise RecipeError(f"{given}; name it:\n  {_command(asked, '--rank', str(rank))} --base BASE")
     if base is not None:
         state, weights = _on_base(state, base)
     if rank is None:
-        return as_lora(state), {"rank": None, "total_error": 0.0, "max_error": 0.0, "errors": {}}
+        try:
+            return as_lora(state), {"rank": None, "total_error": 0.0, "max_error": 0.0, "errors": {}}
+        except SpecError as unequal:
+            raise SpecError(f"{unequal}{_way(state, asked)}") from unequal
     near, losses = nearest_lora(state, rank, weights)
     errors = {key: loss.relative for key, loss in losses.items()}
     return near, {
@@ -92,6 +115,32 @@ def _plain(state: AdapterState, rank: int | None, base: str | None) -> tuple[Ada
         "max_error": max(errors.values(), default=0.0),
         "errors": errors,
     }
+
+
+def _leans_on_base(state: AdapterState) -> bool:
+    """Return whether a change of a weight is not known without the weight, as one update of each method shows."""
+    from lorakit.core.method import Static
+    from lorakit.core.state import delta_of
+
+    one = {type(u.method): u for u in state.updates if isinstance(u.method, Static)}
+    return any(not u.site.in_ or delta_of(u) is None for u in one.values())
+
+
+def _way(state: AdapterState, asked: Asked) -> str:
+    """Return a line with the command that writes an adapter as plain LoRA, where one equals it or comes near."""
+    from lorakit.core.method import LowRank, Static
+
+    methods = {type(update.method) for update in state.updates}
+    if not methods or not all(issubclass(method, Static) for method in methods):
+        return ""
+    if all(issubclass(method, LowRank) for method in methods):
+        return f"\nthe plain LoRA that it equals: {_command(asked)}"
+    return f"\nthe nearest plain LoRA, here of rank 16, with what is lost: {_command(asked, '--rank', '16')}"
+
+
+def _command(asked: Asked, *options: str) -> str:
+    verb, rest = asked
+    return shlex.join((*verb, *options, *rest))
 
 
 def _on_base(state: AdapterState, base: str) -> tuple[AdapterState, dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lorakit.core.method import LowRank
+from lorakit.core.method import LowRank, Static
 from lorakit.core.spec import AdapterSpec, Override, Targets, method_from_json
 from lorakit.core.state import AdapterState, Update
 from lorakit.errors import SpecError, listing
@@ -25,18 +25,28 @@ def as_lora(state: AdapterState) -> AdapterState:
     A product of more ranks than its weight can have is multiplied out to as many, so every rank is one LoRA takes.
 
     Raises:
-        SpecError: updates that are no low-rank product, all of them.
+        SpecError: updates that are no change of a weight, or no low-rank product, all of them.
     """
+    refuse_moving(state)
     if misfits := [f"{u.site.key}: {u.method.name}" for u in state.updates if not isinstance(u.method, LowRank)]:
         raise SpecError(
-            f"{len(misfits)} update(s) are no low-rank product, so no LoRA equals them; merge them, or truncate their "
-            f"dW to a LoRA that comes near (lorakit convert --as-lora --rank R):\n{listing(misfits)}"
+            f"{len(misfits)} update(s) are no low-rank product, so no LoRA equals them; the nearest one of a rank you "
+            f"choose is another adapter:\n{listing(misfits)}"
         )
     refuse_unknown_widths(state)
     if not state.updates:
         return state
     updates = tuple(_plain(update) for update in state.updates)
     return replace(state, spec=plain_spec(state.spec, updates), updates=updates)
+
+
+def refuse_moving(state: AdapterState) -> None:
+    """Raise `SpecError` for updates that depend on the input, which no LoRA equals or comes near."""
+    if moving := [f"{u.site.key}: {u.method.name}" for u in state.updates if not isinstance(u.method, Static)]:
+        raise SpecError(
+            f"{len(moving)} update(s) are no change of a weight, so no LoRA comes near them at every input; keep "
+            f"format native:\n{listing(moving)}"
+        )
 
 
 def refuse_unknown_widths(state: AdapterState) -> None:

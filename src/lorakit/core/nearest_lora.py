@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lorakit.core.as_lora import plain_lora, plain_spec, refuse_unknown_widths
+from lorakit.core.as_lora import plain_lora, plain_spec, refuse_moving, refuse_unknown_widths
 from lorakit.core.checks import check_whole
 from lorakit.core.init import by_group, leading
-from lorakit.core.method import Static
 from lorakit.core.state import AdapterState, Update, delta_of
 from lorakit.errors import SpecError, listing
 
@@ -55,11 +54,7 @@ def nearest_lora(
         SpecError: a rank below 1 or one that groups do not divide, updates with no dW, or one that needs its weight.
     """
     check_whole("rank", rank)
-    if moving := [f"{u.site.key}: {u.method.name}" for u in state.updates if not isinstance(u.method, Static)]:
-        raise SpecError(
-            f"{len(moving)} update(s) are no change of a weight, so no LoRA comes near them at every input; keep "
-            f"format native:\n{listing(moving)}"
-        )
+    refuse_moving(state)
     refuse_unknown_widths(state)
     if not state.updates:
         return state, {}

@@ -17,7 +17,7 @@ from torch import Tensor
 from lorakit import __version__
 from lorakit.core.as_lora import as_lora
 from lorakit.core.init import init_of
-from lorakit.core.method import LowRank, Method
+from lorakit.core.method import Method
 from lorakit.core.peft_form import settle
 from lorakit.core.registry import method as method_named
 from lorakit.core.site import Site
@@ -133,9 +133,7 @@ def _refuse(updates: Sequence[Update]) -> None:
     """Raise `AdapterFileError` listing the updates PEFT has no form for, with the reason."""
     bare = sorted({f"{u.site.key}: {u.method.name}" for u in updates if u.method.peft is None})
     if bare:
-        low_rank = any(isinstance(u.method, LowRank) and u.method.peft is None for u in updates)
-        hint = "\nwhat is low-rank equals a plain LoRA, which `lorakit convert --to peft --as-lora` writes" * low_rank
-        raise AdapterFileError(f"these updates have no PEFT form; save with format='native':\n{listing(bare)}{hint}")
+        raise AdapterFileError(f"these updates have no PEFT form; save with format='native':\n{listing(bare)}")
     if len(kinds := sorted({u.method.name for u in updates})) > 1:
         raise AdapterFileError(f"PEFT has one method for all layers, not {', '.join(kinds)}; save with format='native'")
     unlike = [f"{u.site.key}: {why}" for u in updates if u.method.peft and (why := u.method.peft.why_not(u))]

@@ -171,9 +171,9 @@ def _usual(layers: Sequence[_Layer]) -> _Layer:
 def _instead(method: Method) -> str:
     """Return what other tools can read of a method they have no form for."""
     if isinstance(method, LowRank):
-        return f"write the plain LoRA that it equals (lorakit convert --to peft --as-lora), or {_MERGE}"
+        return f"write the plain LoRA that it equals (lorakit convert RUN --as-lora --output DIR), or {_MERGE}"
     if isinstance(method, Static):
-        nearest = "lorakit convert --to peft --as-lora --rank R; DoRA and IA3 need --base"
+        nearest = "lorakit convert RUN --as-lora --rank R --output DIR"
         return f"write the nearest plain LoRA ({nearest}), or {_MERGE}"
     readers = "lorakit" if method.peft is None else "lorakit or PEFT"
     return f"it is no change of a weight, so nothing can be merged or converted: use it with {readers}"
@@ -277,7 +277,7 @@ def _vllm(adapter: _Adapter) -> Iterator[Finding]:
     fits = next((choice for choice in VLLM_RANKS if choice >= highest.rank), None)
     if fits is None:
         why = f"max_lora_rank ends at {VLLM_RANKS[-1]}"
-        remedy = f"lower the rank, or truncate the adapter (lorakit convert --to peft --as-lora --rank R), or {_MERGE}"
+        remedy = f"lower the rank, or truncate the adapter (lorakit convert RUN --as-lora --rank R --output DIR), or {_MERGE}"
         yield Finding(VLLM, str(highest), why, remedy, _RANK_CHOICES)
     elif fits > VLLM_DEFAULT:
         why = f"max_lora_rank is {VLLM_DEFAULT} unless it is told otherwise, and takes {_listed(VLLM_RANKS)}"
@@ -311,7 +311,7 @@ def _llama_cpp(adapter: _Adapter) -> Iterator[Finding]:
     )
     what = "a rank-stabilised scale" if one else "ranks or alphas that differ between layers"
     remedy = (
-        f"write it as a plain LoRA (lorakit convert --to peft --as-lora), or {_CONVERT}"
+        f"write it as a plain LoRA (lorakit convert RUN --as-lora --output DIR), or {_CONVERT}"
         if one
         else f"give all layers one rank and one alpha, or {_CONVERT}"
     )
