@@ -72,9 +72,9 @@ def test_long_texts_can_be_dropped_or_refused() -> None:
     rows = [{"text": "c" * 9, "label": 0}, {"text": "c", "label": 1}]
     prepared = prepare_classification(rows, TOK, max_length=5, overlong="drop")
     assert (len(prepared.dataset), prepared.report.dropped_overlong, prepared.report.tokens_lost) == (1, 1, 11)
-    with pytest.raises(DataError, match="row 1: has 11 tokens, max_length is 5"):
+    with pytest.raises(DataError, match="row 1: has 11 tokens; max_length is 5: raise it"):
         prepare_classification(rows, TOK, max_length=5, overlong="error")
-    with pytest.raises(DataError, match="every row is longer than max_length 2"):
+    with pytest.raises(DataError, match="every row is longer than 2 tokens; max_length is 2: raise it"):
         prepare_classification(rows, TOK, max_length=2, overlong="drop")
 
 

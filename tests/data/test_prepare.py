@@ -43,7 +43,7 @@ def test_the_default_drops_overlong_rows_and_counts_them() -> None:
     assert (report.kept, report.dropped_overlong, report.tokens_lost) == (7, 3, 11 + 12 + 13)
     assert (report.longest, report.tokens, report.trained_tokens) == (13, sum(range(4, 11)), 14)
     assert report.lines()[1] == "49 tokens, 14 of them trained (29%); longest row 13"
-    assert "dropped 3 rows (30.0%) longer than max_length 10: 36 tokens" in report.lines()
+    assert "dropped 3 rows (30.0%) longer than 10 tokens: 36 tokens" in report.lines()
 
 
 def test_cutting_keeps_the_rows_and_counts_what_it_took() -> None:
@@ -70,12 +70,12 @@ def test_splitting_is_for_plain_text() -> None:
 
 
 def test_overlong_rows_can_be_an_error_that_lists_them() -> None:
-    with pytest.raises(DataError, match="row 9: has 12 tokens, max_length is 11"):
+    with pytest.raises(DataError, match="row 9: has 12 tokens; max_length is 11: raise it"):
         prepare(TEN, tokenizer(), max_length=11, overlong="error")
 
 
 def test_rows_that_are_all_too_long_are_refused() -> None:
-    with pytest.raises(DataError, match=r"every row is longer than max_length 3 \(the longest has 13 tokens\)"):
+    with pytest.raises(DataError, match=r"longer than 3 tokens \(the longest has 13\); max_length is 3: raise it, or"):
         prepare(TEN, tokenizer(), max_length=3)
 
 
@@ -86,7 +86,7 @@ def test_a_row_whose_prompt_fills_the_length_is_shown_with_the_remedy(tmp_path: 
         prepare(str(path), tokenizer(), max_length=6, overlong="cut")
     assert f"1 rows have no token to train on:\n  - {path} line 2\n" in str(error.value)
     assert "\na long\n" in str(error.value)
-    assert "the prompt alone fills max_length 6: raise it, or choose overlong: drop" in str(error.value)
+    assert "the prompt alone fills the row; max_length is 6: raise it, or choose overlong: drop" in str(error.value)
 
 
 def test_a_conversation_without_an_answer_is_shown_with_the_remedy() -> None:

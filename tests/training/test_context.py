@@ -90,13 +90,35 @@ def test_packing_gives_way_and_rows_leave_room(base: Path, tmp_path: Path) -> No
     stage = build_stage(recipe)
     assert not stage.packed
     assert stage.why == "prompt-tuning puts virtual positions at the start of a row, so each example has its own"
-    assert longest_row(recipe.data, stage.model, stage.tokenizer, stage.spec.method) == 128 - 6
+    assert longest_row(recipe.data, stage.model, stage.tokenizer, stage.spec.method).tokens == 128 - 6
     attach(stage.model, stage.spec)
-    assert longest_row(recipe.data, stage.model, stage.tokenizer) == 128 - 6
+    assert longest_row(recipe.data, stage.model, stage.tokenizer).tokens == 128 - 6
     with pytest.raises(RecipeError, match="prompt-tuning puts virtual positions at the start of a row; set data.pack"):
         build_stage(recipe_of(base, tmp_path, adapter=adapter, data__packing="always"))
     with pytest.raises(RecipeError, match="the 128 virtual positions of the adapter leave nothing of the model's 128"):
         build_stage(recipe_of(base, tmp_path, adapter={**adapter, "tokens": 128}))
+    with pytest.raises(RecipeError, match="the 127 virtual positions of the adapter leave 1 of the model's 128 posi"):
+        build_stage(recipe_of(base, tmp_path, adapter={**adapter, "tokens": 127}))
+
+
+@pytest.mark.parametrize("overlong", ["drop", "cut", "error"])
+def test_rows_without_room_beside_the_prefix_are_told_of_its_length(base: Path, tmp_path: Path, overlong: str) -> None:
+    for adapter in ({"method": "prompt-tuning", "tokens": 125}, {"method": "prefix-layer", "before": 62, "after": 63}):
+        with pytest.raises(DataError) as told:
+            build_stage(recipe_of(base, tmp_path, adapter=adapter, data__overlong=overlong))
+        assert "the 125 virtual positions of the adapter leave 3 of the model's 128 positions: use fewer" in str(
+            told.value
+        )
+        assert "max_length" not in str(told.value)
+
+
+def test_rows_longer_than_the_model_s_positions_are_told_so(base: Path, tmp_path: Path) -> None:
+    long = write_rows(tmp_path / "long.jsonl", [{"prompt": "a", "completion": " cab" * 200}])
+    given = {"data__train": long, "data__max_length": 1000, "train": {"batch_tokens": 512, "device": "cpu"}}
+    with pytest.raises(DataError, match="the model has 128 positions: shorten the rows, or choose overlong: cut"):
+        build_stage(recipe_of(base, tmp_path, **given))
+    with pytest.raises(DataError, match=r"a pack has 64 \(train.batch_tokens\): raise it, or choose overlong: cut"):
+        build_stage(recipe_of(base, tmp_path, **given, train__batch_tokens=64))
 
 
 def test_a_text_becomes_token_ids_that_the_adapter_remembers(base: Path, tmp_path: Path) -> None:

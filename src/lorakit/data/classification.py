@@ -30,11 +30,13 @@ def prepare_classification(
     overlong: Literal["cut", "drop", "error"] = "cut",
     split: str | None = None,
     vocab_size: int | None = None,
+    limit: str | None = None,
 ) -> Prepared:
     """Turn rows of `text`, optional `text_pair` and `label` into `input_ids` and a class number in `labels`.
 
     `labels` are the class names in the order of their numbers; without them they are the dataset's own class names,
     or the values found, sorted. Hand `Prepared.labels` on to validation data. A label may be a name or a number.
+    `limit` tells whoever has too long rows what sets their length and what to do, where that is not `max_length`.
 
     Raises `DataError` for malformed rows, unknown labels, a single class, or ids the model does not know.
     """
@@ -45,12 +47,13 @@ def prepare_classification(
     names = tuple(labels) if labels is not None else _label_names(rows, values)
     classes = _numbers(values, names, where)
     columns, lengths = _encode(rows, tokenizer, max_length, cut=overlong == "cut", where=where)
-    long = {i: f"has {n} tokens, max_length is {max_length}" for i, n in enumerate(lengths) if n > max_length}
+    limit = limit or f"max_length is {max_length}: raise it"
+    long = {i: f"has {n} tokens; {limit}" for i, n in enumerate(lengths) if n > max_length}
     if long and overlong == "error":
         raise DataError(f"rows that cannot be prepared:\n{at_rows(long, where)}")
     kept = [i for i in range(len(rows)) if overlong == "cut" or i not in long]
     if not kept:
-        raise DataError(f"every row is longer than max_length {max_length}; raise it, or choose overlong: cut")
+        raise DataError(f"every row is longer than {max_length} tokens; {limit}, or choose overlong: cut")
     columns = {name: [column[i] for i in kept] for name, column in columns.items()} | {
         "labels": [classes[i] for i in kept]
     }

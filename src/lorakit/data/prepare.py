@@ -43,6 +43,7 @@ def prepare(
     seed: int = 0,
     split: str | None = None,
     vocab_size: int | None = None,
+    limit: str | None = None,
 ) -> Prepared:
     """Turn rows into ids and labels of at most `max_length` tokens.
 
@@ -50,6 +51,7 @@ def prepare(
     lost) or `error`. `separator` goes between prompt and completion: None decides (a newline, unless every row has
     whitespace there), a string is used as given; hand `report.separator_used` on to validation data and to
     `render_prompt`. `seed` shuffles the packs. `vocab_size` is the number of rows of the model's embedding.
+    `limit` tells whoever has too long rows what sets their length and what to do, where that is not `max_length`.
 
     Raises `DataError` for rows that are malformed, have no trained token, or hold ids the model does not know.
     """
@@ -63,7 +65,8 @@ def prepare(
     check(rows, form, where)
     if overlong == "split" and form.name != "text":
         raise DataError(f"overlong: split is for plain text; pieces of '{form.name}' rows would lose their prompt")
-    encoder = _Encoder(tokenizer, form, seam(rows, form, separator), loss, max_length, overlong,
+    limit = limit or f"max_length is {max_length}: raise it"
+    encoder = _Encoder(tokenizer, form, seam(rows, form, separator), loss, max_length, limit, overlong,
                        SpecialCount(tokenizer))  # fmt: skip
     dataset = encoder.map(rows)
     encoder.raise_faults(where, vocab_size)
@@ -84,6 +87,7 @@ class _Encoder:
     separator: str
     loss: Loss
     max_length: int
+    limit: str
     overlong: Overlong
     special: SpecialCount
     faults: dict[int, str] = field(default_factory=dict)
@@ -161,7 +165,7 @@ class _Encoder:
                 spans = [slice(at, at + size) for at in range(0, length - 1, size - 1)]
                 return [Tokens(tokens.ids[span], [IGNORE, *tokens.labels[span][1:]]) for span in spans]
             case "error":
-                self.faults[number] = f"has {length} tokens, max_length is {size}"
+                self.faults[number] = f"has {length} tokens; {self.limit}"
                 return []
 
     def raise_faults(self, where: Where, vocab_size: int | None) -> None:
@@ -179,13 +183,13 @@ class _Encoder:
             )
         if not self.kept:
             raise DataError(
-                f"every row is longer than max_length {self.max_length} (the longest has {self.longest} tokens); "
-                "raise max_length, or choose overlong: cut"
+                f"every row is longer than {self.max_length} tokens (the longest has {self.longest}); {self.limit}, "
+                "or choose overlong: cut"
             )
 
     def _remedy(self) -> str:
         if self.cut:
-            return f"the prompt alone fills max_length {self.max_length}: raise it, or choose overlong: drop"
+            return f"the prompt alone fills the row; {self.limit}, or choose overlong: drop"
         if self.form.name in ("messages", "sharegpt"):
             return "a conversation needs a turn of the assistant; remove these rows, or choose loss: all"
         return "remove the empty rows"

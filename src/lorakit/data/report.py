@@ -51,7 +51,7 @@ class DataReport:
             f"{self.source}: {self.rows:,} rows, format {self.format}",
             f"{self.tokens:,} tokens, {trained}; longest row {self.longest:,}",
         ]
-        overlong = f"longer than max_length {self.max_length:,}"
+        overlong = f"longer than {self.max_length:,} tokens"
         if self.dropped_overlong:
             share = self.dropped_overlong / self.rows
             lines.append(

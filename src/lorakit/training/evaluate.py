@@ -91,7 +91,7 @@ def evaluate(
         if form.name == "classification":
             return _classifier(model, tokenizer, given, source, data, split, batch_size)
         most = longest_row(data, model, tokenizer)
-        prepared = prepare_text(data, tokenizer, model, given, split, max_length=most, separator=data.separator)
+        prepared = prepare_text(data, tokenizer, model, given, split, most=most, separator=data.separator)
         loss, count = mean_loss(model, prepared.dataset, batch_size, _pad(tokenizer))
         report = replace(prepared.report, source=source)
         scored = Evaluation("causal-lm", loss, count, report.kept, report, perplexity=math.exp(min(loss, 700.0)))
@@ -129,7 +129,7 @@ def _classifier(
     names = data.labels or tuple(str(config.id2label[i]) for i in range(config.num_labels))
     most = longest_row(data, model, tokenizer)
     prepared: Prepared = prepare_labelled(
-        data, tokenizer, given, split, max_length=most, labels=names, vocab_size=rows_of(model)
+        data, tokenizer, given, split, most=most, labels=names, vocab_size=rows_of(model)
     )
     loss, actual, predicted = _predictions(model, prepared.dataset, batch_size, _pad(tokenizer))
     classes = {

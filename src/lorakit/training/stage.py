@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorakit.core.method import Context, Method, Tokenized
 from lorakit.core.spec import AdapterSpec
@@ -130,21 +130,33 @@ def target_counts(stage: Stage) -> dict[str, int]:
     return {pattern: caught[pattern] for pattern in patterns}
 
 
+class Longest(NamedTuple):
+    """How many tokens a row may have, and what sets that and can be done about it, in words."""
+
+    tokens: int
+    limit: str
+
+
 def longest_row(
-    data: DataSection, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: Method | None = None
-) -> int:
-    """Return the longest row in tokens: what the recipe allows, and the model has positions for.
+    data: DataSection, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, method: Method | None = None
+) -> Longest:
+    """Return the longest row: what the recipe and the tokenizer allow, and the model, if it is known, can read.
 
     The virtual positions of the adapter that the model reads, or of the `method` it will get, are taken off.
     """
-    taken = sum(method.lengths() if isinstance(method, Context) else virtual_positions(model))
-    positions = size_of(model.config, "max_position_embeddings") or data.max_length + taken
-    if taken >= positions:
-        raise RecipeError(
-            f"the {taken} virtual positions of the adapter leave nothing of the model's {positions} positions for the "
-            "rows; use fewer"
-        )
-    return int(min(data.max_length, positions - taken, tokenizer.model_max_length))
+    rows = [
+        Longest(data.max_length, f"max_length is {data.max_length}: raise it"),
+        Longest(tokenizer.model_max_length, f"the tokenizer allows {tokenizer.model_max_length}: shorten the rows"),
+    ]
+    if model is not None and (positions := size_of(model.config, "max_position_embeddings")):
+        taken = sum(method.lengths() if isinstance(method, Context) else virtual_positions(model))
+        left = positions - taken
+        of = f"leave {max(left, 0) or 'nothing'} of the model's {positions} positions"
+        if left < 2:
+            raise RecipeError(f"the {taken} virtual positions of the adapter {of} for the rows; use fewer")
+        used = f"the {taken} virtual positions of the adapter {of}: use fewer"
+        rows.insert(0, Longest(left, used if taken else f"the model has {positions} positions: shorten the rows"))
+    return min(rows, key=lambda row: row.tokens)
 
 
 def prepare_text(
@@ -154,7 +166,7 @@ def prepare_text(
     source: str | Dataset,
     split: str | None,
     *,
-    max_length: int,
+    most: Longest,
     separator: str | None,
     packing: bool = False,
     seed: int = 0,
@@ -163,7 +175,8 @@ def prepare_text(
     return prepare(
         source,
         tokenizer,
-        max_length=max_length,
+        max_length=most.tokens,
+        limit=most.limit,
         format=data.format,
         loss=data.loss,
         overlong="drop" if data.overlong == "auto" else data.overlong,
@@ -181,7 +194,7 @@ def prepare_labelled(
     source: str | Dataset,
     split: str | None,
     *,
-    max_length: int,
+    most: Longest,
     labels: tuple[str, ...] | None,
     vocab_size: int | None = None,
 ) -> Prepared:
@@ -190,7 +203,14 @@ def prepare_labelled(
         raise RecipeError("data.overlong: split is for plain text; a labelled row can be cut or dropped")
     overlong = "cut" if data.overlong == "auto" else data.overlong
     return prepare_classification(
-        source, tokenizer, max_length=max_length, labels=labels, overlong=overlong, split=split, vocab_size=vocab_size
+        source,
+        tokenizer,
+        max_length=most.tokens,
+        limit=most.limit,
+        labels=labels,
+        overlong=overlong,
+        split=split,
+        vocab_size=vocab_size,
     )
 
 
@@ -209,16 +229,17 @@ def _language_model(recipe: Recipe, empty: bool) -> Stage:
     spec = _spec(recipe, loaded.model, tokenizer)
     most = longest_row(data, loaded.model, tokenizer, spec.method)
     tokens = train.batch_tokens or BATCH_TOKENS
-    most = min(most, tokens) if packed and train.batch_size is None else most
+    if packed and train.batch_size is None and tokens < most.tokens:
+        most = Longest(tokens, f"a pack has {tokens} (train.batch_tokens): raise it")
     assert data.train is not None
-    shared = {"max_length": most, "packing": packed}
+    shared = {"most": most, "packing": packed}
     rows = prepare_text(data, tokenizer, loaded.model, data.train, data.train_split, separator=data.separator,
                         seed=train.seed, **shared)  # type: ignore[arg-type]  # fmt: skip
     validation = None
     if data.validation is not None:
         validation = prepare_text(data, tokenizer, loaded.model, data.validation, data.validation_split,
                                   separator=rows.report.separator_used, **shared)  # type: ignore[arg-type]  # fmt: skip
-    longest = most if packed else min(most, rows.report.longest)
+    longest = most.tokens if packed else min(most.tokens, rows.report.longest)
     size = train.batch_size or max(1, tokens // longest)
     return Stage("causal-lm", loaded.model, tokenizer, spec, rows, validation, size, packed, why)
 
@@ -227,19 +248,19 @@ def _classifier(recipe: Recipe, empty: bool) -> Stage:
     data, train = recipe.data, recipe.train
     tokenizer = load_tokenizer(recipe.model)
     assert data.train is not None
-    most = min(data.max_length, tokenizer.model_max_length)
-    rows = prepare_labelled(data, tokenizer, data.train, data.train_split, max_length=most, labels=data.labels or None)
+    most = longest_row(data, None, tokenizer)
+    rows = prepare_labelled(data, tokenizer, data.train, data.train_split, most=most, labels=data.labels or None)
     labels = rows.labels or ()
     loaded = _load(recipe, tokenizer, "classification", empty, labels)
     most = longest_row(data, loaded.model, tokenizer, recipe.adapter.build_method())
-    if rows.report.longest > most or rows_of(loaded.model) < len(tokenizer):
-        rows = prepare_labelled(data, tokenizer, data.train, data.train_split, max_length=most, labels=labels,
+    if rows.report.longest > most.tokens or rows_of(loaded.model) < len(tokenizer):
+        rows = prepare_labelled(data, tokenizer, data.train, data.train_split, most=most, labels=labels,
                                 vocab_size=rows_of(loaded.model))  # fmt: skip
     validation = None
     if data.validation is not None:
-        validation = prepare_labelled(data, tokenizer, data.validation, data.validation_split, max_length=most,
+        validation = prepare_labelled(data, tokenizer, data.validation, data.validation_split, most=most,
                                       labels=labels, vocab_size=rows_of(loaded.model))  # fmt: skip
-    by_tokens = max(1, train.batch_tokens // min(most, rows.report.longest)) if train.batch_tokens else BATCH_ROWS
+    by_tokens = max(1, train.batch_tokens // min(most.tokens, rows.report.longest)) if train.batch_tokens else BATCH_ROWS
     heads = tuple(dict.fromkeys((*sorted(sites(loaded.model).heads), *loaded.fresh)))
     spec = _spec(recipe, loaded.model, tokenizer, heads)
     why = "a classifier reads one text a row"
