@@ -37,7 +37,15 @@ def of_shape(name: str, *devices: str, count: int = 1, strategy: str = "single",
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"adapter__method": "dora"}, {"train__batch_size": 5}, {"data__packing": "never"}]
+    "changes",
+    [
+        {},
+        {"adapter__method": "dora"},
+        {"train__batch_size": 5},
+        {"data__packing": "never"},
+        {"quant": {"kind": "nf4", "principal": 4}},
+        {"adapter__train": "norms"},
+    ],
 )
 def test_the_plan_is_the_run(base: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     recipe = recipe_of(base, tmp_path, **changes)

@@ -368,5 +368,25 @@ def test_a_principal_part_is_saved_and_only_lorakit_loads_it(base: Path, tmp_pat
 
 
 def test_a_principal_rank_no_layer_has_is_refused(base: Path) -> None:
-    with pytest.raises(LorakitError, match=r"principal 33 exceeds min\(out, in\) = "):
+    with pytest.raises(LorakitError, match=r"principal 33 exceeds min\(out, in\) = ") as told:
         load_base(str(base), quant=QuantSection(principal=33))
+    assert "lower it (quant.principal)" in str(told.value)
+    assert len(str(told.value).splitlines()) <= 3, "a line for each shape, not for each layer"
+
+
+@pytest.mark.parametrize("said", [None, 2])
+def test_a_principal_part_that_the_configuration_does_not_tell_of_is_refused(
+    base: Path, tmp_path: Path, said: int | None
+) -> None:
+    packing = Packing(QuantSection(principal=4))
+    write_packed(pack(str(base), packing, torch.device("cpu")), packing, tmp_path / "packed")
+    tokenizer().save_pretrained(tmp_path / "packed")
+    file = tmp_path / "packed" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"].pop("principal")
+    if said is not None:
+        config["quantization_config"]["principal"] = said
+    file.write_text(json.dumps(config))
+    wrong = rf"principal_down .*\(4, \d+\).*config.json says principal {said or 0}"
+    with pytest.raises(LorakitError, match=wrong):
+        load_base(str(tmp_path / "packed"))

@@ -34,7 +34,9 @@ def convert(
     ] = None,
     as_lora: Annotated[
         bool,
-        typer.Option("--as-lora", help="Write the plain LoRA that a low-rank method equals; with --rank, of others too."),
+        typer.Option(
+            "--as-lora", help="Write the plain LoRA that a low-rank method equals; with --rank, of others too."
+        ),
     ] = False,
     rank: Annotated[
         int | None, typer.Option(help="With --as-lora: of the LoRA nearest to each change of a weight.")

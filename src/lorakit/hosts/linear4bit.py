@@ -99,7 +99,7 @@ class Linear4bit(nn.Module):
             SpecError: a rank the weight does not have.
         """
         if rank > min(weight.shape):
-            raise SpecError(f"principal {rank} exceeds min(out, in) = {min(weight.shape)}")
+            raise SpecError(f"principal {rank} exceeds min(out, in) = {min(weight.shape)}; lower it (quant.principal)")
         rng = torch.Generator().manual_seed(0)
         u, s, vh = (part[0] for part in leading(weight[None], rank, ITERATIONS, rng))
         root = s.sqrt()

@@ -277,7 +277,8 @@ def _vllm(adapter: _Adapter) -> Iterator[Finding]:
     fits = next((choice for choice in VLLM_RANKS if choice >= highest.rank), None)
     if fits is None:
         why = f"max_lora_rank ends at {VLLM_RANKS[-1]}"
-        remedy = f"lower the rank, or truncate the adapter (lorakit convert RUN --as-lora --rank R --output DIR), or {_MERGE}"
+        truncated = "lorakit convert RUN --as-lora --rank R --output DIR"
+        remedy = f"lower the rank, or truncate the adapter ({truncated}), or {_MERGE}"
         yield Finding(VLLM, str(highest), why, remedy, _RANK_CHOICES)
     elif fits > VLLM_DEFAULT:
         why = f"max_lora_rank is {VLLM_DEFAULT} unless it is told otherwise, and takes {_listed(VLLM_RANKS)}"

@@ -8,6 +8,7 @@ in 4 bits already, by `lorakit quantize` or by bitsandbytes, is taken as it is.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from lorakit.errors import LorakitError, RecipeError
 from lorakit.hosts import nf4
 from lorakit.hosts.linear4bit import BLOCK, Linear4bit
 from lorakit.inject.sites import sites
-from lorakit.training.base_files import open_tensors, place_of
+from lorakit.training.base_files import Later, open_tensors, place_of
 from lorakit.training.quantizer import METHOD, Packing, config_class, empty_layers, told
 from lorakit.training.recipe import QuantSection
 
@@ -92,6 +93,7 @@ def load_packed(cls: Any, place: Path, config: Any, packing: Packing, *, dtype: 
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with open_tensors(place, packing.done) as tensors, told(packing):
+        _refuse_other_principal(place, tensors, packing)
         model, info = cls.from_pretrained(
             None,
             config=config,
@@ -105,6 +107,19 @@ def load_packed(cls: Any, place: Path, config: Any, packing: Packing, *, dtype: 
     if (place / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = need("transformers", "train").GenerationConfig.from_pretrained(place)
     return model, info
+
+
+def _refuse_other_principal(place: Path, tensors: Mapping[str, Later], packing: Packing) -> None:
+    """Raise `LorakitError` for principal parts of another rank than the configuration says."""
+    rank = packing.settings.principal if packing.packed else 0
+    ranks = {n: t.get_shape() for n, t in tensors.items() if n.endswith(("principal_up", "principal_down"))}
+    odd = {n: shape for n, shape in ranks.items() if shape[n.endswith("principal_up")] != rank}
+    if odd:
+        name, shape = next(iter(odd.items()))
+        raise LorakitError(
+            f"{place}: {name} and {len(odd) - 1} more are of another rank, {tuple(shape)}, config.json says principal "
+            f"{rank}; copy the whole directory again, or write it anew with lorakit quantize"
+        )
 
 
 def pack(name: str, packing: Packing, device: Any) -> PreTrainedModel:

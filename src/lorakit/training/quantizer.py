@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorakit.core.lazy import need
 from lorakit.core.sublayers import LINEAR_KINDS
-from lorakit.errors import AdapterFileError, LorakitError, SpecError, listing
+from lorakit.errors import AdapterFileError, LorakitError, SpecError, grouped, listing
 from lorakit.hosts import nf4
 from lorakit.hosts.bnb_keys import NAMES, from_tensors
 from lorakit.hosts.linear4bit import Linear4bit
@@ -180,7 +180,7 @@ def told(packing: Packing, where: str = "") -> Iterator[None]:
     except RuntimeError as error:
         if not packing.problems:
             raise
-        raise LorakitError(f"the base cannot be read:\n{listing(packing.problems)}") from error
+        raise LorakitError(f"the base cannot be read:\n{listing(grouped(packing.problems))}") from error
 
 
 def _pack(layer: Linear4bit, weight: Tensor, name: str, packing: Packing) -> nn.Parameter:

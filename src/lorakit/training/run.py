@@ -165,8 +165,7 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
             log.append("data", part=part, **prepared.report.to_json())
     if saved is None:
         log.append("example", runs=[list(run) for run in example(stage.train, stage.tokenizer)])
-    patterns = target_counts(stage)
-    base = sites(stage.model).total_parameters
+    patterns, base = target_counts(stage), sites(stage.model).total_parameters
     handle = attached(recipe, stage, saved)
     fusion = fuse(stage.model) if recipe.train.fused else None
     trainable = sum(p.numel() for p in handle.parameters())

@@ -260,7 +260,9 @@ def _classifier(recipe: Recipe, empty: bool) -> Stage:
     if data.validation is not None:
         validation = prepare_labelled(data, tokenizer, data.validation, data.validation_split, most=most,
                                       labels=labels, vocab_size=rows_of(loaded.model))  # fmt: skip
-    by_tokens = max(1, train.batch_tokens // min(most.tokens, rows.report.longest)) if train.batch_tokens else BATCH_ROWS
+    by_tokens = (
+        max(1, train.batch_tokens // min(most.tokens, rows.report.longest)) if train.batch_tokens else BATCH_ROWS
+    )
     heads = tuple(dict.fromkeys((*sorted(sites(loaded.model).heads), *loaded.fresh)))
     spec = _spec(recipe, loaded.model, tokenizer, heads)
     why = "a classifier reads one text a row"
