@@ -11,12 +11,18 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    GemmaConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
     OPTConfig,
+    PhiConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -61,6 +67,12 @@ CONFIGS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(num_key_value_heads=2, intermediate_size=64, **_SMALL),
     "qwen2": lambda: Qwen2Config(num_key_value_heads=2, intermediate_size=64, **_SMALL),
     "gpt2": lambda: GPT2Config(vocab_size=267, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "mistral": lambda: MistralConfig(num_key_value_heads=2, intermediate_size=64, **_SMALL),
+    "qwen3": lambda: Qwen3Config(num_key_value_heads=2, intermediate_size=64, head_dim=8, **_SMALL),
+    "gemma": lambda: GemmaConfig(num_key_value_heads=2, intermediate_size=64, head_dim=8, **_SMALL),
+    "phi": lambda: PhiConfig(intermediate_size=64, **_SMALL),
+    "gpt-neox": lambda: GPTNeoXConfig(intermediate_size=64, **_SMALL),
+    "bloom": lambda: BloomConfig(vocab_size=267, hidden_size=32, n_layer=2, n_head=4),
     "opt": lambda: OPTConfig(ffn_dim=64, word_embed_proj_dim=32, **_SMALL),
 }
 _SMALL = {
@@ -72,9 +84,10 @@ _SMALL = {
 }
 
 
-def model(family: str, attention: str, *, use_cache: bool = False) -> PreTrainedModel:
+def model(family: str, attention: str, *, use_cache: bool = False, **fields: Any) -> PreTrainedModel:
     """Build a random two-layer model of a family with an attention backend."""
     torch.manual_seed(0)
     config = CONFIGS[family]()
-    config.use_cache = use_cache
+    for name, value in {"use_cache": use_cache, **fields}.items():
+        setattr(config, name, value)
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()

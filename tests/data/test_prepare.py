@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, load_from_disk
 
-from lorakit.data import DataReport, prepare
+from lorakit.data import DataReport, PackRule, prepare
 from lorakit.data.masking import IGNORE
 from lorakit.errors import DataError
 from tests.data.samples import EOS, NEWLINE, PLAIN, A, B, C, tokenizer
@@ -162,17 +162,25 @@ def test_a_given_separator_is_used_as_it_is() -> None:
 
 
 def test_packing_fills_rows_and_says_how_full() -> None:
-    report = prepare(TEN, tokenizer(), max_length=13, packing=True).report
+    report = prepare(TEN, tokenizer(), max_length=13, packing=PackRule(13)).report
     assert report.packs is not None
     assert report.packing_efficiency == pytest.approx(report.tokens / (report.packs * 13))
     assert report.lines()[-1] == f"packed into {report.packs} rows of 13, {report.packing_efficiency:.1%} full"
+
+
+def test_a_shared_prompt_is_said_and_counts_once() -> None:
+    rows = [{"prompt": "c" * 9, "completion": word} for word in ("a", "b", "c")]  # 12 tokens each
+    report = prepare(rows, tokenizer(), max_length=24, packing=PackRule(24, share=0.1)).report
+    assert (report.tokens, report.tokens_shared, report.packs) == (36, 18, 1)
+    assert report.packing_efficiency == 18 / 24
+    assert report.lines()[-1] == "a prompt stands once for all its answers: 18 tokens (50%) less"
 
 
 def test_nothing_is_written_where_the_data_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "abc"}\n')
     monkeypatch.chdir(tmp_path)
-    prepared = prepare("a.jsonl", tokenizer(), max_length=9, packing=True)
+    prepared = prepare("a.jsonl", tokenizer(), max_length=9, packing=PackRule(9))
     assert os.listdir(tmp_path) == ["a.jsonl"]
     assert prepared.dataset.cache_files == []
 

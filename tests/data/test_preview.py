@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorakit.data import prepare, prepare_classification, preview
+from lorakit.data import PackRule, prepare, prepare_classification, preview
 from lorakit.data.preview import example, plain, runs
 from tests.data.samples import tokenizer
 
@@ -26,9 +26,16 @@ def test_without_colour_brackets_mark_what_is_trained() -> None:
 
 def test_of_a_packed_row_the_first_example_alone_is_shown() -> None:
     rows = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(3)]
-    packed = prepare(rows, tokenizer(), max_length=64, packing=True)
+    packed = prepare(rows, tokenizer(), max_length=64, packing=PackRule(64))
     assert len(packed.dataset) == 1
     assert plain(example(packed, tokenizer())) in [f"p{i}\n[[c{i}<eos>]]" for i in range(3)]
+
+
+def test_of_a_shared_prompt_one_answer_is_shown() -> None:
+    rows = [{"prompt": "why", "completion": f"c{i}"} for i in range(3)]
+    packed = prepare(rows, tokenizer(), max_length=64, packing=PackRule(64, share=-1.0))
+    assert packed.report.tokens_shared == 6
+    assert plain(example(packed, tokenizer())) == "why\n[[c0<eos>]]"
 
 
 def test_a_classifier_s_class_comes_after_its_text() -> None:

@@ -72,6 +72,7 @@ def kept(model: nn.Module, spec: AdapterSpec, load: Load) -> int:
         (AdapterSpec(LoRA(4), dropout=0.1), LOAD),
         (AdapterSpec(DoRA(LoRA(4))), LOAD),
         (AdapterSpec(LoRA(4)), replace(LOAD, dtype=torch.bfloat16)),
+        (AdapterSpec(LoRA(4)), replace(LOAD, packed=True, shared=True)),
         (AdapterSpec(LoRA(4)), replace(LOAD, quant=QuantSection())),
         (AdapterSpec(LoRA(4)), replace(LOAD, quant=QuantSection(principal=2))),
         (FULL, LOAD),

@@ -45,6 +45,7 @@ def of_shape(name: str, *devices: str, count: int = 1, strategy: str = "single",
         {"data__packing": "never"},
         {"quant": {"kind": "nf4", "principal": 4}},
         {"adapter__train": "norms"},
+        {"train__batch_size": None, "train__batch_tokens": 128, "data__share_prompts": "always"},
     ],
 )
 def test_the_plan_is_the_run(base: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -59,6 +60,7 @@ def test_the_plan_is_the_run(base: Path, tmp_path: Path, changes: dict[str, Any]
     assert planned.pace.steps == run.steps
     assert planned.load.rows == events["plan"]["batch_rows"]
     assert planned.load.packed == events["plan"]["packed"]
+    assert planned.load.shared == (run.data["train"]["tokens_shared"] > 0)
     assert planned.data["train"].tokens == run.data["train"]["tokens"]
     (written,) = Path(run.adapter_dir).glob("adapter*.safetensors")
     assert sum(t.nbytes for t in load_file(written).values()) == planned.counts.adapter_bytes()

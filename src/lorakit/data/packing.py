@@ -1,17 +1,17 @@
 """Several examples in one row, each as blind to its neighbours as if it stood alone.
 
-The isolation rests on two things: positions that start again at 0 with every example, and the absence of an attention
-mask and of a cache, for only then do the attention backends read the borders off the positions. Whether a given model
-honours this is measured, not believed.
+Positions start again at 0 with every example, and there is no attention mask: the attention backends read the borders
+off the positions. Examples of one prompt may share it: the row holds the prompt but its last token once, and then a
+branch for each of them, which begins with a copy of that last token and counts on from the prompt; a column `branches`
+says which branch a token is of (0: none). So a token is still predicted from the place before it, and no sum changes.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 import random
 from bisect import bisect_left, insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,68 @@ from torch import Tensor
 
 from lorakit.core.lazy import need
 from lorakit.data.masking import IGNORE
-from lorakit.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel
+
+ALIGNED = 8
+"""Row lengths are multiples of it where they can be: the unit of matrix kernels and of their masks."""
+
+EMPTIER = 0.05
+"""How much emptier than the fullest rows the cheapest may be: a step holds fewer examples by as much."""
+
+Chunk = list[int]
+"""Numbers of examples that stand together: one alone, or several of one prompt."""
+
+
+@dataclass(frozen=True)
+class PackRule:
+    """How long rows are, and whether examples of one prompt share it.
+
+    Attributes:
+        room: tokens of examples that a step holds, each with its own prompt.
+        balance: the row length at which attention costs as much as all the rest of a token. With it the room is parted
+            into the number of rows that costs least; without it a row is as long as the room (or the longest example).
+        longest: no row is longer, whatever would cost less.
+        share: prompts are shared where that saves this share of the tokens; None never shares.
+    """
+
+    room: int
+    balance: float | None = None
+    longest: int | None = None
+    share: float | None = None
+
+    def cost(self, space: int, length: int) -> float:
+        """Return what `space` tokens in rows of `length` cost, in tokens that look at nothing."""
+        return space * (1 + length / self.balance) if self.balance else float(space)
+
+
+@dataclass(frozen=True, eq=False)
+class Packs:
+    """Packed rows, the tokens a row has room for, the rows that make up a step, and the prompt tokens saved."""
+
+    rows: Dataset
+    length: int
+    together: int
+    saved: int
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Rows as chunks of examples with their tokens, and the length and the number together they are meant for."""
+
+    rows: list[list[Chunk]]
+    tokens: int
+    length: int
+    together: int = 1
+
+    @property
+    def space(self) -> int:
+        return len(self.rows) * self.length
+
+    @property
+    def filled(self) -> float:
+        return self.tokens / self.space
 
 
 def bins(lengths: Sequence[int], size: int) -> list[list[int]]:
@@ -50,35 +107,44 @@ def bins(lengths: Sequence[int], size: int) -> list[list[int]]:
     return filled
 
 
-def pack(examples: Dataset, size: int, seed: int = 0) -> Dataset:
-    """Join examples of `input_ids` and `labels` into rows of at most `size`, with `position_ids` starting anew in each.
+def pack(examples: Dataset, rule: PackRule, seed: int = 0) -> Packs:
+    """Join examples of `input_ids` and `labels` into rows, with `position_ids` starting anew in each of them.
 
     The rows come in an order shuffled by `seed`, since best-fit decreasing leaves them sorted by length.
     """
     np, pa, datasets = need("numpy", "train"), need("pyarrow", "train"), need("datasets", "train")
     columns = {name: _column(examples, name) for name in ("input_ids", "labels")}
-    lengths = np.diff(columns["input_ids"].offsets.to_numpy())
-    packs = bins(lengths.tolist(), size)
-    random.Random(seed).shuffle(packs)
-    order = np.concatenate(packs)
-    ends = np.cumsum(lengths[order])
-    starts = ends - lengths[order]
-    borders = np.concatenate([[0], ends[np.cumsum([len(members) for members in packs]) - 1]])
-    flat = {name: column.take(pa.array(order)).flatten() for name, column in columns.items()}
-    flat["position_ids"] = pa.array((np.arange(ends[-1]) - np.repeat(starts, lengths[order])).astype("int32"))
-    offsets = pa.array(borders.astype("int32"))
-    packed: Dataset = datasets.Dataset(
-        pa.table({name: pa.ListArray.from_arrays(offsets, values) for name, values in flat.items()})
-    )
-    return packed
+    offsets = columns["input_ids"].offsets.to_numpy().astype("int64")
+    lengths: list[int] = np.diff(offsets).tolist()
+    flat = {name: column.flatten() for name, column in columns.items()}
+    alone = [[i] for i in range(len(lengths))]
+    trunks, layout = [0] * len(lengths), _cheapest(rule, lengths, [0] * len(lengths), alone)
+    if rule.share is not None:
+        groups, prompts = _prompts(flat["input_ids"].to_numpy(), flat["labels"].to_numpy(), offsets)
+        if len(groups) < len(lengths):
+            shared = _cheapest(rule, lengths, prompts, groups)
+            if 1 - shared.space / layout.space >= rule.share:
+                trunks, layout = prompts, shared
+    random.Random(seed).shuffle(layout.rows)
+    pieces = np.array([piece for row in layout.rows for chunk in row for piece in _pieces(chunk, lengths, trunks)])
+    index = _spread(offsets[pieces[:, 0]] + pieces[:, 1], pieces[:, 2])
+    packed = {name: values.take(pa.array(index)) for name, values in flat.items()}
+    packed["position_ids"] = pa.array(_spread(pieces[:, 1], pieces[:, 2]).astype("int32"))
+    if any(trunks):
+        packed["branches"] = pa.array(np.repeat(pieces[:, 3], pieces[:, 2]).astype("int32"))
+    sizes = [sum(_tokens(chunk, lengths, trunks) for chunk in row) for row in layout.rows]
+    borders = pa.array(np.cumsum([0, *sizes]).astype("int32"))
+    rows = {name: pa.ListArray.from_arrays(borders, values) for name, values in packed.items()}
+    return Packs(datasets.Dataset(pa.table(rows)), layout.length, layout.together, sum(lengths) - layout.tokens)
 
 
 def unpack(packed: Dataset) -> Dataset:
-    """Undo `pack` up to the order of the examples: cut wherever a position is 0."""
+    """Undo `pack` up to the order of the examples, each with its own prompt again."""
     np, pa, datasets = need("numpy", "train"), need("pyarrow", "train"), need("datasets", "train")
-    positions = _column(packed, "position_ids").flatten().to_numpy()
-    offsets = pa.array(np.append(np.flatnonzero(positions == 0), len(positions)).astype("int32"))
-    flat = {name: _column(packed, name).flatten() for name in ("input_ids", "labels")}
+    starts, sizes = _examples(packed)
+    index = pa.array(_spread(starts.ravel(), sizes.ravel()))
+    offsets = pa.array(np.cumsum([0, *sizes.sum(1)]).astype("int32"))
+    flat = {name: _column(packed, name).flatten().take(index) for name in ("input_ids", "labels")}
     examples: Dataset = datasets.Dataset(
         pa.table({name: pa.ListArray.from_arrays(offsets, values) for name, values in flat.items()})
     )
@@ -87,8 +153,10 @@ def unpack(packed: Dataset) -> Dataset:
 
 def example_lengths(rows: Dataset) -> list[int]:
     """Return the tokens of each example, of packed rows those of each one in them."""
-    whole = unpack(rows) if "position_ids" in rows.column_names else rows
-    return [len(ids) for ids in whole["input_ids"]]
+    if "position_ids" not in rows.column_names:
+        return [len(ids) for ids in rows["input_ids"]]
+    lengths: list[int] = _examples(rows)[1].sum(1).tolist()
+    return lengths
 
 
 @dataclass(frozen=True)
@@ -102,7 +170,7 @@ class Collator:
     pad_id: int
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return `input_ids`, `labels` and `position_ids` if packed, else `attention_mask`."""
+        """Return `input_ids`, `labels` and `position_ids` (and `branches`) if packed, else `attention_mask`."""
         longest = max(len(row["input_ids"]) for row in rows)
 
         def padded(name: str, pad: int) -> Tensor:
@@ -114,8 +182,9 @@ class Collator:
             batch["labels"] = torch.tensor([row["labels"] for row in rows])
         else:
             batch["labels"] = padded("labels", IGNORE)
-        if "token_type_ids" in rows[0]:
-            batch["token_type_ids"] = padded("token_type_ids", 0)
+        for name in ("token_type_ids", "branches"):
+            if name in rows[0]:
+                batch[name] = padded(name, 0)
         if "position_ids" in rows[0]:
             lines = [[*row["position_ids"], *range(longest - len(row["position_ids"]))] for row in rows]
             batch["position_ids"] = torch.tensor(lines)
@@ -125,57 +194,116 @@ class Collator:
         return batch
 
 
-def packing_leak(model: PreTrainedModel, **forward: Any) -> float:
-    """Measure how far an example's logits move, relative to their size, when its neighbours and its place change.
+def _cheapest(rule: PackRule, lengths: Sequence[int], trunks: Sequence[int], groups: Sequence[Chunk]) -> _Layout:
+    """Return the layout that costs least, of those whose steps hold about as many examples as the rule has room for.
 
-    The same six tokens stand once after 3 and before 7 tokens, once after 7 and before 3 others; an isolated example
-    cannot tell. `forward` is passed on to the model as it will be in training. Measured on random two-layer models:
-    0 for Llama, Qwen2, Mistral, GPT-2, GPT-NeoX without a cache; 0.3 to 1.1 with one; 0.7 for OPT and Mamba; infinite
-    for a model that takes no positions.
+    Sharing prompts makes steps shorter, not larger: as many examples in fewer tokens.
     """
-    takes = inspect.signature(model.forward).parameters
-    if "position_ids" not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-        return math.inf
-    embedding: Any = model.get_input_embeddings()
-    rng = torch.Generator().manual_seed(0)
+    longest, total = max(lengths), sum(lengths)
+    if rule.balance is None:
+        length = max(longest, rule.room)
+        return _arranged(lengths, trunks, groups, length)
+    most = max(longest, rule.longest or rule.room)
+    needed = sum(_tokens(group, lengths, trunks) for group in groups) / total
+    found: list[_Layout] = []
+    for parts in sorted((1, *(i * 2**j for i in (2, 3) for j in range(rule.room.bit_length())))):
+        if parts > 1 and rule.room * needed < parts * longest:
+            break
+        length = _aligned(rule.room * needed / parts, longest)
+        if length > most:
+            continue
+        made = _arranged(lengths, trunks, groups, length, parts)
+        for _ in range(2 if any(trunks) else 0):  # prompts stand once more at every cut, for which a step has room
+            filled = rule.room * min(1.0, made.space / total) / parts
+            length = _aligned(min((length + filled) / 2, most), longest)
+            made = _arranged(lengths, trunks, groups, length, parts)
+        found.append(made)
+    if not found:
+        parts = math.ceil(rule.room * needed / most)
+        found.append(_arranged(lengths, trunks, groups, most, max(1, min(parts, rule.room // most))))
+    least = max(made.filled for made in found) - EMPTIER
+    return min((one for one in found if one.filled >= least), key=lambda one: rule.cost(one.space, one.length))
 
-    def some(length: int) -> Tensor:
-        return torch.randint(embedding.num_embeddings, (length,), generator=rng)
 
-    def logits(before: Tensor, after: Tensor) -> Tensor:
-        parts = (before, watched, after)
-        ids = torch.cat(parts)[None].to(model.device)
-        positions = torch.cat([torch.arange(len(part)) for part in parts])[None].to(model.device)
-        out: Tensor = model(input_ids=ids, position_ids=positions, **forward).logits
-        return out[0, len(before) : len(before) + len(watched)].float()
-
-    watched, was_training = some(6), model.training
-    model.train(False)
-    try:
-        with torch.no_grad():
-            here, there = logits(some(3), some(7)), logits(some(7), some(3))
-    finally:
-        model.train(was_training)
-    return float((here - there).abs().max() / here.std())
+def _aligned(length: float, least: int) -> int:
+    """Return a length rounded down to whole units, but no less than `least`."""
+    down = int(length) // ALIGNED * ALIGNED
+    return down if down >= least else max(int(length), least)
 
 
-def packing_is_isolated(model: PreTrainedModel, **forward: Any) -> bool:
-    """Say whether packed examples leave each other alone in this model, with its attention backend and dtype.
+def _arranged(
+    lengths: Sequence[int], trunks: Sequence[int], groups: Sequence[Chunk], length: int, together: int = 1
+) -> _Layout:
+    """Cut groups that are longer than a row, each piece with the prompt again, and fit all into rows by best fit."""
+    chunks: list[Chunk] = []
+    for group in groups:
+        if len(group) > 1 and _tokens(group, lengths, trunks) > length:
+            trunk = trunks[group[0]]
+            cut = bins([lengths[i] - trunk for i in group], length - trunk)
+            chunks += [[group[at] for at in piece] for piece in cut]
+        else:
+            chunks.append(group)
+    sizes = [_tokens(chunk, lengths, trunks) for chunk in chunks]
+    rows = [[chunks[at] for at in row] for row in bins(sizes, length)]
+    return _Layout(rows, sum(sizes), length, together)
 
-    The bound is sqrt(eps) of the dtype, half way (in digits) between rounding and a difference anyone would see.
+
+def _tokens(chunk: Chunk, lengths: Sequence[int], trunks: Sequence[int]) -> int:
+    """Return the tokens of a chunk: its prompt once, and the rest of each example."""
+    return sum(lengths[i] for i in chunk) - (len(chunk) - 1) * trunks[chunk[0]]
+
+
+def _pieces(chunk: Chunk, lengths: Sequence[int], trunks: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (example, first position, tokens, branch) of each run of tokens of a chunk."""
+    trunk = trunks[chunk[0]]
+    if len(chunk) == 1:
+        yield chunk[0], 0, lengths[chunk[0]], 0
+        return
+    yield chunk[0], 0, trunk, 0
+    for branch, i in enumerate(chunk, 1):
+        yield i, trunk, lengths[i] - trunk, branch
+
+
+def _prompts(ids: Any, labels: Any, offsets: Any) -> tuple[list[Chunk], list[int]]:
+    """Group examples by what comes before their first trained token; return the groups, and what each may share.
+
+    Shared is all of it but the last token: a prompt of one token shares nothing, and stands alone.
     """
-    return packing_leak(model, **forward) < math.sqrt(torch.finfo(model.dtype).eps)
+    np = need("numpy", "train")
+    trained = np.append(np.flatnonzero(labels != IGNORE), len(labels))
+    ends = np.minimum(trained[np.searchsorted(trained, offsets[:-1])], offsets[1:])
+    prompts, groups = (ends - offsets[:-1]).tolist(), dict[Any, Chunk]()
+    for i, (start, end) in enumerate(zip(offsets[:-1].tolist(), ends.tolist(), strict=True)):
+        groups.setdefault(ids[start:end].tobytes() if end - start > 1 else i, []).append(i)
+    trunks = [0] * len(prompts)
+    for group in groups.values():
+        for i in group if len(group) > 1 else ():
+            trunks[i] = prompts[i] - 1
+    return list(groups.values()), trunks
 
 
-def refuse_leaky_packing(model: PreTrainedModel, **forward: Any) -> None:
-    """Raise `DataError` with the remedy unless `packing_is_isolated`."""
-    if not packing_is_isolated(model, **forward):
-        backend = getattr(model.config, "_attn_implementation", "unknown")
-        raise DataError(
-            f"packing leaks in {type(model).__name__} with attention '{backend}': an example's logits move by "
-            f"{packing_leak(model, **forward):.2g} of their spread with its neighbours; set packing: false, or choose "
-            "another attention backend (the cache must be off too: config.use_cache = False)"
-        )
+def _examples(packed: Dataset) -> tuple[Any, Any]:
+    """Return where each example of packed rows begins and how long it is, `(examples, 2)`: what it shares, its own."""
+    np = need("numpy", "train")
+    positions = _column(packed, "position_ids").flatten().to_numpy()
+    branches = np.zeros_like(positions)
+    if "branches" in packed.column_names:
+        branches = _column(packed, "branches").flatten().to_numpy()
+    starts = np.flatnonzero((positions == 0) | (np.diff(branches, prepend=0) != 0))
+    sizes = np.diff(np.append(starts, len(positions)))
+    first = positions[starts] == 0
+    group = np.cumsum(first) - 1
+    branched = np.bincount(group)[group] > 1  # of a group with branches, the prompt is no example
+    own = ~(first & branched)
+    shared = np.where(branched, sizes[first][group], 0)
+    return np.stack([starts[first][group], starts], 1)[own], np.stack([shared, sizes], 1)[own]
+
+
+def _spread(starts: Any, sizes: Iterable[int]) -> Any:
+    """Return `start, start + 1, ...` for each pair, one after the other."""
+    np = need("numpy", "train")
+    ends = np.cumsum(sizes)
+    return np.arange(ends[-1]) + np.repeat(starts - (ends - sizes), sizes)
 
 
 def _column(rows: Dataset, name: str) -> Any:

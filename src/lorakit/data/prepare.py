@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from lorakit.core.lazy import need
 from lorakit.data.formats import Format, at_rows, check, named
 from lorakit.data.masking import IGNORE, Loss, Segment, Tokens, encode, opening, seam, segments
-from lorakit.data.packing import pack
+from lorakit.data.packing import PackRule, pack
 from lorakit.data.preview import plain, runs
 from lorakit.data.readers import Where, load
 from lorakit.data.report import DataReport, Prepared, check_vocabulary
@@ -38,7 +38,7 @@ def prepare(
     format: str = "auto",
     loss: Loss = "completions",
     overlong: Overlong = "drop",
-    packing: bool = False,
+    packing: PackRule | None = None,
     separator: str | None = None,
     seed: int = 0,
     split: str | None = None,
@@ -50,7 +50,8 @@ def prepare(
     `overlong` says what becomes of longer rows: `drop`, `cut` (the end is lost), `split` (plain text only, nothing is
     lost) or `error`. `separator` goes between prompt and completion: None decides (a newline, unless every row has
     whitespace there), a string is used as given; hand `report.separator_used` on to validation data and to
-    `render_prompt`. `seed` shuffles the packs. `vocab_size` is the number of rows of the model's embedding.
+    `render_prompt`. `packing` joins examples into rows by a rule, and `seed` shuffles those. `vocab_size` is the number
+    of rows of the model's embedding.
     `limit` tells whoever has too long rows what sets their length and what to do, where that is not `max_length`.
 
     Raises `DataError` for rows that are malformed, have no trained token, or hold ids the model does not know.
@@ -71,11 +72,13 @@ def prepare(
     dataset = encoder.map(rows)
     encoder.raise_faults(where, vocab_size)
     report = encoder.report(source, len(rows))
-    if packing:
-        dataset = pack(dataset, max_length, seed)
-        full = report.tokens / (len(dataset) * max_length)
-        report = replace(report, packs=len(dataset), packing_efficiency=full)
-    return Prepared(dataset, report)
+    if packing is None:
+        return Prepared(dataset, report)
+    packs = pack(dataset, packing, seed)
+    full = (report.tokens - packs.saved) / (len(packs.rows) * packs.length)
+    report = replace(report, packs=len(packs.rows), row_length=packs.length, packing_efficiency=full,
+                     tokens_shared=packs.saved)  # fmt: skip
+    return Prepared(packs.rows, report, together=packs.together)
 
 
 @dataclass

@@ -6,7 +6,7 @@ Colour carries it on a terminal; `plain` says the same with double brackets wher
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, repeat
 from typing import TYPE_CHECKING, NamedTuple
 
 from lorakit.data.masking import IGNORE
@@ -32,8 +32,8 @@ def example(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, index: int =
     if isinstance(labels, int):
         names = prepared.labels or ()
         return [*runs(ids, [IGNORE] * len(ids), tokenizer), Run(f" {names[labels]}", True, False)]
-    positions = row.get("position_ids", [])
-    end = next((i for i, position in enumerate(positions) if i and position == 0), len(ids))
+    ends = zip(row.get("position_ids", []), row.get("branches", repeat(0)), strict=False)
+    end = next((i for i, (position, branch) in enumerate(ends) if (i and position == 0) or branch > 1), len(ids))
     return runs(ids[:end], labels[:end], tokenizer)
 
 

@@ -19,7 +19,8 @@ class DataReport:
     `rows` were read and `kept` are left; `tokens` and `trained_tokens` (those that carry loss; for classification one
     a row) count what is left, `tokens_lost` what was dropped or cut off; `longest` is the longest row before that.
     `empty_completions` rows teach only to stop; `special_tokens` rows have text that is read as special tokens, a few
-    of which are in `special_names`. `packs` and `packing_efficiency` (tokens over room) are None without packing.
+    of which are in `special_names`. `packs`, their `row_length` in tokens and `packing_efficiency` (tokens over
+    room) are None without packing; `tokens_shared` are those of prompts that another example of the same row brings.
     """
 
     source: str
@@ -40,7 +41,9 @@ class DataReport:
     special_names: str = ""
     separator_used: str = ""
     packs: int | None = None
+    row_length: int | None = None
     packing_efficiency: float | None = None
+    tokens_shared: int = 0
 
     def lines(self) -> list[str]:
         """Say it in lines for a terminal, the losses only where there are any."""
@@ -76,7 +79,10 @@ class DataReport:
         if self.separator_used:
             lines.append(f"prompt and completion are joined by {self.separator_used!r}")
         if self.packs is not None:
-            lines.append(f"packed into {self.packs:,} rows of {self.max_length:,}, {self.packing_efficiency:.1%} full")
+            lines.append(f"packed into {self.packs:,} rows of {self.row_length:,}, {self.packing_efficiency:.1%} full")
+        if self.tokens_shared:
+            share = self.tokens_shared / self.tokens
+            lines.append(f"a prompt stands once for all its answers: {self.tokens_shared:,} tokens ({share:.0%}) less")
         return lines
 
     def to_json(self) -> dict[str, object]:
@@ -86,11 +92,15 @@ class DataReport:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """Rows as tensors-to-be, what became of the rest, and for classification the class names in id order."""
+    """Rows as tensors-to-be, what became of the rest, and for classification the class names in id order.
+
+    `together` is how many packed rows make up a step.
+    """
 
     dataset: Dataset
     report: DataReport
     labels: tuple[str, ...] | None = None
+    together: int = 1
 
 
 def check_vocabulary(highest: int, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> None:

@@ -67,7 +67,9 @@ DATA = {
     "special_names": "these special tokens",
     "separator_used": "between prompt and completion",
     "packs": "rows once packed",
+    "row_length": "room of such a row, in tokens",
     "packing_efficiency": "share of their room that is filled",
+    "tokens_shared": "tokens less by shared prompts",
 }
 """What is said of each field of a data report, in this order."""
 

@@ -45,11 +45,12 @@ class Unrehearsed(LorakitError):
 
 @dataclass(frozen=True)
 class Load:
-    """What one micro-batch is: rows, their length in tokens, whether they are packed; and how the step is run."""
+    """What one micro-batch is: rows, their length in tokens, are they packed, are prompts shared; and how it is run."""
 
     rows: int
     length: int
     packed: bool = False
+    shared: bool = False
     classes: bool = False
     checkpointing: bool = False
     dtype: torch.dtype = torch.float32
@@ -140,6 +141,8 @@ def _batch(load: Load) -> dict[str, Tensor]:
     batch = {"input_ids": torch.zeros(shape, dtype=torch.long)}
     batch["labels"] = torch.zeros(load.rows if load.classes else shape, dtype=torch.long)
     batch["position_ids" if load.packed else "attention_mask"] = torch.zeros(shape, dtype=torch.long)
+    if load.shared:
+        batch["branches"] = torch.zeros(shape, dtype=torch.long)
     return batch
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from lorakit.core.hollow import is_hollow
 from lorakit.core.layout import row_ends
 from lorakit.data import IGNORE, Collator
+from lorakit.data.branches import seen
 from lorakit.inject.context import virtual_positions
 from lorakit.kernels.linear_cross_entropy import linear_cross_entropy, summed_cross_entropy
 from lorakit.training.base import evaluating
@@ -90,7 +91,7 @@ def logits_of(model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> Tenso
             trained = labels != IGNORE
             ends = torch.where(trained.any(1), trained.int().argmax(1), ends)
         told["prompt_ends"] = ends
-    logits: Tensor = model(**inputs, **told).logits
+    logits: Tensor = model(**seen(model, inputs), **told).logits
     return logits
 
 

@@ -163,11 +163,12 @@ def _load(recipe: Recipe, model: Any, stage: Stage | None) -> Load:
         length = min(recipe.data.max_length, size_of(model.config, "max_position_embeddings") or recipe.data.max_length)
         rows, packed = train.batch_size or max(1, (train.batch_tokens or BATCH_TOKENS) // length), False
     else:
-        length = stage.train.report.max_length if stage.packed else max(row_lengths(stage.train.dataset))
+        length = stage.train.report.row_length or max(row_lengths(stage.train.dataset))
         rows, packed = min(stage.batch_rows, len(stage.train.dataset)), stage.packed
+    shared = stage is not None and "branches" in stage.train.dataset.column_names
     classes = recipe.task == "classification" or (stage is not None and stage.task == "classification")
-    return Load(rows, length, packed, classes, train.checkpointing, _dtype(recipe), recipe.quant, train.optimizer,
-                train.fused)  # fmt: skip
+    return Load(rows, length, packed, shared, classes, train.checkpointing, _dtype(recipe), recipe.quant,
+                train.optimizer, train.fused)  # fmt: skip
 
 
 def _dtype(recipe: Recipe) -> torch.dtype:

@@ -48,6 +48,7 @@ class DataSection(Section):
     max_length: int = Field(default=1024, ge=2, le=MANY)
     overlong: Literal["auto", "drop", "cut", "split", "error"] = "auto"
     packing: Literal["auto", "always", "never"] = "auto"
+    share_prompts: Literal["auto", "always", "never"] = "auto"
     separator: str | None = None
     labels: tuple[str, ...] = ()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +12,7 @@ from lorakit.core.method import Context, Method, Tokenized
 from lorakit.core.spec import AdapterSpec
 from lorakit.core.targets import parameters_named, resolve, select
 from lorakit.data import (
+    PackRule,
     Prepared,
     detect,
     packing_is_isolated,
@@ -18,6 +20,7 @@ from lorakit.data import (
     prepare_classification,
     read_rows,
     refuse_leaky_packing,
+    why_not_shared,
 )
 from lorakit.data.formats import named
 from lorakit.errors import LorakitError, RecipeError
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 BATCH_TOKENS = 4096
 """Tokens a step, where a recipe says nothing: the "batch of about 16 rows" of the field, in the unit that costs."""
 BATCH_ROWS = 16
+WORTH = 0.1
+"""Share of the tokens that sharing prompts has to save to be done by itself: a step then holds fewer prompts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +173,7 @@ def prepare_text(
     *,
     most: Longest,
     separator: str | None,
-    packing: bool = False,
+    packing: PackRule | None = None,
     seed: int = 0,
 ) -> Prepared:
     """Prepare rows for a language model as the recipe says."""
@@ -228,19 +233,27 @@ def _language_model(recipe: Recipe, empty: bool) -> Stage:
     packed, why = _packing(recipe, loaded.model)
     spec = _spec(recipe, loaded.model, tokenizer)
     most = longest_row(data, loaded.model, tokenizer, spec.method)
+    if data.share_prompts == "always" and not packed:
+        raise RecipeError(f"data.share_prompts: always needs packed rows, and there are none: {why}; set it to auto")
     tokens = train.batch_tokens or BATCH_TOKENS
     if packed and train.batch_size is None and tokens < most.tokens:
-        most = Longest(tokens, f"a pack has {tokens} (train.batch_tokens): raise it")
+        most = Longest(tokens, f"a step has {tokens} tokens (train.batch_tokens): raise it")
+    rule, alone = _rule(recipe, loaded.model, most.tokens, tokens) if packed else (None, "")
     assert data.train is not None
-    shared = {"most": most, "packing": packed}
-    rows = prepare_text(data, tokenizer, loaded.model, data.train, data.train_split, separator=data.separator,
-                        seed=train.seed, **shared)  # type: ignore[arg-type]  # fmt: skip
+    read = partial(prepare_text, data, tokenizer, loaded.model, most=most)
+    rows = read(data.train, data.train_split, separator=data.separator, packing=rule, seed=train.seed)
     validation = None
     if data.validation is not None:
-        validation = prepare_text(data, tokenizer, loaded.model, data.validation, data.validation_split,
-                                  separator=rows.report.separator_used, **shared)  # type: ignore[arg-type]  # fmt: skip
-    longest = most.tokens if packed else min(most.tokens, rows.report.longest)
-    size = train.batch_size or max(1, tokens // longest)
+        if rule is not None:  # rows as long as the training's, unless an example of its own is longer
+            rule = replace(rule, room=rows.report.row_length or most.tokens, balance=None)
+        validation = read(data.validation, data.validation_split, separator=rows.report.separator_used, packing=rule)
+    size = train.batch_size or (rows.together if packed else max(1, tokens // min(most.tokens, rows.report.longest)))
+    if packed and not alone:
+        gain = rows.report.tokens_shared / rows.report.tokens
+        found = f"shared prompts save {gain:.0%}" if gain else f"shared prompts would not save {WORTH:.0%}"
+        why = f"{why}; {found} of the tokens"
+    elif packed:
+        why = f"{why}; prompts are not shared: {alone}"
     return Stage("causal-lm", loaded.model, tokenizer, spec, rows, validation, size, packed, why)
 
 
@@ -304,10 +317,36 @@ def _packing(recipe: Recipe, model: PreTrainedModel) -> tuple[bool, str]:
     if recipe.train.batch_size is not None:
         return False, "train.batch_size counts examples, so each has its own row"
     try:
-        measured = miniature(model) if next(model.parameters()).is_meta else model
+        measured = _with_values(model)
     except LorakitError as error:
         return False, f"whether packed examples would see each other is measured when the run starts: {error}"
     if not packing_is_isolated(measured):
         attention = getattr(model.config, "_attn_implementation", "unknown")
         return False, f"packed examples would see each other in this model with attention '{attention}'"
     return True, "packed examples do not see each other in this model (measured)"
+
+
+def _with_values(model: PreTrainedModel) -> PreTrainedModel:
+    return miniature(model) if next(model.parameters()).is_meta else model
+
+
+def _rule(recipe: Recipe, model: PreTrainedModel, longest: int, tokens: int) -> tuple[PackRule, str]:
+    """Return how to pack examples of at most `longest` tokens, and why they cannot share prompts ("" if they can).
+
+    Attention costs 2 * width multiply-adds a block for each place of a row, the rest of a token one for each weight
+    (arXiv 2001.08361, table 1); measured on the bundled base, a row length of 1,400 doubles a step, and so it says.
+    """
+    share, text = recipe.data.share_prompts, model.config.get_text_config()
+    if share == "never" or recipe.data.loss == "all":
+        alone = "data.share_prompts is never" if share == "never" else "data.loss: all trains them, each as often"
+    else:
+        alone = why_not_shared(_with_values(model), longest)
+    if share == "always" and alone:
+        raise RecipeError(f"data.share_prompts: always is not possible here: {alone}; set it to auto")
+    least = None if alone else WORTH if share == "auto" else -math.inf
+    if recipe.train.batch_size is not None:  # it counts rows, as long as they may be
+        return PackRule(longest, share=least), alone
+    matrices = sum(site.out * site.fan_in for site in sites(model).sites if site.kind != "embedding")
+    width = 2 * getattr(text, "num_hidden_layers", 0) * getattr(text, "hidden_size", 0)
+    positions = getattr(text, "max_position_embeddings", None) or longest
+    return PackRule(tokens, matrices / width if width else math.inf, max(longest, positions), least), alone
