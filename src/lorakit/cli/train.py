@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Collection
 from pathlib import Path
@@ -25,10 +26,20 @@ def train(
     ] = None,
     output: Annotated[str | None, typer.Option(help="Where to write, instead of the recipe's output.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
+    nproc: Annotated[
+        int, typer.Option(min=1, help="Processes to share the run, one a device (docs/many-devices.md).")
+    ] = 1,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Train an adapter from a recipe."""
+    words = ["train", recipe, *(word for one in set or [] for word in ("--set", one)),
+             *(["--output", output] if output else []), *(["--nproc", str(nproc)] if nproc > 1 else [])]  # fmt: skip
+    if nproc > 1 and "WORLD_SIZE" not in os.environ:
+        from lorakit.cli.launch import launch
+
+        raise typer.Exit(launch([*words, *["--resume"] * resume, *["--json"] * json], nproc))
     with screen(json) as out:
+        from lorakit.training import processes
         from lorakit.training.recipe import load_recipe
 
         changes = changes_of(set or [])
@@ -37,8 +48,7 @@ def train(
         made = load_recipe(recipe, changes)
         if resume:
             _refuse_elsewhere(Path(recipe), made)
-        again = shlex.join(["lorakit", "train", recipe, *(word for one in set or [] for word in ("--set", one)),
-                            *(["--output", output] if output else []), "--resume"])  # fmt: skip
+        again = shlex.join(["lorakit", *words, "--resume"])
         finished = resume and (Path(made.output) / SUMMARY).exists()
         try:
             run = train_shown(made, out, resume=resume, hint=f"the run is saved; go on with: {again}")
@@ -46,7 +56,8 @@ def train(
             raise type(error)(f"{recipe}: adapter: {error}") from error
         if finished:
             out.say(f"{run.output} is already finished; nothing done")
-        _summary(run, made, out)
+        if processes.first():
+            _summary(run, made, out)
         out.result(run.to_json())
 
 

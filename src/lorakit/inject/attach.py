@@ -167,6 +167,8 @@ def base_of(model: nn.Module, most: int = 8) -> Base:
     Left out are layers that an adapter trains whole, which are no longer the base's, embeddings and heads, which are
     resized when tokens are added, and quantised weights, which are near the base's and not the same.
     """
+    if (known := ledger_of(model).base) is not None:
+        return known
     config = getattr(model, "config", None)
     named, trained = parameters_of(model), [key for keys in ledger_of(model).trained.values() for key in keys]
     moved = {id(named[key]) for key in trained}

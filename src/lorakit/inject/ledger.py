@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.spec import AdapterSpec
+from lorakit.core.state import Base
 from lorakit.errors import AttachError, did_you_mean
 
 ATTRIBUTE = "_lorakit"
@@ -28,6 +29,8 @@ class Ledger:
     swapped_in: set[str] = field(default_factory=set)
     """The adapters whose wholly trained modules are in the model now."""
     requires_grad: dict[str, bool] = field(default_factory=dict)
+    base: Base | None = None
+    """What the base was known by before its weights were divided among processes; None while they are whole."""
 
     def require(self, name: str) -> None:
         """Raise `AttachError` unless an adapter of that name is attached."""

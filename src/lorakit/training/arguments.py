@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorakit.errors import MissingExtraError
+from lorakit.errors import MissingExtraError, RecipeError
+from lorakit.training import processes
 from lorakit.training.rates import auto_rate
 from lorakit.training.recipe import Recipe
 from lorakit.training.stage import Stage
@@ -59,6 +60,25 @@ def make_plan(recipe: Recipe, stage: Stage) -> Plan:
     )
 
 
+def share_of(plan: Plan, among: int) -> tuple[int, int]:
+    """Return rows and number of the micro-batches that each process takes of a step, which is the same on any number.
+
+    Whole micro-batches are dealt where there are enough of them, else their rows.
+
+    Raises:
+        RecipeError: a step whose rows the processes cannot share evenly.
+    """
+    rows = plan.batch_rows * plan.accumulation
+    if rows % among:
+        raise RecipeError(
+            f"a step of this recipe is {plan.accumulation} x {plan.batch_rows} rows, which {among} processes cannot "
+            f"share evenly; set train.accumulation: {among} or a multiple of it (that many micro-batches make a step)"
+        )
+    share = rows // among
+    size = max(size for size in range(1, min(plan.batch_rows, share) + 1) if share % size == 0)
+    return size, share // size
+
+
 def widen(model: nn.Module) -> bool:
     """Keep 16-bit parameters that are trained whole in fp32, as adapters are, and say whether there were any.
 
@@ -82,14 +102,15 @@ def arguments(recipe: Recipe, stage: Stage, plan: Plan, output: Path) -> Trainin
     from transformers import TrainingArguments  # it brings the Trainer's whole world, which a plan can do without
 
     train, device = recipe.train, stage.model.device
+    rows, micro_batches = share_of(plan, processes.count())
     _refuse_absent(train.report_to)
     dtype, widened = stage.model.dtype, widen(stage.model)
     made = TrainingArguments(
         output_dir=str(output),
         max_steps=plan.steps,
-        per_device_train_batch_size=plan.batch_rows,
+        per_device_train_batch_size=rows,
         per_device_eval_batch_size=plan.batch_rows,
-        gradient_accumulation_steps=plan.accumulation,
+        gradient_accumulation_steps=micro_batches,
         learning_rate=plan.lr,
         lr_scheduler_type=train.schedule,
         warmup_steps=int(train.warmup * plan.steps),

@@ -95,15 +95,20 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     packing: Packing | None = None,
+    on_host: bool = False,
 ) -> Loaded:
-    """Return the model of `name` for a task, checked against its tokenizer; a base in 4 bits stays in them."""
+    """Return the model of `name` for a task, checked against its tokenizer; a base in 4 bits stays in them.
+
+    With `on_host` it lies in the memory of the CPU, in the dtype that `device` will want.
+    """
     transformers = need("transformers", "train")
     check_place(name, "config.json")
-    place = choose_device(device)
+    wanted = choose_dtype(dtype, choose_device(device))
+    place = torch.device("cpu") if on_host else choose_device(device)
     options = _labels(task, labels)
     with quiet(data=False), explained(name):
         config = transformers.AutoConfig.from_pretrained(resolve(name), **options)
-        model, info = _read(name, config, task, choose_dtype(dtype, place), place, packing)
+        model, info = _read(name, config, task, wanted, place, packing)
     _check_complete(name, task, info)
     _check_vocabulary(model, tokenizer)
     model.config._name_or_path = name  # adapters carry it: the name that was given, not where it lies here

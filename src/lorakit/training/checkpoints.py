@@ -127,8 +127,11 @@ def refuse_changes(checkpoint: Path, recipe: Recipe, data: str) -> Memory:
 
 
 def refuse_other_recipe(where: Path, kept: Recipe, recipe: Recipe) -> None:
-    """Raise `RecipeError` listing what `recipe` changes of the one `where` was made with; its place may change."""
-    changed = [line for line in kept.differences(recipe) if not line.startswith("output:")]
+    """Raise `RecipeError` listing what `recipe` changes of the one `where` was made with; its place may change.
+
+    So may how the work is shared among processes, and how many there are: no result depends on it.
+    """
+    changed = [line for line in kept.differences(recipe) if not line.startswith(("output:", "train.parallel:"))]
     longer = any(line.startswith(("train.epochs:", "train.steps:")) for line in changed)
     advice = "; a longer run has another schedule from its first step on, so it is a new run" if longer else ""
     if changed:

@@ -9,8 +9,8 @@ behind the last checkpoint are told again; the later line counts.
     example     runs [[text, trained, special]] of the first example: what is context and what is trained
     targets     patterns {pattern: modules}, trainable_parameters, base_parameters, percent, trained_whole
     fused       runs {kind: modules} that compute together or keep less, plain {reason: modules} that do not
-    plan        task, device, dtype, steps, steps_per_epoch, batch_rows, accumulation, lr, evaluate_every_steps,
-                save_every_steps, packed and why, loss (fused or plain, and why)
+    plan        task, device, dtype, processes, parallel, steps, steps_per_epoch, batch_rows, accumulation, lr,
+                evaluate_every_steps, save_every_steps, packed and why, loss (fused or plain, and why)
     step        loss (of the data; a method's penalty is not in it), lr, gradient_norm (null in a step that fp16's
                 scaler skipped), epoch, steps, tokens, tokens_per_second, eta_seconds, peak_memory_bytes
     evaluate    loss, perplexity, best_loss, best_step (both null while a rank schedule is at work)
@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lorakit.training import processes
 from lorakit.training.folder import writing
 from lorakit.training.progress import Progress
 
@@ -43,10 +44,12 @@ Listen = Callable[[Event], None]
 
 
 class EventLog:
-    """Appends events to a file, line by line, and hands each one to a listener."""
+    """Appends events to a file, line by line, and hands each one to a listener; of several processes the first does."""
 
     def __init__(self, file: Path, listen: Listen | None = None) -> None:
         self.file, self._listen, self.stepped = file, listen, False
+        if not processes.first():
+            return
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
 
@@ -57,6 +60,8 @@ class EventLog:
             LorakitError: a disk that takes nothing; the event is not told to the listener either.
         """
         self.stepped |= event == "step"
+        if not processes.first():
+            return
         made = {"event": event, "step": step, "time": round(time.time(), 3), **values}
         line = json.dumps(made, ensure_ascii=False, allow_nan=False)
         with writing(self.file), self.file.open("a", encoding="utf-8") as lines:

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lorakit.training import processes
 from lorakit.training.events import EventLog
 
 
@@ -51,7 +52,7 @@ class Interrupt(TrainerCallback):
     """Makes the first Ctrl-C (or SIGTERM) a wish: finish this step, save a checkpoint, stop. The second is an order."""
 
     def __init__(self) -> None:
-        self.wished = False
+        self._wished = self.granted = False
 
     @contextmanager
     def heard(self) -> Iterator[None]:
@@ -62,7 +63,7 @@ class Interrupt(TrainerCallback):
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def wish(number: int, frame: Any) -> None:
-            self.wished = True
+            self._wished = True
             for each, handler in before.items():
                 signal.signal(each, handler)
 
@@ -75,6 +76,7 @@ class Interrupt(TrainerCallback):
                 signal.signal(number, handler)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Fulfil the wish at the step's boundary, where a checkpoint is possible."""
-        if self.wished:
+        """Fulfil the wish, of any process of the run, at the step's boundary, where a checkpoint is possible."""
+        self.granted = processes.any_of(self._wished)
+        if self.granted:
             control.should_save = control.should_training_stop = True

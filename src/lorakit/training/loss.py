@@ -19,6 +19,7 @@ from lorakit.data import IGNORE, Collator
 from lorakit.data.branches import seen
 from lorakit.inject.context import virtual_positions
 from lorakit.kernels.linear_cross_entropy import linear_cross_entropy, summed_cross_entropy
+from lorakit.training import processes
 from lorakit.training.base import evaluating
 from lorakit.training.head import given_to, head_of
 from lorakit.training.order import row_lengths
@@ -100,29 +101,47 @@ def trained_labels(labels: Tensor) -> Tensor:
     return ((labels[:, 1:] if labels.dim() == 2 else labels) != IGNORE).sum()
 
 
+def untrained(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the batch with no label to train: its loss and its gradients are 0."""
+    return {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}
+
+
 def batches(
-    rows: Dataset, size: int, pad_id: int, device: torch.device | str, *, by_length: bool = False
+    rows: Dataset, size: int, pad_id: int, device: torch.device | str, *, by_length: bool = False, dealt: bool = False
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield collated batches in order (or the longest first, which pads least), drawing no random number."""
+    """Yield collated batches in order (or the longest first, which pads least), drawing no random number.
+
+    If `dealt`, each process of the run gets its share of them, and as many as the others: the last may be `untrained`.
+    """
     order = list(range(len(rows)))
     if by_length:
         lengths = row_lengths(rows)
         order.sort(key=lambda i: -lengths[i])
     collate = Collator(pad_id)
-    for start in range(0, len(order), size):
+
+    def at(start: int) -> dict[str, Tensor]:
         columns: dict[str, Any] = rows[order[start : start + size]]
         lines = [dict(zip(columns, line, strict=True)) for line in zip(*columns.values(), strict=True)]
-        yield {name: tensor.to(device) for name, tensor in collate(lines).items()}
+        return {name: tensor.to(device) for name, tensor in collate(lines).items()}
+
+    starts = range(0, len(order), size)
+    mine = starts[processes.here() :: processes.count()] if dealt else starts
+    yield from map(at, mine)
+    if dealt and len(mine) * processes.count() < len(starts):
+        yield untrained(at(0))
 
 
 @torch.no_grad()
 def mean_loss(model: PreTrainedModel, rows: Dataset, size: int, pad_id: int) -> tuple[float, int]:
-    """Return the loss per trained token (or row) over all rows, and how many there are; logits are never kept."""
-    total, count = torch.zeros((), dtype=torch.float64), 0
+    """Return the loss per trained token (or row) over all rows, and how many there are; logits are never kept.
+
+    The processes of a run share the batches, and all get the sum.
+    """
+    found = torch.zeros(2, dtype=torch.float64)
     with evaluating(model):
-        for batch in batches(rows, size, pad_id, model.device, by_length=True):
+        for batch in batches(rows, size, pad_id, model.device, by_length=True, dealt=True):
             labels = batch.pop("labels")
             loss, trained = loss_of_batch(model, batch, labels)
-            total += loss.double().cpu()
-            count += int(trained)
-    return float(total) / count, count
+            found += torch.stack([loss.double(), trained.double()]).cpu()
+    loss_of_all, count = processes.total(found).tolist()
+    return loss_of_all / count, int(count)

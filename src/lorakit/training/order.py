@@ -1,9 +1,12 @@
-"""In which order a run visits its rows: a plain function of seed and epoch, so that a resumed run goes on in it."""
+"""In which order a run visits its rows: a plain function of seed and epoch, so that a resumed run goes on in it.
+
+Of each step's rows every process takes its share, so the same rows make a step on any number of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,6 +55,32 @@ class Shuffled(Sampler[int]):
         for step in torch.randperm(full // self._together, generator=rng).tolist():
             yield from ordered[step * self._together : (step + 1) * self._together]
         yield from order[full:]
+
+
+class Dealt(Sampler[int]):
+    """What one process visits of an order: its share of each step's rows, and of those that fill no step.
+
+    The last shares may be smaller there; the length told is the largest, so that all processes take as many steps.
+    """
+
+    def __init__(self, order: Shuffled, together: int, place: int = 0, processes: int = 1) -> None:
+        self._order, self._together, self._place, self._processes = order, together, place, processes
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next pass."""
+        self._order.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        """Return the number of rows of the largest share."""
+        steps, rest = divmod(len(self._order), self._together)
+        return steps * (self._together // self._processes) + -(-rest // self._processes)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield row numbers."""
+        rows = iter(self._order)
+        while step := list(islice(rows, self._together)):
+            share = -(-len(step) // self._processes)
+            yield from step[self._place * share : (self._place + 1) * share]
 
 
 def row_order(recipe: Recipe, stage: Stage) -> Shuffled:

@@ -10,8 +10,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from lorakit.core.jsontext import JsonFault, parse_json
 from lorakit.core.lazy import need
 from lorakit.core.state import Purpose, trim
 from lorakit.errors import LorakitError, RecipeError
-from lorakit.training import folder
+from lorakit.training import folder, processes
 from lorakit.training.folder import SUMMARY
 
 if TYPE_CHECKING:
@@ -93,25 +92,41 @@ def train(recipe: Recipe, *, resume: bool = False, listen: Listen | None = None,
         LorakitError: whatever is wrong with base, data or adapter; or a run stopped by Ctrl-C, saved, resumable.
     """
     need("transformers", "train")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise LorakitError("train runs in one process on one device; start it without torchrun or accelerate launch")
+    with processes.joined(recipe.train.device) as cause:
+        return _joined(recipe, resume, listen, beside, cause)
+
+
+def _joined(
+    recipe: Recipe,
+    resume: bool,
+    listen: Listen | None,
+    beside: Collection[str],
+    cause: Callable[[BaseException], BaseException],
+) -> Run:
+    """Do what `train` promises in each of the processes that share the run."""
     from lorakit.training.base import quiet
     from lorakit.training.events import EventLog
 
     output = Path(recipe.output)
-    with folder.writing(output):
-        folder.claim(output, resume, beside)
+    made: list[Path] = []
+    if processes.first():
+        with folder.writing(output):
+            folder.claim(output, resume, beside)
+    processes.wait()
     if (output / SUMMARY).exists():
         return _finished(recipe, output)
-    with folder.writing(output):
-        made = folder.make(output)
+    if processes.first():
+        with folder.writing(output):
+            made = folder.make(output)
+    processes.wait()
     log = EventLog(output / folder.EVENTS, listen)
     try:
         with quiet():
             done = _train(recipe, output, log)
     except Exception as error:
         with suppress(LorakitError):  # a full disk must not hide what happened
-            log.append("error", kind=type(error).__name__, message=str(error))
+            why = cause(error)
+            log.append("error", kind=type(why).__name__, message=str(why))
         if isinstance(error, LorakitError) and not log.stepped:
             folder.forget(made)
         raise
@@ -174,12 +189,14 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
                percent=percent(trainable, base, sum(own.values())), trained_whole=list(stage.spec.train))  # fmt: skip
     if fusion is not None:
         log.append("fused", **fusion.counts())
-    folder.write(output / folder.RECIPE, recipe.to_yaml())
+    _share(recipe, stage, handle)
+    if processes.first():
+        folder.write(output / folder.RECIPE, recipe.to_yaml())
     trainer = _trainer(recipe, stage, output, log, progress, interrupt, data)
     with interrupt.heard():
         _go(trainer, saved, recipe)
     step = trainer.state.global_step
-    if interrupt.wished and step < trainer.state.max_steps:
+    if interrupt.granted and step < trainer.state.max_steps:
         log.append("interrupted", step, path=f"{output}/checkpoint-{step}")
         return LorakitError(
             f"stopped at step {step} of {trainer.state.max_steps}, and saved; to go on, run the same recipe with resume"
@@ -187,6 +204,18 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
     run = _finish(recipe, stage, trainer, output, trainable, log)
     log.append("end", run.steps, **run.to_json())
     return run
+
+
+def _share(recipe: Recipe, stage: Stage, handle: Handle) -> None:
+    """Start every process from the same adapter, and divide the base among them where the recipe says so."""
+    from lorakit.inject.attach import adapters_named
+    from lorakit.training.base import choose_device
+    from lorakit.training.sharded import shard
+
+    own = [t for adapter in adapters_named(stage.model, handle.name) for t in adapter.tensors().values()]
+    processes.alike({id(t): t for t in [*own, *handle.parameters()]}.values())
+    if processes.count() > 1 and recipe.train.parallel == "fsdp":
+        shard(stage.model, choose_device(recipe.train.device))
 
 
 def attached(recipe: Recipe, stage: Stage, saved: Path | None) -> Handle:
@@ -227,12 +256,13 @@ def _trainer(
     from lorakit.training.events import Narrator
     from lorakit.training.flow import KeepBest
     from lorakit.training.loss import how_lost
-    from lorakit.training.order import row_order
+    from lorakit.training.order import Dealt, row_order
     from lorakit.training.rank_schedule import RankSchedules
     from lorakit.training.trainer import AdapterTrainer
 
     plan = make_plan(recipe, stage)
     log.append("plan", **plan.to_json(), packed=stage.packed, why=stage.why, task=stage.task,
+               processes=processes.count(), parallel=recipe.train.parallel,
                loss=how_lost(stage.model), device=str(stage.model.device),
                dtype=str(stage.model.dtype).removeprefix("torch."))  # fmt: skip
     ranks = RankSchedules(stage.model, plan.steps)
@@ -246,7 +276,7 @@ def _trainer(
         stage.train.dataset,
         None if stage.validation is None else stage.validation.dataset,
         pad_id=stage.tokenizer.pad_token_id,
-        order=row_order(recipe, stage),
+        order=Dealt(row_order(recipe, stage), plan.batch_rows * plan.accumulation, processes.here(), processes.count()),
         data=data,
         progress=progress,
         ranks=ranks,
@@ -289,7 +319,8 @@ def _finish(recipe: Recipe, stage: Stage, trainer: AdapterTrainer, output: Path,
     if in_peft and (why := peft_refusal(adapter)):
         log.append("format", trainer.state.global_step, format="native", why=why)
         in_peft = False
-    save(adapter, output / "adapter", "peft" if in_peft else "native")
+    if processes.first():
+        save(adapter, output / "adapter", "peft" if in_peft else "native")
     progress, history = trainer.progress, trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     run = Run(
@@ -312,7 +343,9 @@ def _finish(recipe: Recipe, stage: Stage, trainer: AdapterTrainer, output: Path,
         | ({"validation": stage.validation.report.to_json()} if stage.validation else {}),
         device=str(stage.model.device),
     )
-    folder.write(output / SUMMARY, json.dumps(run.to_json(), indent=2))
+    if processes.first():
+        folder.write(output / SUMMARY, json.dumps(run.to_json(), indent=2))
+    processes.wait()
     return run
 
 

@@ -27,6 +27,7 @@ from lorakit.errors import LorakitError, RecipeError
 from lorakit.inject.context import virtual_positions
 from lorakit.inject.sites import sites
 from lorakit.inject.skeleton import size_of
+from lorakit.training import processes
 from lorakit.training.base import Loaded, Task, load_empty, load_model, load_tokenizer, packing_of
 from lorakit.training.miniature import miniature
 from lorakit.training.recipe import DataSection, Recipe
@@ -84,8 +85,9 @@ def _load(
 ) -> Loaded:
     if empty:
         return load_empty(recipe.model, tokenizer, task=task, labels=labels)
+    on_host = recipe.train.parallel == "fsdp" and processes.count() > 1  # which divides it before it goes to a device
     return load_model(recipe.model, tokenizer, task=task, labels=labels, dtype=recipe.train.dtype,
-                      device=recipe.train.device, packing=packing_of(recipe.quant))  # fmt: skip
+                      device=recipe.train.device, packing=packing_of(recipe.quant), on_host=on_host)  # fmt: skip
 
 
 def _refuse_labels(data: DataSection) -> None:

@@ -1,4 +1,4 @@
-"""transformers' Trainer, taught six things it does not do for an adapter that lives inside the model.
+"""transformers' Trainer, taught seven things it does not do for an adapter that lives inside the model.
 
 1. A checkpoint holds the adapter alone, is whole or absent, and remembers its recipe.
 2. The loss is a sum over trained tokens, divided once by their number in the whole accumulated batch.
@@ -7,11 +7,13 @@
 5. The order of the rows is a plain function of seed and epoch, and evaluation draws no random number.
 6. A method's penalty counts once an optimizer step, its rank schedule acts after it, and no adapter from before the
    schedule is done is ever the best.
+7. Where several processes share a run, each takes its part of a step, and numbers and gradients are added up.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -30,12 +32,13 @@ from lorakit.inject.attach import state
 from lorakit.inject.penalty import penalty
 from lorakit.persist.atomic import atomic_directory
 from lorakit.persist.native import NATIVE, load_native, write_native
+from lorakit.training import processes
 from lorakit.training.checkpoints import STATE, Memory, checkpoints, prune, restore
 from lorakit.training.finite import FiniteCheck, refuse_exploded
 from lorakit.training.groups import param_groups
-from lorakit.training.loss import loss_of_batch, mean_loss, trained_labels
+from lorakit.training.loss import loss_of_batch, mean_loss, trained_labels, untrained
 from lorakit.training.optimizers import into_pages, make_optimizer
-from lorakit.training.order import Shuffled
+from lorakit.training.order import Dealt
 from lorakit.training.precondition import precondition
 from lorakit.training.progress import Progress
 from lorakit.training.rank_schedule import RankSchedules
@@ -57,7 +60,7 @@ class AdapterTrainer(Trainer):
         validation: Dataset | None,
         *,
         pad_id: int,
-        order: Shuffled,
+        order: Dealt,
         data: str,
         progress: Progress,
         ranks: RankSchedules,
@@ -77,10 +80,13 @@ class AdapterTrainer(Trainer):
         self.ranks, self._order = ranks, order
         self._recipe, self._data, self._pad_id = recipe, data, pad_id
         self._proven, self._check_finite = False, FiniteCheck(args.learning_rate)
+        self._one_row = self.data_collator([train[0]])
+        self._learned = [p for p in model.parameters() if p.requires_grad]
+        self._micro_batch, self._loss_of_step = 0, torch.zeros((), device=args.device)
 
     # ---- steps ----
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Shuffled:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Dealt:
         return self._order
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -95,21 +101,36 @@ class AdapterTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """Return the micro-batches of one optimizer step and the number of labels trained in all of them."""
+        """Return this process's micro-batches of one optimizer step, and the number of labels trained in all of them.
+
+        A process that has fewer than the others takes part with a row of which nothing is trained.
+        """
         samples = list(islice(epoch_iterator, num_batches))
         trained = sum((trained_labels(batch["labels"]) for batch in samples), torch.tensor(0, device=device))
-        self.progress.count(sum(_tokens(batch) for batch in samples), int(trained))
-        return samples, trained
+        counts = processes.total(torch.tensor([sum(_tokens(batch) for batch in samples), int(trained)]))
+        self.progress.count(*counts.tolist())
+        while len(samples) < num_batches:
+            samples.append(untrained(self._one_row))
+        self._micro_batch, self._loss_of_step = 0, torch.zeros((), device=device)
+        return samples, counts[1].to(device)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Run one micro-batch forward and backward; the first one proves the adapter alive.
 
-        Returned, and told as the loss, is the loss of the data alone.
+        Returned, and told as the loss, is the loss of the data alone, of the whole step with its last micro-batch. What
+        dropout draws follows from the seed and from which micro-batch of the run this is, whoever computes it.
         """
+        of_step = self.args.gradient_accumulation_steps
+        steps = self.state.global_step * processes.count() + processes.here()
+        torch.manual_seed(_mixed(self.args.seed, steps * of_step + self._micro_batch))
         with nullcontext() if self._proven else alive(self.adapted):
             super().training_step(model, inputs, num_items_in_batch)
         self._proven = True
-        return self._data_loss
+        self._micro_batch += 1
+        self._loss_of_step += self._data_loss
+        if not self.accelerator.sync_gradients:
+            return torch.zeros_like(self._loss_of_step)
+        return processes.add_gradients(self._learned, self._loss_of_step)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -150,7 +171,12 @@ class AdapterTrainer(Trainer):
         write_native(folder / NATIVE, adapter)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint that is whole or absent, then delete what is too old."""
+        """Write a checkpoint that is whole or absent, then delete what is too old; the others wait for the first."""
+        if processes.first():
+            self._write_checkpoint()
+        processes.wait()
+
+    def _write_checkpoint(self) -> None:
         self.store_flos()
         folder = self.folder / f"checkpoint-{self.state.global_step}"
         try:
@@ -186,6 +212,11 @@ class AdapterTrainer(Trainer):
         best = self.state.best_global_step
         if best and best != self.state.global_step:
             self._load_from_checkpoint(str(self.folder / f"checkpoint-{best}"))
+
+
+def _mixed(seed: int, place: int) -> int:
+    """Return a seed of its own for each place, far from its neighbours'."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {place}".encode(), digest_size=8).digest(), "big")
 
 
 def _tokens(batch: dict[str, Tensor]) -> int:
