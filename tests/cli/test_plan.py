@@ -183,10 +183,11 @@ def test_experts_are_counted_and_pointed_out(tmp_path: Path) -> None:
     assert any("experts in one tensor each" in warning for warning in found["warnings"])
 
 
-def test_several_devices_are_said_to_be_a_forecast() -> None:
+def test_several_devices_share_a_step_and_zero3_is_for_other_tools() -> None:
     said = invoke("plan", "--shape", "gpt2", "--device", "T4", "--gpus", "2").stdout
-    assert "on each of 2 devices under fsdp2: T4 " in said
-    assert "lorakit itself trains on one device" in said
+    assert "on each of 2 devices under fsdp: T4 " in said
+    assert "for other tools" not in said
+    assert "for other tools" in invoke("plan", "--shape", "gpt2", "--gpus", "2", "--strategy", "zero3").stdout
     assert "say how many with --gpus" in invoke("plan", "--shape", "gpt2", "--strategy", "ddp").stderr
 
 

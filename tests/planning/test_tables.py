@@ -123,20 +123,20 @@ def test_65b_activations_are_the_same_in_4_bits_and_checkpointing_is_what_shrink
 def test_7b_full_fine_tuning_on_2_a100_40_leaves_2_5_gb_each_without_a_master_copy_and_does_not_fit_with_one() -> None:
     without, with_master = mixed_precision_parts(B7.total, master=False), mixed_precision_parts(B7.total)
     assert gb(without.total, 1) == 80.9
-    left = A100_40 - per_device(without, 2, "fsdp2").total
+    left = A100_40 - per_device(without, 2, "zero3", resident=0).total
     assert gb(left, 1) == 2.5
     shape = {"layers": B7.layers, "hidden": B7.hidden, "sequence": 2048}
     assert activations_by_formula(**shape, intermediate=B7.inner) > left  # so only with full checkpointing
     assert activations_by_formula(**shape, checkpointing=True) < left
-    assert per_device(with_master, 2, "fsdp2").total > A100_40
+    assert per_device(with_master, 2, "zero3", resident=0).total > A100_40
     assert without.total > A100_40  # and only divided
 
 
 def test_13b_full_fine_tuning_on_4_a100_40_is_marginal_without_a_master_copy_and_does_not_fit_with_one() -> None:
     without, with_master = mixed_precision_parts(B13.total, master=False), mixed_precision_parts(B13.total)
     assert (gb(without.total, 0), gb(with_master.total, 0), gb(4 * A100_40, 1)) == (156, 208, 171.8)
-    assert 0 < gb(A100_40 - per_device(without, 4, "fsdp2").total, 1) < 4
-    assert per_device(with_master, 4, "fsdp2").total > A100_40
+    assert 0 < gb(A100_40 - per_device(without, 4, "zero3", resident=0).total, 1) < 4
+    assert per_device(with_master, 4, "zero3", resident=0).total > A100_40
 
 
 def test_70b_full_fine_tuning_does_not_fit_8_a100_80() -> None:

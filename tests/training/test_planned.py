@@ -99,7 +99,7 @@ def test_what_does_not_fit_is_said_not_to() -> None:
     full = of_shape("llama-2-70b", "A100 80GB", count=8, strategy="zero3", adapter=whole)
     assert full.fits[0].verdict == "does not fit"
     assert set(full.ways) == {"plain", "checkpointing"}, "what is trained whole cannot be packed"
-    lora = of_shape("llama-2-70b", "A100 40GB", count=2, strategy="fsdp2")
+    lora = of_shape("llama-2-70b", "A100 40GB", count=2, strategy="fsdp")
     assert lora.fits[0].verdict in ("fits in 4 bits with checkpointing", "does not fit")
     assert lora.ways["plain"].step.total > 2 * 40 * 2**30
 

@@ -9,14 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit import load, load_recipe, state
+from lorakit import attach, load, load_recipe, merge
 from lorakit.cli.launch import launch
 from lorakit.errors import LorakitError, RecipeError
+from lorakit.training import processes
 from lorakit.training.arguments import Plan, share_of
+from lorakit.training.base import load_base
 from lorakit.training.events import Event, read_events
 from lorakit.training.order import Dealt, Shuffled
 from lorakit.training.recipe import Recipe
 from lorakit.training.run import Run, train
+from lorakit.training.sharded import machines
+from tests.tolerances import assert_close
 from tests.training import two_processes
 from tests.training.samples import pairs, recipe_of, write_rows
 
@@ -26,7 +30,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "dropout": {"rows": 48, "train__accumulation": 2, "adapter__dropout": 0.2},
     "last_row": {"rows": 17, "train__batch_size": 4, "train__epochs": 2},  # a step that one process has no row of
     "fsdp": {"rows": 45, "train__parallel": "fsdp", "train__accumulation": 2},
-    "fsdp_dora": {"rows": 48, "train__parallel": "fsdp", "adapter__method": "dora", "train__checkpointing": True},
+    "hybrid_dora": {"rows": 48, "train__parallel": "hybrid", "adapter__method": "dora", "train__checkpointing": True},
     "fsdp_adalora": {
         "rows": 48, "train__parallel": "fsdp", "train__steps": 8,
         "adapter": {"method": "adalora", "target_rank": 2, "init_rank": 3, "tinit": 2, "tfinal": 2},
@@ -110,3 +114,61 @@ def test_an_error_in_one_process_ends_both_and_is_told_by_the_first(together: Pa
     assert "absent.jsonl" in two
     assert one == f"process 1: {two}"
     assert told(together / "fails", "error")[0]["message"] == one
+
+
+def test_the_blocks_are_divided_what_learns_is_not_and_no_merge_is_made_of_shares(together: Path) -> None:
+    one, two = (json.loads((together / f"told-{place}.json").read_text())["sharded"] for place in (0, 1))
+    assert one["divided"] == two["divided"] == 14  # q, k, v, o, gate, up, down of two blocks
+    assert one["local"] + two["local"] == one["whole"]
+    assert one["plain"] == two["plain"]
+    last = {name.rpartition("_proj.")[2] if ".adapters." in name else name for name in one["plain"]}
+    assert {"adapters.by_name.default.down", "adapters.by_name.default.up", "input_layernorm.weight"} <= last
+    assert not any(name.endswith("_proj.weight") for name in last)
+    assert "merge it with `lorakit merge`" in one["merge"]
+
+
+def test_an_adapter_of_divided_weights_merges_into_the_base(base: Path, together: Path) -> None:
+    model, tokenizer = load_base(str(base))
+    ids = tokenizer("a bad cab =", return_tensors="pt").input_ids
+    attach(model, load(together / "fsdp" / "adapter"))
+    with torch.no_grad():
+        adapted = model(ids).logits
+        assert merge(model).weights == 14
+        assert_close(model(ids).logits, adapted)
+
+
+def test_a_hybrid_divides_among_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "count", lambda: 64)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert (machines(False), machines(True)) == ((1, 64), (8, 8))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
+    with pytest.raises(RecipeError, match="64 are no multiple of the 6 here"):
+        machines(True)
+
+
+@pytest.mark.parametrize(("rows", "step", "among"), [(48, 16, 2), (45, 16, 4), (17, 4, 4), (5, 8, 2)])
+def test_every_row_is_visited_once_by_one_process_in_the_step_it_belongs_to(rows: int, step: int, among: int) -> None:
+    order = list(Shuffled(rows, 0))
+    shares = [Dealt(Shuffled(rows, 0), step, place, among) for place in range(among)]
+    assert len({len(share) for share in shares}) == 1, "all take as many steps"
+    each, parts = step // among, [list(share) for share in shares]
+    for i in range(-(-rows // step)):
+        visited = [row for part in parts for row in part[i * each : (i + 1) * each]]
+        assert visited == order[i * step : (i + 1) * step]
+
+
+@pytest.mark.parametrize(
+    ("rows", "accumulation", "among", "share"),
+    [(8, 2, 1, (8, 2)), (8, 2, 2, (8, 1)), (8, 8, 4, (8, 2)), (8, 1, 2, (4, 1)), (8, 3, 2, (6, 2)), (4, 3, 4, (3, 1))],
+)
+def test_a_step_is_as_large_on_any_number_of_processes(
+    rows: int, accumulation: int, among: int, share: tuple[int, int]
+) -> None:
+    plan = Plan(1, 1, rows, accumulation, 1e-3, 1, 1)
+    assert share_of(plan, among) == share
+    assert share[0] * share[1] * among == rows * accumulation
+
+
+def test_rows_that_cannot_be_shared_evenly_are_refused_with_what_to_set() -> None:
+    with pytest.raises(RecipeError, match="1 x 8 rows, which 3 processes cannot share .* train.accumulation: 3"):
+        share_of(Plan(1, 1, 8, 1, 1e-3, 1, 1), 3)

@@ -33,7 +33,7 @@ def plan(
         list[str] | None, typer.Option("--device", help='"A100 80GB", "24 GB", ...; may be repeated.')
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="How many of the device share the work.")] = 1,
-    strategy: Annotated[str | None, typer.Option(help="ddp, fsdp2 or zero3; fsdp2 for several devices.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="ddp, fsdp or zero3; fsdp for several devices.")] = None,
     watts: Annotated[float | None, typer.Option(min=0, help="Of one device at work, for the energy.")] = None,
     price_per_kwh: Annotated[float | None, typer.Option(min=0, help="Of energy, in your currency.")] = None,
     price_per_hour: Annotated[float | None, typer.Option(min=0, help="Of one device, in your currency.")] = None,
@@ -55,7 +55,7 @@ def plan(
             _refuse_to_overwrite(Path(html))
         if strategy not in (None, "single") and gpus == 1:
             raise RecipeError(f"--strategy {strategy} divides the work among several devices; say how many with --gpus")
-        shared = strategy or ("single" if gpus == 1 else "fsdp2")
+        shared = strategy or ("single" if gpus == 1 else "fsdp")
         where = Where(tuple(device or ()), gpus, shared, watts, price_per_kwh, price_per_hour)
         recipe, model = _subject(source, shape, set or [])
         found = planned(recipe, where, model=model)
@@ -160,7 +160,8 @@ def _show(out: Screen, found: PlannedRun, values: dict[str, Any], modules: bool,
     if found.where.count > 1:
         needs = ", ".join(f"{fit.device} {size(fit.needed)}" for fit in found.fits[:3])
         out.say(f"on each of {found.where.count} devices under {found.where.strategy}: {needs}")
-        out.say("that is a forecast for other tools: lorakit itself trains on one device")
+        if found.where.strategy == "zero3":
+            out.say("that is a forecast for other tools: lorakit itself trains with ddp and fsdp")
     out.say("")
     _say_fits(out, found, values)
     packed = ", packed" if load.packed else ", not packed" if found.why else ""

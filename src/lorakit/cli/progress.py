@@ -75,10 +75,12 @@ class Progress:
     def _on_plan(self, event: dict[str, Any]) -> None:
         packed = "packed" if event["packed"] else "one example a row"
         self._steps, self._device = event["steps"], event["device"]
+        shared = event.get("processes", 1)
+        devices = event["device"] if shared == 1 else f"{shared} x {event['device']} ({event['parallel']})"
         self._print(
             f"{'plan':<11} {_counted(event['steps'], 'step')} of "
             f"{_counted(event['batch_rows'] * event['accumulation'], 'row')} ({packed}), "
-            f"lr {event['lr']:.2g}, on {event['device']} in {event['dtype']}"
+            f"lr {event['lr']:.2g}, on {devices} in {event['dtype']}"
         )
         self._print(f"{'loss':<11} {event['loss']}")
         if sys.stderr.isatty():

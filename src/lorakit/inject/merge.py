@@ -76,10 +76,15 @@ def merge(
 
     Raises:
         MergeError: an update that depends on the input, a per-row weight, a tied weight, a quantised weight without
-            `lossy`, NaN or infinity.
+            `lossy`, NaN or infinity, a base divided among processes.
         AttachError: a name that is not attached.
     """
     ledger = ledger_of(model)
+    if ledger.base is not None:
+        raise MergeError(
+            "this model's weights are divided among processes; save the adapter and merge it with "
+            "`lorakit merge`, or load both into one process"
+        )
     layers = {path: m for path, m in model.named_modules() if isinstance(m, Adapted)}
     shared = shared_weights(model)
     if names is None:

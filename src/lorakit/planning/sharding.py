@@ -2,8 +2,11 @@
 
     single   one device holds everything
     ddp      each device holds everything, and the buckets its gradients travel in
-    fsdp2    weights, adapters, gradients and moments are divided; a layer is gathered when it is its turn
-    zero3    the same division; what was gathered may stay until a number of parameters is reached
+    fsdp     the frozen weights of the blocks are divided, a block is gathered when it is its turn; the rest as in ddp
+    zero3    all four parts are divided; what was gathered may stay until a number of parameters is reached
+
+lorakit trains with the first three (`train.parallel`); zero3 is what DeepSpeed does, and with `resident=0` what FSDP2
+does to a model that is given to it whole.
 
 Activations, logits, temporaries and overhead belong to a device's own rows and are never divided. Sources: ZeRO, arXiv
 1910.02054, sections 5 and 7; docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html and its tutorial, where the
@@ -18,7 +21,7 @@ from math import ceil
 from lorakit.errors import SpecError, did_you_mean
 from lorakit.planning.memory import Parts
 
-STRATEGIES = ("single", "ddp", "fsdp2", "zero3")
+STRATEGIES = ("single", "ddp", "fsdp", "zero3")
 IN_FLIGHT = 2
 """Layers that are whole at a time: the one that computes, and the one that is gathered ahead."""
 DIVIDED = ("weights", "adapters", "gradients", "optimizer")
@@ -31,15 +34,17 @@ def per_device(
     *,
     layer: int = 0,
     layer_gradients: int = 0,
+    undivided: int = 0,
     resident: int = 2 * 10**9,
     bucket_view: bool = False,
 ) -> Parts:
     """Return what one of `devices` holds, in bytes, of a step that takes `parts` on one device alone.
 
     Args:
-        layer: bytes of the largest layer that is gathered as one, weights and adapters; they appear twice, as
-            temporaries, under fsdp2 and zero3.
-        layer_gradients: bytes of its gradients before they are divided; they appear twice too.
+        layer: bytes of the largest layer that is gathered as one; they appear twice, as temporaries, under fsdp and
+            zero3, whose layer has its adapters with it.
+        layer_gradients: bytes of its gradients before zero3 divides them; they appear twice too.
+        undivided: bytes of the weights that fsdp leaves on every device: embeddings, head, norms, what is trained.
         resident: under zero3, bytes of gathered weights that may stay: DeepSpeed's stage3_max_live_parameters, 10^9
             parameters of 2 bytes unless set; never more than there are.
         bucket_view: under ddp, whether gradients are views of the buckets (gradient_as_bucket_view) and so not twice.
@@ -52,26 +57,36 @@ def per_device(
         return parts
     if strategy == "ddp":
         return parts if bucket_view else replace(parts, temporaries=parts.temporaries + parts.gradients)
+    if strategy == "fsdp":
+        mine = parts.weights - undivided
+        gathered = min(mine, IN_FLIGHT * layer)
+        kept = undivided + ceil(mine / devices)
+        return replace(parts, weights=kept, temporaries=parts.temporaries + gathered + parts.gradients)
     weights = parts.weights + parts.adapters
-    gathered = min(weights, IN_FLIGHT * layer if strategy == "fsdp2" else max(IN_FLIGHT * layer, resident))
+    gathered = min(weights, max(IN_FLIGHT * layer, resident))
     transient = gathered + min(parts.gradients, IN_FLIGHT * layer_gradients)
     divided = {name: ceil(getattr(parts, name) / devices) for name in DIVIDED}
     return replace(parts, **divided, temporaries=parts.temporaries + transient)
 
 
-def traffic(parts: Parts, devices: int, strategy: str) -> int:
+def traffic(parts: Parts, devices: int, strategy: str, *, undivided: int = 0) -> int:
     """Return the bytes each device sends in one forward and backward (arXiv 1910.02054, section 7).
 
     With rings and n devices, gathering or scattering x bytes sends `x (n - 1) / n`. ddp reduces gradients and hands the
-    sums out: twice the gradients. fsdp2 and zero3 gather all weights, frozen ones too, for the forward and again for
-    the backward, and scatter the gradients; of a model that is trained whole in one dtype that is 3/2 of ddp.
+    sums out: twice the gradients. fsdp also gathers what is divided for the forward and again for the backward. zero3
+    gathers all weights twice and scatters the gradients; of a model that is trained whole in one dtype that is 3/2 of
+    ddp. With accumulation, weights are gathered for every micro-batch, gradients added up once a step.
 
     Raises:
         SpecError: as `per_device`.
     """
     _check(devices, strategy)
-    weights = parts.weights + parts.adapters
-    moved = {"single": 0, "ddp": 2 * parts.gradients}.get(strategy, 2 * weights + parts.gradients)
+    moved = {
+        "single": 0,
+        "ddp": 2 * parts.gradients,
+        "fsdp": 2 * (parts.weights - undivided) + 2 * parts.gradients,
+        "zero3": 2 * (parts.weights + parts.adapters) + parts.gradients,
+    }[strategy]
     return ceil(moved * (devices - 1) / devices)
 
 
@@ -83,4 +98,4 @@ def _check(devices: int, strategy: str) -> None:
     if devices < 1:
         raise SpecError(f"a run takes one device or more, not {devices}")
     if strategy == "single" and devices > 1:
-        raise SpecError(f"'single' is one device, not {devices}; use 'ddp' or 'fsdp2'")
+        raise SpecError(f"'single' is one device, not {devices}; use 'ddp' or 'fsdp'")

@@ -100,6 +100,8 @@ class PlannedRun:
     advice: tuple[Advice, ...] = ()
     findings: tuple[Finding, ...] = ()
     warnings: tuple[str, ...] = ()
+    divided: int = 0
+    """Numbers of the base that several devices may divide (`training/sharded.py`)."""
 
     @property
     def modules(self) -> list[dict[str, Any]]:

@@ -43,6 +43,11 @@ def here() -> int:
     return dist.get_rank() if count() > 1 else int(os.environ.get("RANK", "0"))
 
 
+def beside() -> int:
+    """Return how many of them are on this machine, as far as whoever started them said."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", count()))
+
+
 def first() -> bool:
     """Return whether this process is the one that writes and speaks."""
     return here() == 0
@@ -81,6 +86,8 @@ def joined(device: str) -> Iterator[Callable[[BaseException], BaseException]]:
 
 def _has_cuda(device: str) -> bool:
     """Let this process see its own CUDA device alone, before anything asks for one, and return whether it has one."""
+    if device in ("auto", "mps") and torch.backends.mps.is_available():
+        raise DeviceError("a run on mps is one process, and several were started; set train.device: cpu, or start one")
     if device not in ("auto", "cuda") or torch.cuda.device_count() == 0:
         return False
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")

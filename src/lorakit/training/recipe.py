@@ -217,7 +217,7 @@ class TrainSection(Section):
     fused: bool = True
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    parallel: Literal["ddp", "fsdp"] = "ddp"
+    parallel: Literal["ddp", "fsdp", "hybrid"] = "ddp"
     seed: int = Field(default=0, ge=0, le=SEEDS)
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
 

@@ -214,8 +214,8 @@ def _share(recipe: Recipe, stage: Stage, handle: Handle) -> None:
 
     own = [t for adapter in adapters_named(stage.model, handle.name) for t in adapter.tensors().values()]
     processes.alike({id(t): t for t in [*own, *handle.parameters()]}.values())
-    if processes.count() > 1 and recipe.train.parallel == "fsdp":
-        shard(stage.model, choose_device(recipe.train.device))
+    if processes.count() > 1 and recipe.train.parallel != "ddp":
+        shard(stage.model, choose_device(recipe.train.device), by_machine=recipe.train.parallel == "hybrid")
 
 
 def attached(recipe: Recipe, stage: Stage, saved: Path | None) -> Handle:

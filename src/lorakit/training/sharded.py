@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def shard(model: PreTrainedModel, device: torch.device) -> None:
+def shard(model: PreTrainedModel, device: torch.device, *, by_machine: bool = False) -> None:
     """Divide the frozen matrices of a model's blocks among the processes, in place, and move the rest to `device`.
+
+    With `by_machine` each machine's processes divide a copy of their own, so that no weight travels between machines.
 
     The model may lie on the CPU until then: no more than one block at a time is whole on the device.
 
@@ -44,12 +46,27 @@ def shard(model: PreTrainedModel, device: torch.device) -> None:
         )
     ledger_of(model).base = base_of(model)  # a share of a weight is nothing to know it by
     whole = {p for p in model.parameters() if p not in divided}
-    mesh = init_device_mesh(device.type, (processes.count(),))
+    mesh = init_device_mesh(device.type, machines(by_machine), mesh_dim_names=("copy", "share"))["share"]
     for path, stack in blocks.items():
         for block in stack:
             fully_shard(block, mesh=mesh, ignored_params=whole)
         fully_shard(model.get_submodule(path.rpartition(".")[0]), mesh=mesh, ignored_params=whole)
     cast(nn.Module, model).to(device)
+
+
+def machines(by_machine: bool) -> tuple[int, int]:
+    """Return how many copies of the base there are, and among how many processes each is divided.
+
+    Raises:
+        RecipeError: processes that are not evenly spread over the machines.
+    """
+    among = processes.beside() if by_machine else processes.count()
+    if processes.count() % among:
+        raise RecipeError(
+            f"train.parallel: hybrid divides the base among the processes of each machine, and {processes.count()} are "
+            f"no multiple of the {among} here; start as many on every machine"
+        )
+    return processes.count() // among, among
 
 
 def blocks_of(model: nn.Module) -> dict[str, list[nn.Module]]:

@@ -85,7 +85,7 @@ def _load(
 ) -> Loaded:
     if empty:
         return load_empty(recipe.model, tokenizer, task=task, labels=labels)
-    on_host = recipe.train.parallel == "fsdp" and processes.count() > 1  # which divides it before it goes to a device
+    on_host = recipe.train.parallel != "ddp" and processes.count() > 1  # which divides it before it goes to a device
     return load_model(recipe.model, tokenizer, task=task, labels=labels, dtype=recipe.train.dtype,
                       device=recipe.train.device, packing=packing_of(recipe.quant), on_host=on_host)  # fmt: skip
 
