@@ -12,7 +12,8 @@ from lorakit.planning.devices import OVERHEAD, device
 from lorakit.planning.memory import Parts
 from lorakit.planning.pace import from_throughput
 from lorakit.planning.sharding import per_device, traffic
-from lorakit.training.planned import PlannedRun, undivided
+from lorakit.training.plan import undivided
+from lorakit.training.planned import PlannedRun
 from tests.training.test_planned import of_shape
 
 ROOT = Path(__file__).parents[2]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorakit.core.method import Scheduled
+from lorakit.core.site import layer_of
 from lorakit.core.spec import AdapterSpec
 from lorakit.core.targets import Match, parameters_named, resolve
 from lorakit.data.packing import example_lengths
@@ -65,7 +66,13 @@ def calibrated(found: PlannedRun, recipe: Recipe) -> PlannedRun:
     beyond = Parts(overhead=max(0, measured.peak_bytes - found.memory.step.total))
     moved = {name: one.map(lambda parts: parts + beyond) for name, one in found.ways.items()}
     depth = max(found.counts.depths.values(), default=0)
-    return replace(found, pace=pace, memory=moved[found.own], ways=moved, fits=_fits(where, moved, depth))
+    return replace(
+        found,
+        pace=pace,
+        memory=moved[found.own],
+        ways=moved,
+        fits=_fits(where, moved, depth, found.divided, found.load.dtype),
+    )
 
 
 def plan(recipe: Recipe, where: Where | None = None, *, model: Any = None) -> PlannedRun:
@@ -103,6 +110,11 @@ def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> Plan
     trained = [key for keys in parameters_named(spec.train, list(shapes), skeleton, spec.targets.layers).values()
                for key in keys]  # fmt: skip
     found, matches = ways(model, skeleton, spec, load, trained), resolve(spec, skeleton)
+    divided = sum(
+        prod(shape)
+        for name, shape in shapes.items()
+        if layer_of(name) is not None and len(shape) > 1 and name not in ties and name not in trained
+    )
     return PlannedRun(
         model=recipe.model,
         dtype=DTYPES[load.dtype],
@@ -114,7 +126,8 @@ def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> Plan
         memory=found.forecasts[found.own],
         ways=found.forecasts,
         own=found.own,
-        fits=_fits(where, found.forecasts, depth),
+        divided=divided,
+        fits=_fits(where, found.forecasts, depth, divided, load.dtype),
         pace=_pace(recipe, where, found, stage, load),
         where=where,
         limits=_limits(where, found, model, spec, load, depth),
@@ -184,18 +197,26 @@ def _dtype(recipe: Recipe) -> torch.dtype:
     return choose_dtype("auto", choose_device("auto") if asked == "auto" else torch.device(asked))
 
 
-def _held(where: Where, forecast: Forecast, depth: int) -> Parts:
+def undivided(weights: int, divided: int, dtype: torch.dtype, way: str) -> int:
+    """Return the bytes of weights that stay on every device under fsdp; of 4 bits the scales of their blocks stay."""
+    return max(0, weights - (divided // 2 if "4 bits" in way else divided * dtype.itemsize))
+
+
+def _held(where: Where, forecast: Forecast, depth: int, divided: int, dtype: torch.dtype, way: str) -> Parts:
     """Return what each device holds at the peak of a run, what the device itself needs counted."""
     peak = forecast.phases[max(("load", "step", "evaluation", "checkpoint"), key=lambda n: forecast.phases[n].total)]
     layer = (peak.weights + peak.adapters) // max(1, depth)
     gradients = peak.gradients // max(1, depth)
-    shared = per_device(peak, where.count, where.strategy, layer=layer, layer_gradients=gradients)
+    stays = undivided(peak.weights, divided, dtype, way)
+    shared = per_device(peak, where.count, where.strategy, layer=layer, layer_gradients=gradients, undivided=stays)
     return shared + Parts(overhead=OVERHEAD)
 
 
-def _fits(where: Where, forecasts: Mapping[str, Forecast], depth: int) -> tuple[Fit, ...]:
+def _fits(
+    where: Where, forecasts: Mapping[str, Forecast], depth: int, divided: int, dtype: torch.dtype
+) -> tuple[Fit, ...]:
     """Return the verdict on each device."""
-    held = {name: _held(where, forecast, depth) for name, forecast in forecasts.items()}
+    held = {name: _held(where, forecast, depth, divided, dtype, name) for name, forecast in forecasts.items()}
     return tuple(fits(one, held) for one in where.chosen)
 
 
@@ -206,7 +227,7 @@ def _limits(where: Where, found: Ways, model: Any, spec: AdapterSpec, load: Load
     """
     if not where.devices or where.count > 1 or found.guessed:
         return {}
-    held = {name: _held(where, forecast, depth) for name, forecast in found.forecasts.items()}
+    held = {name: _held(where, forecast, depth, 0, load.dtype, name) for name, forecast in found.forecasts.items()}
     rooms: dict[str, list[Device]] = {}
     for one in where.chosen:
         fitting = [name for name in (found.own, *VERDICTS) if name in held and held[name].total <= one.memory]
