@@ -24,7 +24,11 @@ NVLINK, NETWORK = 450e9, 50e9
 @cache
 def planned() -> PlannedRun:
     return of_shape(
-        "llama-2-70b", "H100 80GB", count=8, strategy="fsdp", train={"checkpointing": True, "dtype": "bf16"}
+        "llama-2-70b",
+        "H100 80GB",
+        count=8,
+        strategy="fsdp",
+        train={"checkpointing": True, "dtype": "bf16", "fused": False},
     )
 
 
