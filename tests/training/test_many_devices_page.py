@@ -28,7 +28,7 @@ def planned() -> PlannedRun:
         "H100 80GB",
         count=8,
         strategy="fsdp",
-        train={"checkpointing": True, "dtype": "bf16", "fused": False},
+        train={"checkpointing": True, "dtype": "bf16"},
     )
 
 

@@ -29,16 +29,16 @@ RUNS: dict[str, dict[str, Any]] = {
     "ddp": {"rows": 45, "train__batch_size": 8, "train__accumulation": 2},
     "dropout": {"rows": 48, "train__accumulation": 2, "adapter__dropout": 0.2},
     "last_row": {"rows": 17, "train__batch_size": 4, "train__epochs": 2},  # a step that one process has no row of
-    "fsdp": {"rows": 45, "train__parallel": "fsdp", "train__fused": False, "train__accumulation": 2},
+    "fsdp": {"rows": 45, "train__parallel": "fsdp", "train__accumulation": 2},
     "hybrid_dora": {
-        "rows": 48, "train__parallel": "hybrid", "train__fused": False, "adapter__method": "dora",
+        "rows": 48, "train__parallel": "hybrid", "adapter__method": "dora",
         "train__checkpointing": True,
     },
     "fsdp_adalora": {
-        "rows": 48, "train__parallel": "fsdp", "train__fused": False, "train__steps": 8,
+        "rows": 48, "train__parallel": "fsdp", "train__steps": 8,
         "adapter": {"method": "adalora", "target_rank": 2, "init_rank": 3, "tinit": 2, "tfinal": 2},
     },
-    "fsdp_nf4": {"rows": 48, "train__parallel": "fsdp", "train__fused": False, "quant": "nf4"},
+    "fsdp_nf4": {"rows": 48, "train__parallel": "fsdp", "quant": "nf4"},
     "stopped": {"rows": 48, "train__save_every": 1},
     "goes_on": {"rows": 48, "train__save_every": 1, "train__accumulation": 2, "adapter__dropout": 0.1},
     "fails": {"rows": 48},

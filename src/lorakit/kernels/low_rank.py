@@ -26,8 +26,9 @@ class Layer(NamedTuple):
     """One frozen layer and its update.
 
     `weight (out, in)`, or `(in, out)` if `transposed`; `bias (out,)`; `down (r, in)`, `up (out, r)` in any float dtype,
-    `scale` a number, `gain (out,)`. With `base (..., out)`, the layer's own output, the update is added to it in place,
-    and `weight` is not read: a packed layer makes its output and the gradient of its input itself.
+    `scale` a number, `gain (out,)`. With `base (..., out)`, the layer's own output, the update is added to it, in
+    place unless it is a view, and `weight` is not read: a packed layer makes its output and the gradient of its input
+    itself.
     """
 
     down: Tensor
@@ -68,8 +69,8 @@ def _one(x: Tensor, thin: Tensor, layer: Layer) -> Tensor:
 
 def _base(x: Tensor, layer: Layer) -> Tensor:
     """Return the layer's own output; without the bias where a gain follows."""
-    if layer.base is not None:
-        return layer.base
+    if layer.base is not None:  # autograd lets nobody write to views where there are several outputs
+        return layer.base.clone() if layer.base._is_view() else layer.base
     assert layer.weight is not None
     weight = layer.weight.t() if layer.transposed else layer.weight
     return F.linear(x, weight, layer.bias if layer.gain is None else None)
@@ -107,7 +108,7 @@ class _LowRankLinear(torch.autograd.Function):
                 unstretched.append(y)
                 y = _stretched(y, layer)
             outs.append(y)
-        ctx.mark_dirty(*(layer.base for layer in layers if layer.base is not None))
+        ctx.mark_dirty(*[layer.base for layer in layers if layer.base is not None and not layer.base._is_view()])
         ctx.reads_x = any(ctx.needs_input_grad[5::4])  # only the gradients of A do
         ctx.make = how.make if how is not None else None
         kept = () if not ctx.reads_x else (rows,) if how is None else how.kept

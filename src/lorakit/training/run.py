@@ -182,8 +182,7 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
         log.append("example", runs=[list(run) for run in example(stage.train, stage.tokenizer)])
     patterns, base = target_counts(stage), sites(stage.model).total_parameters
     handle = attached(recipe, stage, saved)
-    divided = processes.count() > 1 and recipe.train.parallel != "ddp"  # fully_shard hands a block views, which fused
-    fusion = fuse(stage.model) if recipe.train.fused and not divided else None  # functions of many outputs refuse
+    fusion = fuse(stage.model) if recipe.train.fused else None
     trainable = sum(p.numel() for p in handle.parameters())
     own = {id(t): t.numel() for one in adapters_named(stage.model, handle.name) for t in one.tensors().values()}
     log.append("targets", patterns=patterns, trainable_parameters=trainable, base_parameters=base,
