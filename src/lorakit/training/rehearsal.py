@@ -34,9 +34,15 @@ def _grouped_flops(a: Any, b: Any, *_: Any, out_shape: Any = None, **__: Any) ->
     return flops
 
 
-_GROUPED = getattr(torch.ops.aten, "_grouped_mm", None)
-if _GROUPED is not None and _GROUPED not in flop_registry:  # torch has no formula for it yet
-    register_flop_formula(_GROUPED)(_grouped_flops)
+def _added_flops(added_to: Any, a: Any, b: Any, **_: Any) -> int:
+    """Return the FLOPs of a product that is added to something in place."""
+    return 2 * int(prod(a)) * int(b[-1])
+
+
+_FORMULAS = {"_grouped_mm": _grouped_flops, "addmm_": _added_flops}
+for _name, _formula in _FORMULAS.items():  # torch has none for these yet
+    if (_op := getattr(torch.ops.aten, _name, None)) is not None and _op not in flop_registry:
+        register_flop_formula(_op)(_formula)
 
 
 @dataclass(frozen=True)
