@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lorakit.inject.alive import alive
     from lorakit.inject.attach import Handle, attach, detach, state
     from lorakit.inject.evidence import gather
+    from lorakit.inject.fuse import fuse, unfuse
     from lorakit.inject.merge import merge
     from lorakit.inject.penalty import penalty
     from lorakit.inject.sites import sites
@@ -45,6 +46,7 @@ _WINDOW = {
     "alive": "lorakit.inject.alive",
     "attach": "lorakit.inject.attach",
     "detach": "lorakit.inject.attach",
+    "fuse": "lorakit.inject.fuse",
     "gather": "lorakit.inject.evidence",
     "load": "lorakit.persist",
     "load_recipe": "lorakit.training.recipe",
@@ -57,6 +59,7 @@ _WINDOW = {
     "state": "lorakit.inject.attach",
     "train": "lorakit.training.run",
     "trim": "lorakit.core.state",
+    "unfuse": "lorakit.inject.fuse",
     "use": "lorakit.inject.activate",
 }
 
@@ -75,6 +78,7 @@ __all__ = [
     "alive",
     "attach",
     "detach",
+    "fuse",
     "gather",
     "load",
     "load_recipe",
@@ -87,6 +91,7 @@ __all__ = [
     "state",
     "train",
     "trim",
+    "unfuse",
     "use",
 ]
 

@@ -39,7 +39,7 @@ def _added_flops(added_to: Any, a: Any, b: Any, **_: Any) -> int:
     return 2 * int(prod(a)) * int(b[-1])
 
 
-_FORMULAS = {"_grouped_mm": _grouped_flops, "addmm_": _added_flops}
+_FORMULAS: dict[str, Any] = {"_grouped_mm": _grouped_flops, "addmm_": _added_flops}
 for _name, _formula in _FORMULAS.items():  # torch has none for these yet
     if (_op := getattr(torch.ops.aten, _name, None)) is not None and _op not in flop_registry:
         register_flop_formula(_op)(_formula)
