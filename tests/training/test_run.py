@@ -58,7 +58,7 @@ def test_a_run_leaves_an_adapter_its_recipe_its_events_and_a_summary(base: Path,
     assert load_recipe(folder / "recipe.yaml").train == recipe.train
     assert heard == read_events(folder / "events.jsonl")
     kinds = [event["event"] for event in heard]
-    assert kinds[:6] == ["start", "data", "data", "example", "targets", "plan"]
+    assert kinds[:7] == ["start", "data", "data", "example", "targets", "fused", "plan"]
     assert kinds[-1] == "end"
     assert kinds.count("step") == run.steps == 6
     assert Run.read(folder) == run
@@ -420,7 +420,7 @@ def test_a_full_device_is_told_with_what_to_change(base: Path, tmp_path: Path, m
     def full(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("lorakit.training.trainer.summed_loss", full)
+    monkeypatch.setattr("lorakit.training.trainer.loss_of_batch", full)
     with pytest.raises(LorakitError, match=r"step 1: out of memory on cpu\. Halve train\.batch_tokens"):
         run_in(base, tmp_path)
 
