@@ -15,7 +15,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from lorakit.data import Collator
 from lorakit.training.loss import summed_loss
-from lorakit.training.order import Shuffled
+from lorakit.training.order import Shuffled, row_lengths
 from lorakit.training.stage import Stage
 
 
@@ -40,7 +40,8 @@ def full_fine_tuning(stage: Stage, lr: float, steps: int, *, seed: int = 0, warm
 
 def _batches(stage: Stage, seed: int) -> Iterator[dict[str, Tensor]]:
     """Yield the batches of epoch after epoch, in the order the Trainer sees them."""
-    order, collate, epoch = Shuffled(len(stage.train.dataset), seed), Collator(stage.tokenizer.pad_token_id), 0
+    order = Shuffled(row_lengths(stage.train.dataset), seed, stage.batch_rows)
+    collate, epoch = Collator(stage.tokenizer.pad_token_id), 0
     while True:
         order.set_epoch(epoch)
         rows = list(order)

@@ -193,6 +193,8 @@ def _say_data(out: Screen, found: PlannedRun, values: dict[str, Any]) -> None:
     work = f"{operations(pace.flops_per_step)} a step"
     if pace.steps is not None and pace.tokens is not None:
         work = f"{pace.steps:,} steps, {pace.tokens:,} tokens; {work}"
+    if pace.cache_bytes:
+        work = f"{work} (fewer from the cache of train.cache_frozen, {size(pace.cache_bytes)} on disk)"
     out.say("", work, *times(values))
 
 

@@ -72,6 +72,12 @@ class Progress:
         for reason, count in event["plain"].items():
             self._print(f"{'':<11} {_counted(count, 'adapted layer')} not: {reason}")
 
+    def _on_frozen(self, event: dict[str, Any]) -> None:
+        how = f"computed in {duration(event['seconds'])}" if event["computed"] else "there from before"
+        self._print(
+            f"{'frozen':<11} {event['blocks']} of {event['of']} blocks kept on disk, {size(event['bytes'])}, {how}"
+        )
+
     def _on_plan(self, event: dict[str, Any]) -> None:
         packed = "packed" if event["packed"] else "one example a row"
         self._steps, self._device = event["steps"], event["device"]

@@ -164,7 +164,8 @@ class Collator:
     """Stack rows into tensors `(batch, longest)`, padded on the right with `pad_id` and labels that carry no loss.
 
     Packed rows (those with `position_ids`) get no attention mask, which would switch isolation off; their padding is
-    one more example with positions of its own. Rows of a classification keep their one label `(batch,)`.
+    one more example with positions of its own. Rows of a classification keep their one label `(batch,)`. Hidden states
+    that come with the rows, `frozen (length, d)`, are padded with zeros.
     """
 
     pad_id: int
@@ -185,6 +186,8 @@ class Collator:
         for name in ("token_type_ids", "branches"):
             if name in rows[0]:
                 batch[name] = padded(name, 0)
+        if "frozen" in rows[0]:
+            batch["frozen"] = torch.nn.utils.rnn.pad_sequence([row["frozen"] for row in rows], batch_first=True)
         if "position_ids" in rows[0]:
             lines = [[*row["position_ids"], *range(longest - len(row["position_ids"]))] for row in rows]
             batch["position_ids"] = torch.tensor(lines)

@@ -202,6 +202,8 @@ def _work(plan: Values) -> Html:
         facts["steps"] = f"{pace['steps']:,}"
     if pace["tokens"] is not None:
         facts["tokens, with padding"] = f"{pace['tokens']:,}"
+    if pace["cache_bytes"]:
+        facts["on disk for train.cache_frozen"] = size(pace["cache_bytes"])
     return join(_facts(facts), *(tag("p", line) for line in times(plan)))
 
 

@@ -1,7 +1,7 @@
 """A few real steps before the run: how long one takes here, and what it really holds.
 
 The heaviest batch comes first, where an out-of-memory would come hours later otherwise; it warms up and counts for the
-memory alone. The others are the run's own first batches, so that padding is as the run will have it.
+memory alone. The others are batches of the run's own, so that padding is as the run will have it.
 """
 
 from __future__ import annotations
@@ -110,13 +110,14 @@ def _steps(recipe: Recipe, stage: Stage, forward: Callable[[], Any]) -> Iterator
 
 
 def _chosen(recipe: Recipe, stage: Stage) -> Iterator[dict[str, Tensor]]:
-    """Yield the heaviest batch, then the run's first ones."""
+    """Yield the heaviest batch, then the first ones of the second epoch, whose rows are as mixed as any."""
     rows, pad = stage.train.dataset, stage.tokenizer.pad_token_id
     size = min(stage.batch_rows, len(rows))
     lengths = row_lengths(rows)
     heaviest = sorted(range(len(rows)), key=lambda i: -lengths[i])[:size]
-    own = cycle(row_order(recipe, stage))
-    order = list(islice(own, size * (STEPS - 1)))
+    own = row_order(recipe, stage)
+    own.set_epoch(1)
+    order = list(islice(cycle(own), size * (STEPS - 1)))
     yield from batches(rows.select([*heaviest, *order]), size, pad, stage.model.device)
 
 

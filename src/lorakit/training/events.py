@@ -11,6 +11,7 @@ behind the last checkpoint are told again; the later line counts.
     fused       runs {kind: modules} that compute together or keep less, plain {reason: modules} that do not
     plan        task, device, dtype, processes, parallel, steps, steps_per_epoch, batch_rows, accumulation, lr,
                 evaluate_every_steps, save_every_steps, packed and why, loss (fused or plain, and why)
+    frozen      blocks below the adapter, of how many, whose output is kept in bytes; computed now, in seconds
     step        loss (of the data; a method's penalty is not in it), lr, gradient_norm (null in a step that fp16's
                 scaler skipped), epoch, steps, tokens, tokens_per_second, eta_seconds, peak_memory_bytes
     evaluate    loss, perplexity, best_loss, best_step (both null while a rank schedule is at work)

@@ -5,7 +5,7 @@ Of each step's rows every process takes its share, so the same rows make a step 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
@@ -25,13 +25,14 @@ POOL = 50
 class Shuffled(Sampler[int]):
     """Visits every row once an epoch, in an order that seed and epoch alone decide.
 
-    With `lengths` the rows of a step are of about one length, and steps of all lengths follow each other at random.
-    `together` is the rows a step; those that fill no step come last, whatever their length.
+    `together` is the rows a step. With `grouped` the rows of a step are of about one length, and steps of all lengths
+    follow each other at random; those that fill no step come last, whatever their length. Where rows differ in length,
+    the first step of the first epoch visits the longest of all, so that memory that does not suffice shows at once.
     """
 
-    def __init__(self, rows: int, seed: int, lengths: list[int] | None = None, together: int = 1) -> None:
-        self._rows, self._seed, self._epoch = rows, seed, 0
-        self._lengths, self._together = lengths, together
+    def __init__(self, lengths: Sequence[int], seed: int, together: int = 1, *, grouped: bool = False) -> None:
+        self._lengths, self._seed, self._epoch = lengths, seed, 0
+        self._together, self._is_grouped = together, grouped
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next pass."""
@@ -39,19 +40,24 @@ class Shuffled(Sampler[int]):
 
     def __len__(self) -> int:
         """Return the number of rows."""
-        return self._rows
+        return len(self._lengths)
 
     def __iter__(self) -> Iterator[int]:
         """Yield row numbers."""
         rng = torch.Generator().manual_seed(self._seed + self._epoch)
-        order = torch.randperm(self._rows, generator=rng).tolist()
-        yield from order if self._lengths is None else self._grouped(order, self._lengths, rng)
+        order = torch.randperm(len(self), generator=rng).tolist()
+        if self._epoch == 0 and len(set(self._lengths)) > 1:
+            longest = sorted(order, key=lambda i: -self._lengths[i])[: self._together]
+            yield from longest
+            taken = set(longest)
+            order = [i for i in order if i not in taken]
+        yield from self._grouped(order, rng) if self._is_grouped else order
 
-    def _grouped(self, order: list[int], lengths: list[int], rng: torch.Generator) -> Iterator[int]:
-        full = self._rows // self._together * self._together
+    def _grouped(self, order: list[int], rng: torch.Generator) -> Iterator[int]:
+        full = len(order) // self._together * self._together
         size = self._together * POOL
         pools = (order[start : min(start + size, full)] for start in range(0, full, size))
-        ordered = list(chain.from_iterable(sorted(pool, key=lengths.__getitem__) for pool in pools))
+        ordered = list(chain.from_iterable(sorted(pool, key=self._lengths.__getitem__) for pool in pools))
         for step in torch.randperm(full // self._together, generator=rng).tolist():
             yield from ordered[step * self._together : (step + 1) * self._together]
         yield from order[full:]
@@ -91,8 +97,7 @@ def row_order(recipe: Recipe, stage: Stage) -> Shuffled:
     asked, train = recipe.train.group_by_length, recipe.train
     rows = stage.train.dataset
     grouped = stage.task == "classification" if asked == "auto" else asked
-    lengths = row_lengths(rows) if grouped else None
-    return Shuffled(len(rows), train.seed, lengths, stage.batch_rows * train.accumulation)
+    return Shuffled(row_lengths(rows), train.seed, stage.batch_rows * train.accumulation, grouped=grouped)
 
 
 def row_lengths(rows: Dataset) -> list[int]:

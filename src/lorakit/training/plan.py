@@ -32,6 +32,7 @@ from lorakit.planning.sharding import per_device
 from lorakit.training.arguments import make_plan
 from lorakit.training.base import build_empty, choose_device, choose_dtype, quiet
 from lorakit.training.forecast import Load
+from lorakit.training.frozen import lower_or_refuse, needed_bytes
 from lorakit.training.limits import Limits, limits
 from lorakit.training.order import padded_tokens, row_lengths
 from lorakit.training.phases import CHOICES, Ways, ways
@@ -109,7 +110,9 @@ def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> Plan
         refuse_schedule(model, spec, make_plan(recipe, stage).steps)
     trained = [key for keys in parameters_named(spec.train, list(shapes), skeleton, spec.targets.layers).values()
                for key in keys]  # fmt: skip
-    found, matches = ways(model, skeleton, spec, load, trained), resolve(spec, skeleton)
+    matches = resolve(spec, skeleton)
+    kept = _kept(recipe, model, stage, load, [*(match.site.path for match in matches), *trained])
+    found = ways(model, skeleton, spec, load, trained)
     divided = sum(
         prod(shape)
         for name, shape in shapes.items()
@@ -128,7 +131,7 @@ def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> Plan
         own=found.own,
         divided=divided,
         fits=_fits(where, found.forecasts, depth, divided, load.dtype),
-        pace=_pace(recipe, where, found, stage, load),
+        pace=replace(_pace(recipe, where, found, stage, load), cache_bytes=kept),
         where=where,
         limits=_limits(where, found, model, spec, load, depth),
         data={} if stage is None else _reports(stage),
@@ -257,6 +260,16 @@ def _pace(recipe: Recipe, where: Where, found: Ways, stage: Stage | None, load: 
             took = from_throughput(per_step / padded * tokens, one, dtype, where.count)
             times[one.name] = Time(took, _bill(where, took))
     return Pace(per_step, numbers.steps, tokens, times)
+
+
+def _kept(recipe: Recipe, model: Any, stage: Stage | None, load: Load, trained: list[str]) -> int:
+    """Return the bytes that `train.cache_frozen` writes of the rows, or refuse as the run would."""
+    if not recipe.train.cache_frozen:
+        return 0
+    lower_or_refuse(model, trained)
+    parts = () if stage is None else (stage.train, stage.validation)
+    rows = [part.dataset for part in parts if part is not None]
+    return needed_bytes(rows, size_of(model.config, "hidden_size") or 0, load.dtype)
 
 
 def _bill(where: Where, took: Duration) -> Bill:

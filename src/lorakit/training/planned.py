@@ -59,12 +59,13 @@ class Pace:
     """What a run computes, and how long that takes on each device somebody named; None is not known.
 
     `tokens` are those of the whole run, with the padding that is computed. `times` are by the names of the devices
-    whose speed is known, or the one that was measured, `HERE`.
+    whose speed is known, or the one that was measured, `HERE`. `cache_bytes` is what `train.cache_frozen` writes.
     """
 
     flops_per_step: int
     steps: int | None = None
     tokens: int | None = None
+    cache_bytes: int = 0
     times: Mapping[str, Time] = field(default_factory=dict)
 
 

@@ -215,6 +215,7 @@ class TrainSection(Section):
     patience: int | None = Field(default=None, ge=1, le=MANY)
     checkpointing: bool = False
     fused: bool = True
+    cache_frozen: bool = False
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     parallel: Literal["ddp", "fsdp", "hybrid"] = "ddp"

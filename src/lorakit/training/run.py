@@ -2,6 +2,7 @@
 
 <output>/recipe.yaml      the whole recipe, every default written out
 <output>/events.jsonl     what happened, line by line (events.py)
+<output>/frozen-cache/    hidden states below the adapter, while the run may go on (frozen.py)
 <output>/checkpoint-N/    whole or absent, resumable (checkpoints.py)
 <output>/adapter/         the best adapter, trimmed to what acts, in the PEFT format where it has one
 <output>/run.json         the summary, written last: a run that has it is finished
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,6 +159,7 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
     from lorakit.training.base import choose_device
     from lorakit.training.checkpoints import Memory, checkpoints, fingerprint, refuse_changes, refuse_damaged
     from lorakit.training.flow import Interrupt
+    from lorakit.training.frozen import cached, discard
     from lorakit.training.optimizers import refuse_optimizer
     from lorakit.training.progress import Progress
     from lorakit.training.stage import build_stage, decided, target_counts
@@ -193,7 +195,8 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
     if processes.first():
         folder.write(output / folder.RECIPE, recipe.to_yaml())
     trainer = _trainer(recipe, stage, output, log, progress, interrupt, data)
-    with interrupt.heard():
+    lower = cached(trainer, output, log) if recipe.train.cache_frozen else nullcontext()
+    with interrupt.heard(), lower:
         _go(trainer, saved, recipe)
     step = trainer.state.global_step
     if interrupt.granted and step < trainer.state.max_steps:
@@ -201,6 +204,7 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
         return LorakitError(
             f"stopped at step {step} of {trainer.state.max_steps}, and saved; to go on, run the same recipe with resume"
         )
+    discard(output)
     run = _finish(recipe, stage, trainer, output, trainable, log)
     log.append("end", run.steps, **run.to_json())
     return run

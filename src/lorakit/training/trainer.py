@@ -78,9 +78,8 @@ class AdapterTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.adapted, self.folder, self.progress = model, Path(str(args.output_dir)), progress
         self.ranks, self._order = ranks, order
-        self._recipe, self._data, self._pad_id = recipe, data, pad_id
+        self.recipe, self.pad_id, self._data = recipe, pad_id, data
         self._proven, self._check_finite = False, FiniteCheck(args.learning_rate)
-        self._one_row = self.data_collator([train[0]])
         self._learned = [p for p in model.parameters() if p.requires_grad]
         self._micro_batch, self._loss_of_step = 0, torch.zeros((), device=args.device)
 
@@ -92,7 +91,7 @@ class AdapterTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make the recipe's AdamW over groups by role, its gradients corrected where a method asks for it."""
         if self.optimizer is None:
-            train = self._recipe.train
+            train = self.recipe.train
             groups = param_groups(self.adapted, self.args.learning_rate, train.up_ratio, train.weight_decay)
             self.optimizer = make_optimizer(train.optimizer, groups)
             precondition(self.adapted, self.optimizer)
@@ -110,7 +109,7 @@ class AdapterTrainer(Trainer):
         counts = processes.total(torch.tensor([sum(_tokens(batch) for batch in samples), int(trained)]))
         self.progress.count(*counts.tolist())
         while len(samples) < num_batches:
-            samples.append(untrained(self._one_row))
+            samples.append(untrained(self.data_collator([self.train_dataset[0]])))
         self._micro_batch, self._loss_of_step = 0, torch.zeros((), device=device)
         return samples, counts[1].to(device)
 
@@ -148,7 +147,7 @@ class AdapterTrainer(Trainer):
     ) -> dict[str, float]:
         """Return the validation loss per trained token (or row)."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        loss, _ = mean_loss(self.adapted, rows, self.args.per_device_eval_batch_size, self._pad_id)
+        loss, _ = mean_loss(self.adapted, rows, self.args.per_device_eval_batch_size, self.pad_id)
         metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -187,13 +186,13 @@ class AdapterTrainer(Trainer):
                 self._save_rng_state(str(draft))
                 self.state.save_to_json(str(draft / STATE))
                 self.ranks.write(draft)
-                Memory.of(self._recipe, self._data, self.progress).write(draft)
+                Memory.of(self.recipe, self._data, self.progress).write(draft)
         except RuntimeError as failed:
             full = "inline_container" in str(failed) or "PytorchStreamWriter" in str(failed)
             reason = os.strerror(errno.ENOSPC) if full else str(failed)  # torch.save's words for a full disk
             intact = "; earlier checkpoints are intact" if checkpoints(self.folder) else ""
             raise AdapterFileError(f"{folder}: could not save: {reason}{intact}") from failed
-        prune(self.folder, self._recipe.train.keep, self.state.best_global_step)
+        prune(self.folder, self.recipe.train.keep, self.state.best_global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         restore(self.adapted, load_native(resume_from_checkpoint))
