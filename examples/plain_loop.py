@@ -36,6 +36,9 @@ def losses(
     for _ in range(steps):
         if not order:
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+            if epoch == 0:  # memory that does not suffice shows at once
+                longest = sorted(order, key=lambda i: -len(rows[i]["input_ids"]))[:batch]
+                order = longest + [i for i in order if i not in longest]
             epoch += 1
         chosen, order = order[:batch], order[batch:]
         loss = model(**{k: v.to(model.device) for k, v in collate([rows[i] for i in chosen]).items()}).loss

@@ -32,7 +32,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "fsdp": {"rows": 45, "train__parallel": "fsdp", "train__accumulation": 2},
     "hybrid_dora": {
         "rows": 48, "train__parallel": "hybrid", "adapter__method": "dora",
-        "train__checkpointing": True,
+        "train__checkpointing": True, "train__seed": 1,
     },
     "fsdp_adalora": {
         "rows": 48, "train__parallel": "fsdp", "train__steps": 8,

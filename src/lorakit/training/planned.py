@@ -65,8 +65,8 @@ class Pace:
     flops_per_step: int
     steps: int | None = None
     tokens: int | None = None
-    cache_bytes: int = 0
     times: Mapping[str, Time] = field(default_factory=dict)
+    cache_bytes: int = 0
 
 
 @dataclass(frozen=True, eq=False)

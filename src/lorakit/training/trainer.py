@@ -108,8 +108,9 @@ class AdapterTrainer(Trainer):
         trained = sum((trained_labels(batch["labels"]) for batch in samples), torch.tensor(0, device=device))
         counts = processes.total(torch.tensor([sum(_tokens(batch) for batch in samples), int(trained)]))
         self.progress.count(*counts.tolist())
+        rows: Any = self.train_dataset
         while len(samples) < num_batches:
-            samples.append(untrained(self.data_collator([self.train_dataset[0]])))
+            samples.append(untrained(self.data_collator([rows[0]])))
         self._micro_batch, self._loss_of_step = 0, torch.zeros((), device=device)
         return samples, counts[1].to(device)
 
