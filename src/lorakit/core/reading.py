@@ -109,6 +109,8 @@ class Reading(Adapted):
         layout = _layout(method, given, tokens, ends, must_say=causal and (model.training or not _caches(given, model)))
         table = adapter.host.store.read(model)
         values: Tensor = adapter(self, table, table)
+        if self.adapters.witness is not None:
+            self.adapters.witness(adapter)
         as_dict = given.pop("return_dict", None)
         given.update(return_dict=True, **_moved(given, layout, n, causal, grown=method.where != "cache"))
         if method.where == "cache":
