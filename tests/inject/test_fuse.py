@@ -123,6 +123,35 @@ def test_in_16_bits_the_gradients_are_no_further_from_the_exact_ones_than_plain(
     assert apart(fused, exact) < 1.2 * apart(plain, exact)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma", "phi", "gpt2", "bert"])
+def test_in_16_bits_nothing_is_kept_in_fp32_but_numbers_per_row_though_adapters_are(family: str) -> None:
+    """Adapters are their own fp32 master copies: a step casts their thin factors, never an activation."""
+    model = made(family, torch.bfloat16)
+    parameters = adapted(model)
+    assert {p.dtype for p in parameters} == {torch.float32}
+
+    def wide() -> list[int]:
+        """Return the sizes of the fp32 tensors that blocks keep, parameters left out."""
+        own, sizes = {p.untyped_storage().data_ptr() for p in model.parameters()}, []
+
+        def note(t: Tensor) -> Tensor:
+            if t.dtype == torch.float32 and t.untyped_storage().data_ptr() not in own:
+                sizes.append(t.numel())
+            return t
+
+        ids = torch.randint(100, (2, 12), generator=torch.Generator().manual_seed(2))
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            logits = model(ids).logits
+        assert logits.dtype == torch.bfloat16
+        return sizes
+
+    tokens = 2 * 12
+    if family in ("llama", "mistral", "qwen2", "gemma"):
+        assert max(wide()) >= tokens * 32, "the plain norm keeps a wide copy"
+    fuse(model)
+    assert max(wide(), default=0) <= tokens * 4, "the logarithms of attention's sums, a number per head and token"
+
+
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_checkpointing_and_dropout_give_the_same_step(family: str) -> None:
     model = made(family)

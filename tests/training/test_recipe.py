@@ -145,7 +145,7 @@ def test_a_key_that_stands_twice_is_named_with_its_lines(tmp_path: Path) -> None
         ({"train": {"lr": -1}}, "train.lr: must be a finite number above 0, or auto, given -1"),
         ({"train": 5}, "train: expected a section of keys, given 5"),
         ({"train": None}, "train: expected a section of keys, given nothing"),
-        ({"train": {"checkpointing": "perhaps"}}, "train.checkpointing: expected true or false, given 'perhaps'"),
+        ({"train": {"checkpointing": "perhaps"}}, "train.checkpointing: expected true or false or a number, given 'perhaps'"),
         ({"train": {"steps": 1.5}}, "train.steps: expected a whole number, given 1.5"),
         ({"train": {"steps": 10**400}},
          "train.steps: expected at most 1000000000, given an integer of about 400 digits"),

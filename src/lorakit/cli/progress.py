@@ -78,6 +78,9 @@ class Progress:
             f"{'frozen':<11} {event['blocks']} of {event['of']} blocks kept on disk, {size(event['bytes'])}, {how}"
         )
 
+    def _on_compiled(self, event: dict[str, Any]) -> None:
+        self._print(f"{'compiled':<11} {_counted(event['blocks'], 'block')}, fused by the compiler alone")
+
     def _on_plan(self, event: dict[str, Any]) -> None:
         packed = "packed" if event["packed"] else "one example a row"
         self._steps, self._device = event["steps"], event["device"]

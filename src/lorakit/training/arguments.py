@@ -130,8 +130,6 @@ def arguments(recipe: Recipe, stage: Stage, plan: Plan, output: Path) -> Trainin
         use_cpu=device.type == "cpu",
         bf16=dtype == torch.bfloat16 and widened,
         fp16=dtype == torch.float16,  # whose gradients need a scaler
-        activation_checkpointing=train.checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if train.checkpointing else None,
         remove_unused_columns=False,  # the data room made exactly the columns the model takes
         dataloader_pin_memory=device.type == "cuda",
     )

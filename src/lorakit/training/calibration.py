@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lorakit.errors import LorakitError
-from lorakit.inject.fuse import fuse
 from lorakit.inject.penalty import penalty
 from lorakit.planning.pace import Duration, Measured, from_steps
 from lorakit.training.arguments import make_plan, widen
@@ -27,6 +27,7 @@ from lorakit.training.optimizers import make_optimizer
 from lorakit.training.order import padded_tokens, row_lengths, row_order
 from lorakit.training.run import attached
 from lorakit.training.stage import build_stage
+from lorakit.training.step import prepare_step, uncompiled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,10 +62,7 @@ def calibrate(recipe: Recipe) -> Calibration:
     with quiet():
         stage = build_stage(recipe)
         attached(recipe, stage, None)
-        if recipe.train.fused:
-            fuse(stage.model)
-        if recipe.train.checkpointing:
-            stage.model.activation_checkpointing_enable({"use_reentrant": False})
+        prepare_step(stage.model, recipe.train, packed=stage.packed)
         model, dtype = stage.model, stage.model.dtype  # a widened model no longer says which it was
         narrow = widen(model) and dtype != torch.float32
         forward = partial(torch.autocast, model.device.type, dtype, enabled=narrow)
@@ -72,7 +70,7 @@ def calibrate(recipe: Recipe) -> Calibration:
             torch.cuda.reset_peak_memory_stats(model.device)
         steps = tuple(_steps(recipe, stage, forward))
         peak = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else None
-        with forward():
+        with forward(), uncompiled() if recipe.train.compile else nullcontext():
             rest = _evaluations(recipe, stage)
     numbers = make_plan(recipe, stage)
     tokens = padded_tokens(recipe, stage) * numbers.steps // numbers.steps_per_epoch
@@ -85,7 +83,12 @@ def _steps(recipe: Recipe, stage: Stage, forward: Callable[[], Any]) -> Iterator
     optimizer = make_optimizer(train.optimizer, param_groups(model, 1e-8, train.up_ratio, train.weight_decay))
     trained = [p for p in model.parameters() if p.requires_grad]
     model.train(True)
-    for batch in _chosen(recipe, stage):
+    chosen = _chosen(recipe, stage)
+    if train.compile:  # the first batch compiles
+        first = next(chosen)
+        mean_of_batch(model, first).backward()  # type: ignore[no-untyped-call]
+        chosen = chain([first], chosen)
+    for batch in chosen:
         _wait(model.device)
         began = time.perf_counter()
         try:

@@ -31,6 +31,7 @@ from lorakit.training.loss import mean_of_batch
 from lorakit.training.quantised import pack_hollow, state_tensors
 from lorakit.training.recipe import QuantSection
 from lorakit.training.rehearsal import Rehearsal, Scene, rehearse
+from lorakit.training.step import Checkpointing, from_nowhere, offloaded, recompute, to_nowhere
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,11 +53,12 @@ class Load:
     packed: bool = False
     shared: bool = False
     classes: bool = False
-    checkpointing: bool = False
+    checkpointing: Checkpointing = False
     dtype: torch.dtype = torch.float32
     quant: QuantSection | None = None
     optimizer: str = "adamw"
     fused: bool = True
+    offload: bool = False
 
 
 def forecast(model: PreTrainedModel, spec: AdapterSpec, load: Load, evaluation: Parts | None = None) -> Rehearsal:
@@ -73,7 +75,7 @@ def forecast(model: PreTrainedModel, spec: AdapterSpec, load: Load, evaluation: 
     """
     depth = _depth(model)
     try:
-        if depth <= FEW or _depends_on_depth(spec):
+        if depth <= FEW or _depends_on_depth(spec) or not isinstance(load.checkpointing, bool):
             found = rehearse(scene(model, spec, load), evaluate=evaluation is None)
         else:
             two, three = (rehearse(scene(model, spec, load, blocks), evaluate=evaluation is None) for blocks in (2, 3))
@@ -111,11 +113,11 @@ def scene(
         if load.fused:
             fuse(made)
         widen(made)
-        if load.checkpointing:
-            made.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        recompute(made, load.checkpointing)  # type: ignore[arg-type]
 
     def loss(made: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        own, term = mean_of_batch(made, batch), penalty(made)  # type: ignore[arg-type]
+        with offloaded(made, to_nowhere, from_nowhere) if load.offload else nullcontext():
+            own, term = mean_of_batch(made, batch), penalty(made)  # type: ignore[arg-type]
         return own if term is None else own + term
 
     return Scene(

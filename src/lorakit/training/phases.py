@@ -69,14 +69,14 @@ def ways(model: PreTrainedModel, skeleton: Skeleton, spec: AdapterSpec, load: Lo
     sizes, guessed = _Sizes.of(model, packable), ""
     for checkpointing in (False, True):
         name = "checkpointing" if checkpointing else "plain"
-        asked = replace(load, checkpointing=checkpointing, quant=None)
+        asked = replace(load, checkpointing=checkpointing and (load.checkpointing or True), quant=None)
         try:
             known = rehearsals["plain"].evaluation if "plain" in rehearsals else None
             rehearsals[name] = forecast(model, spec, asked, known)
         except Unrehearsed as reason:
             rehearsals[name], guessed = by_formula(model, skeleton, spec, asked, trained), str(reason)
         except LorakitError:  # such as a prefix in the cache, which checkpointing switches off
-            if checkpointing == load.checkpointing:
+            if checkpointing == bool(load.checkpointing):
                 raise
             continue
         forecasts[name] = phases(rehearsals[name], load, sizes)
@@ -84,7 +84,7 @@ def ways(model: PreTrainedModel, skeleton: Skeleton, spec: AdapterSpec, load: Lo
             packed = sizes.packed(rehearsals[name], load)
             other = "4 bits and checkpointing" if checkpointing else "4 bits"
             rehearsals[other], forecasts[other] = packed, phases(packed, load, sizes, in_4_bits=True)
-    own = next(name for name, choice in CHOICES.items() if choice == (load.checkpointing, load.quant is not None))
+    own = next(name for name, choice in CHOICES.items() if choice == (bool(load.checkpointing), load.quant is not None))
     return Ways(forecasts, own, rehearsals[own], guessed, _lacking(model.config) if guessed else "")
 
 
@@ -159,7 +159,7 @@ def by_formula(
     layers = sum(skeleton.depths.values())
     wide = load.dtype.itemsize / 2  # the formulas are for 16 bits
     saved = activations_by_formula(layers=layers, hidden=hidden, sequence=load.length, batch=load.rows, heads=heads,
-                                   intermediate=inner or None, checkpointing=load.checkpointing)  # fmt: skip
+                                   intermediate=inner or None, checkpointing=bool(load.checkpointing))  # fmt: skip
     logits = logits_by_formula(load.length, load.rows, 0 if load.classes else vocabulary)
     base = sum(p.numel() for p in model.parameters())
     whole = [p.numel() for name, p in model.named_parameters() if name in trained]
@@ -177,6 +177,6 @@ def by_formula(
     )
     matrices = sum(site.out * site.fan_in for site in skeleton.sites if site.kind != "embedding")
     work = flops_per_token(matrices, sum(d.numel for d in declared), full=bool(whole), layers=layers if heads else 0,
-                           checkpointing=load.checkpointing, width=hidden, context=load.length)  # fmt: skip
+                           checkpointing=bool(load.checkpointing), width=hidden, context=load.length)  # fmt: skip
     quiet = replace(held, gradients=0, activations=0)
     return Rehearsal((held,), replace(held, gradients=0), quiet, work * load.rows * load.length)

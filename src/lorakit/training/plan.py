@@ -184,7 +184,7 @@ def _load(recipe: Recipe, model: Any, stage: Stage | None) -> Load:
     shared = stage is not None and "branches" in stage.train.dataset.column_names
     classes = recipe.task == "classification" or (stage is not None and stage.task == "classification")
     return Load(rows, length, packed, shared, classes, train.checkpointing, _dtype(recipe), recipe.quant,
-                train.optimizer, train.fused)  # fmt: skip
+                train.optimizer, train.fused and not train.compile, train.offload_activations)  # fmt: skip
 
 
 def _dtype(recipe: Recipe) -> torch.dtype:
@@ -240,7 +240,7 @@ def _limits(where: Where, found: Ways, model: Any, spec: AdapterSpec, load: Load
     for way, devices in rooms.items():
         checkpointing, packed = CHOICES[way]
         quant = (load.quant or QuantSection()) if packed else None
-        asked = replace(load, checkpointing=checkpointing, quant=quant)
+        asked = replace(load, checkpointing=checkpointing and (load.checkpointing or True), quant=quant)
         most = limits(model, spec, asked, [one.memory - OVERHEAD for one in devices])
         largest |= {one.name: replace(limit, way=way) for one, limit in zip(devices, most, strict=True)}
     return {one.name: largest[one.name] for one in where.chosen}

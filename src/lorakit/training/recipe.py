@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -213,7 +213,9 @@ class TrainSection(Section):
     save_every: int | None = Field(default=None, ge=1, le=MANY)
     keep: int = Field(default=2, ge=1, le=MANY)
     patience: int | None = Field(default=None, ge=1, le=MANY)
-    checkpointing: bool = False
+    checkpointing: bool | Annotated[float, Field(gt=0, le=MANY)] = False
+    compile: bool = False
+    offload_activations: bool = False
     fused: bool = True
     cache_frozen: bool = False
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -234,6 +236,19 @@ class TrainSection(Section):
         if isinstance(lr, float) and not 0 < lr < math.inf:
             raise ValueError("must be a finite number above 0, or auto")
         return lr
+
+    @field_validator("checkpointing")
+    @classmethod
+    def _is_a_share_or_a_number_of_blocks(cls, some: bool | float) -> bool | float:
+        if some > 1 and some != int(some):
+            raise ValueError("must be true, false, a share of the blocks below 1, or a whole number of them")
+        return some
+
+    @model_validator(mode="after")
+    def _compiled_blocks_keep_their_activations(self) -> TrainSection:
+        if self.compile and self.offload_activations:
+            raise ValueError("compile: what compiled blocks keep cannot be moved; set compile or offload_activations")
+        return self
 
     @model_validator(mode="after")
     def _one_unit_of_batch(self) -> TrainSection:

@@ -153,7 +153,6 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
 
     from lorakit.data.preview import example
     from lorakit.inject.attach import adapters_named
-    from lorakit.inject.fuse import fuse
     from lorakit.inject.sites import sites
     from lorakit.planning.counting import percent
     from lorakit.training.base import choose_device
@@ -163,8 +162,10 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
     from lorakit.training.optimizers import refuse_optimizer
     from lorakit.training.progress import Progress
     from lorakit.training.stage import build_stage, decided, target_counts
+    from lorakit.training.step import prepare_step, refuse_step
 
     refuse_optimizer(recipe.train.optimizer, choose_device(recipe.train.device))
+    refuse_step(recipe.train, choose_device(recipe.train.device))
     saved = next(reversed(checkpoints(output)), None)
     if saved is not None:
         refuse_damaged(saved)
@@ -184,13 +185,13 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
         log.append("example", runs=[list(run) for run in example(stage.train, stage.tokenizer)])
     patterns, base = target_counts(stage), sites(stage.model).total_parameters
     handle = attached(recipe, stage, saved)
-    fusion = fuse(stage.model) if recipe.train.fused else None
+    ways = prepare_step(stage.model, recipe.train, packed=stage.packed)
     trainable = sum(p.numel() for p in handle.parameters())
     own = {id(t): t.numel() for one in adapters_named(stage.model, handle.name) for t in one.tensors().values()}
     log.append("targets", patterns=patterns, trainable_parameters=trainable, base_parameters=base,
                percent=percent(trainable, base, sum(own.values())), trained_whole=list(stage.spec.train))  # fmt: skip
-    if fusion is not None:
-        log.append("fused", **fusion.counts())
+    for way, told in ways.items():
+        log.append(way, **told)
     _share(recipe, stage, handle)
     if processes.first():
         folder.write(output / folder.RECIPE, recipe.to_yaml())
@@ -295,6 +296,7 @@ def _go(trainer: AdapterTrainer, saved: Path | None, recipe: Recipe) -> None:
 
     from lorakit.training.checkpoints import STATE
     from lorakit.training.flow import evaluations_since_best
+    from lorakit.training.step import compiling
 
     if saved is not None and recipe.train.patience is not None:
         state = TrainerState.load_from_json(str(saved / STATE))
@@ -303,7 +305,8 @@ def _go(trainer: AdapterTrainer, saved: Path | None, recipe: Recipe) -> None:
             trainer.state = state
             return
     try:
-        trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
+        with compiling(trainer.adapted) if recipe.train.compile else nullcontext():
+            trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
     except torch.OutOfMemoryError as full:
         raise LorakitError(
             f"step {trainer.state.global_step + 1}: out of memory on {trainer.args.device}. Halve train.batch_tokens "

@@ -43,6 +43,7 @@ from lorakit.training.precondition import precondition
 from lorakit.training.progress import Progress
 from lorakit.training.rank_schedule import RankSchedules
 from lorakit.training.recipe import Recipe
+from lorakit.training.step import offloaded, uncompiled
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -123,6 +124,8 @@ class AdapterTrainer(Trainer):
         of_step = self.args.gradient_accumulation_steps
         steps = self.state.global_step * processes.count() + processes.here()
         torch.manual_seed(_mixed(self.args.seed, steps * of_step + self._micro_batch))
+        if self._recipe.train.compile and not self._proven:
+            self._prove(model, inputs, num_items_in_batch)
         with nullcontext() if self._proven else alive(self.adapted):
             super().training_step(model, inputs, num_items_in_batch)
         self._proven = True
@@ -132,12 +135,21 @@ class AdapterTrainer(Trainer):
             return torch.zeros_like(self._loss_of_step)
         return processes.add_gradients(self._learned, self._loss_of_step)
 
+    def _prove(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> None:
+        """Run the first micro-batch once without compiled code, which cannot be watched, and leave no trace of it."""
+        device = self.args.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), uncompiled(), alive(self.adapted):
+            super().training_step(model, dict(inputs), num_items_in_batch)
+        self.adapted.zero_grad()
+        self._proven = True
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """Return this micro-batch's share of the mean loss over the whole accumulated batch, and of the penalty."""
         labels = inputs.pop("labels")
-        loss, trained = loss_of_batch(model, inputs, labels)
+        with offloaded(self.adapted) if self._recipe.train.offload_activations else nullcontext():
+            loss, trained = loss_of_batch(model, inputs, labels)
         share: Tensor = loss / num_items_in_batch
         self._data_loss = share.detach()
         term = penalty(self.adapted)
@@ -148,7 +160,8 @@ class AdapterTrainer(Trainer):
     ) -> dict[str, float]:
         """Return the validation loss per trained token (or row)."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        loss, _ = mean_loss(self.adapted, rows, self.args.per_device_eval_batch_size, self.pad_id)
+        with uncompiled() if self._recipe.train.compile else nullcontext():
+            loss, _ = mean_loss(self.adapted, rows, self.args.per_device_eval_batch_size, self.pad_id)
         metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
