@@ -1,8 +1,8 @@
 """What do the ways to run a step cost and save: fused, compiled, both, with some blocks or all of them recomputed?
 
 Two shapes with LoRA of rank 16 on every linear layer, 512 tokens, fp32: the bundled base, and a Llama of width 768. All
-ways run in turn in one process, round by round, forward and backward; the ratios are medians over rounds of the ratio to
-`plain` within a round. Kept is what torch's allocator holds more after the forward than before it, peak the most it
+ways run in turn in one process, round by round, forward and backward; the ratios are medians over rounds of that to
+`plain` within one. Kept is what torch's allocator holds more after the forward than before it, peak the most it
 held. With one thread the time is the processor's.
 Run: python bench/step_options.py [--threads 1] [--rounds 9] [--keep]
 """
@@ -77,7 +77,7 @@ def held(step: Step) -> tuple[float, float]:
     kept, most = 0, 0
     now = 0
     for part in (forward, backward):
-        for event in part.profiler.kineto_results.events():  # type: ignore[union-attr]
+        for event in part.profiler.kineto_results.events():
             if event.name() == "[memory]":
                 now += event.nbytes()
                 most = max(most, now)

@@ -201,7 +201,8 @@ def compile_blocks(model: nn.Module, *, dynamic: bool) -> int:
 
 def uncompiled() -> AbstractContextManager[Any]:
     """Return the context in which compiled blocks run as they are written."""
-    return torch.compiler.set_stance("force_eager")
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def compiling(model: nn.Module) -> AbstractContextManager[Any]:

@@ -124,7 +124,7 @@ class AdapterTrainer(Trainer):
         of_step = self.args.gradient_accumulation_steps
         steps = self.state.global_step * processes.count() + processes.here()
         torch.manual_seed(_mixed(self.args.seed, steps * of_step + self._micro_batch))
-        if self._recipe.train.compile and not self._proven:
+        if self.recipe.train.compile and not self._proven:
             self._prove(model, inputs, num_items_in_batch)
         with nullcontext() if self._proven else alive(self.adapted):
             super().training_step(model, inputs, num_items_in_batch)
@@ -148,7 +148,7 @@ class AdapterTrainer(Trainer):
     ) -> Tensor:
         """Return this micro-batch's share of the mean loss over the whole accumulated batch, and of the penalty."""
         labels = inputs.pop("labels")
-        with offloaded(self.adapted) if self._recipe.train.offload_activations else nullcontext():
+        with offloaded(self.adapted) if self.recipe.train.offload_activations else nullcontext():
             loss, trained = loss_of_batch(model, inputs, labels)
         share: Tensor = loss / num_items_in_batch
         self._data_loss = share.detach()
@@ -160,7 +160,7 @@ class AdapterTrainer(Trainer):
     ) -> dict[str, float]:
         """Return the validation loss per trained token (or row)."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        with uncompiled() if self._recipe.train.compile else nullcontext():
+        with uncompiled() if self.recipe.train.compile else nullcontext():
             loss, _ = mean_loss(self.adapted, rows, self.args.per_device_eval_batch_size, self.pad_id)
         metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(dict(metrics))
