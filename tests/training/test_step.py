@@ -202,7 +202,7 @@ def test_each_recomputed_block_holds_less_and_the_first_ones_are_the_ones_to_cho
     each = (kept[0] - kept[4]) / 6
     for blocks, held in zip((0, 1, 3, 5, 6), kept, strict=True):
         assert held == pytest.approx(kept[0] - blocks * each, rel=0.02), "a straight line"
-    assert found[2].flops - found[0].flops == pytest.approx((found[4].flops - found[0].flops) / 2, rel=0.02)
+    assert 5 * (found[2].flops - found[1].flops) == 2 * (found[4].flops - found[1].flops) > 0, "as much work each"
 
 
 def replaced(layers: int) -> Any:
