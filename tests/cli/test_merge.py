@@ -152,7 +152,7 @@ def test_a_streamed_merge_says_what_it_did_and_replaces_only_a_merge(run: Path, 
         rf"merged 14 layers into {base}, in bfloat16\n"
         r"on random inputs a merged layer differs from the adapted one by at most 0\.00\d+ of its largest output; "
         r"rounding took \d\.\d\d% of the update \(Frobenius\)\n"
-        rf"wrote {tmp_path}/merged \([\d.]+ kB, 1 file of weights\) in \d+ s; it loads with "
+        rf"wrote {tmp_path}/merged \([\d.]+ kB, 1 file of weights\) in [\d.]+ s; it loads with "
         r"AutoModelForCausalLM\.from_pretrained\n",
         result.stdout,
     ), result.stdout

@@ -279,3 +279,29 @@ def test_a_fused_model_is_copied_pickled_merged_and_detached_like_any_other() ->
     detach(model)
     unfuse(model)
     assert not any(fronts(module) for module in model.modules())
+
+
+def test_layers_that_lost_their_adapter_or_their_group_compute_as_they_are() -> None:
+    model = made("llama")
+    queries = Targets(("q_proj",))
+    attach(model, AdapterSpec(method("lora")(4), Targets(("q_proj", "k_proj", "v_proj"))), "a")  # type: ignore[call-arg]
+    attach(model, AdapterSpec(method("lora")(4), queries), "b")  # type: ignore[call-arg]
+    fuse(model)
+    ids = torch.arange(12)[None]
+    model(ids)
+    detach(model, "a")
+    left = model(ids).logits
+    unfuse(model)
+    torch.testing.assert_close(left, model(ids).logits)
+
+
+def test_layers_that_read_different_inputs_stop_computing_together() -> None:
+    model = made("llama")
+    adapted(model)
+    fuse(model)
+    attention = model.model.layers[0].self_attn
+    x, y = torch.randn(2, 3, 32), torch.randn(2, 3, 32)
+    for _ in range(3):
+        attention.q_proj(x), attention.k_proj(y)
+    held = attention.q_proj.adapters.fast._held
+    assert held is None, "nothing is computed that nobody asks for, and no graph is kept"

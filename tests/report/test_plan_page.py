@@ -63,7 +63,7 @@ def values(**changes: Any) -> dict[str, Any]:
             Fit("large", "fits", 40 * GB, 80 * GB).to_json(),
         ],
         "largest": {"large": asdict(Limits(12, 8192))},
-        "pace": {"flops_per_step": 108_818_902_024_192, "steps": 31, "tokens": 124_416,
+        "pace": {"flops_per_step": 108_818_902_024_192, "steps": 31, "tokens": 124_416, "cache_bytes": 0,
                  "times": {"large": {"duration": asdict(Duration(185.0, 100.0, 3723.0, "35% of 312 TFLOP/s, assumed")),
                                      "bill": asdict(Bill(0.25, 0.08, None))}}},
         "own": "plain",
@@ -203,7 +203,7 @@ def test_time_work_and_cost_are_said_where_they_are_known() -> None:
     assert ", 0.25 kWh, 0.08 for energy: 35% of 312 TFLOP/s, assumed" in text
     assert "for the devices" not in text
     assert "no time on small, middle: no throughput is known in bf16" in text
-    nothing = {"flops_per_step": 2 * GB, "steps": None, "tokens": None, "times": {}}
+    nothing = {"flops_per_step": 2 * GB, "steps": None, "tokens": None, "times": {}, "cache_bytes": 0}
     assert "Work and time a step 2 GFLOP Data" in text_of(values(pace=nothing))
 
 

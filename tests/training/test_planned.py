@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_said_not_to() -> None:
     assert full.fits[0].verdict == "does not fit"
     assert set(full.ways) == {"plain", "checkpointing"}, "what is trained whole cannot be packed"
     lora = of_shape("llama-2-70b", "A100 40GB", count=2, strategy="fsdp")
-    assert lora.fits[0].verdict in ("fits in 4 bits with checkpointing", "does not fit")
+    assert lora.fits[0].verdict not in ("fits", "fits with checkpointing"), "in 16 bits the weights alone are too large"
     assert lora.ways["plain"].step.total > 2 * 40 * 2**30
 
 
@@ -191,7 +191,7 @@ def test_an_optimizer_s_step_is_counted_once_for_all_its_micro_batches(
         calibrated(plan(recipe, one), recipe) for one in (Where(), Where(("A10",), 4, "ddp", None, None, 1))
     )
     took = alone.pace.times[HERE].duration
-    assert 0.5 < took.seconds < 1.5, "each of six micro-batches has a sixth of it"
+    assert 0.4 < took.seconds < 1.5, "each of six micro-batches has a sixth of it, in proportion to its tokens"
     both = shared.pace.times[HERE]
     assert both.duration.seconds < 0.5 * took.seconds
     assert both.duration.reason.endswith("; 4 devices are assumed to be 4 times as fast")

@@ -1,8 +1,9 @@
 """Let a model compute faster what it computes anyway: adapted layers together, norms and activations that keep less.
 
-`fuse(model)` looks at every module once and says which run fused and which not and why. What a module does is read from
-the code of its forward, not guessed from its name, so a model that computes something else is left alone. Whatever the
-conditions of a call exclude (a weight per row, several adapters at once, autocast) takes the plain way, call by call.
+`fuse(model)` looks at every module once and says which run fused and which not and why. What a norm or a gated MLP does
+is read from the code of its forward, so a model that computes something else is left alone; layers that may share an
+input are found by their names, and whether they do is seen at each call. Whatever the conditions of a call exclude (a
+weight per row, several adapters at once, autocast) takes the plain way, call by call.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import ast
 import inspect
 import textwrap
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -49,12 +50,12 @@ def fuse(model: nn.Module) -> Fusion:
     did: dict[str, str] = {}
     refused: dict[str, str] = {}
     modules = dict(model.named_modules())
-    alone: list[str] = []
+    alone: dict[str, int] = {}
     inside: set[str] = set()
     for path, module in modules.items():
         if isinstance(module, Adapted):
             if (why := why_not(cast(nn.Module, module))) is None:
-                alone.append(path)
+                alone[path] = module.adapters.named()[0][1].site.in_
             else:
                 refused[path] = why
         elif (front := _front_of(module)) is not None and path not in inside:
@@ -80,13 +81,13 @@ def unfuse(model: nn.Module) -> None:
             take_from_front(module, front)
 
 
-def _neighbours(paths: Iterable[str]) -> list[list[str]]:
-    """Return the paths in groups that read one input, the others alone."""
-    groups: dict[tuple[str, Any], list[str]] = {}
-    for path in paths:
+def _neighbours(sites: Mapping[str, int]) -> list[list[str]]:
+    """Return the paths, each with the width its layer reads, in groups that may read one input, the others alone."""
+    groups: dict[tuple[str, Any, int], list[str]] = {}
+    for path, width in sites.items():
         parent, _, name = path.rpartition(".")
         which = next((i for i, names in enumerate(TOGETHER) if name in names), name)
-        groups.setdefault((parent, which), []).append(path)
+        groups.setdefault((parent, which, width), []).append(path)
     return list(groups.values())
 
 

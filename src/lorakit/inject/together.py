@@ -15,12 +15,17 @@ from torch import Tensor, nn
 from lorakit.core.method import LowRank, Stretched
 from lorakit.kernels.low_rank import Layer, low_rank_linear
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+MISSES = 2
+"""How often layers may turn out to read different inputs before they compute alone; an interrupted forward is one."""
+
 
 class Together:
     """Layers that read one input: the first that is called computes all of them, and the others find their outputs."""
 
     def __init__(self, modules: list[nn.Module], trains: bool = True) -> None:
         self._modules, self._trains = modules, trains
+        self._misses = 0
         self._held: tuple[Tensor, int, dict[nn.Module, Tensor]] | None = None
 
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor | None:
@@ -32,9 +37,10 @@ class Together:
                 self._held = self._held if waiting else None
                 return y
             self._held = None
+            self._misses += 1  # somebody was computed whom nobody asked for
         if not takes(x) or (torch.is_grad_enabled() and not self._trains):
             return None
-        if len(self._modules) == 1 or not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() and self._joint):
             found = _layer(module, x)
             return None if found is None else low_rank_linear(x, (found[0],), found[1])[0]
         every = [_layer(each, x) for each in self._modules]
@@ -46,6 +52,16 @@ class Together:
         y = waiting.pop(module)
         self._held = (x, x._version, waiting)
         return y
+
+    @property
+    def _joint(self) -> bool:
+        """Whether the layers compute together: several, all still here, that did read one input so far."""
+        layers = (module._modules.get("adapters") for module in self._modules)
+        return (
+            len(self._modules) > 1
+            and self._misses < MISSES
+            and all(layer is not None and layer.fast is self for layer in layers)
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without what an interrupted forward left."""
@@ -91,7 +107,7 @@ def _layer(module: nn.Module, x: Tensor) -> tuple[Layer, float] | None:
         return None
     ((name, adapter),) = own.items()
     by = weights.get(name)
-    if not isinstance(by, float) or adapter._forward_hooks:
+    if not isinstance(by, float) or any(getattr(adapter, hooks) for hooks in HOOKS):
         return None
     method: Any = adapter.method
     p = adapter._parameters

@@ -45,6 +45,7 @@ class Temper:
 
 def summed_cross_entropy(logits: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
     """Return the sum over `rows (k,)` of `logits (n, vocabulary)`, whose right classes are `labels (k,)`; in fp32."""
+    logits = logits if torch.is_grad_enabled() else logits.detach()
     loss: Tensor = _CrossEntropy.apply(logits, None, None, rows, labels, Temper())  # type: ignore[no-untyped-call]
     return loss
 
@@ -67,6 +68,8 @@ def linear_cross_entropy(
         labels: `(k,)`, their right classes.
         temper: what becomes of the head's output.
     """
+    if not torch.is_grad_enabled():  # a function is told of tensors that require a gradient, not of the mode
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     loss: Tensor = _CrossEntropy.apply(hidden, weight, bias, rows, labels, temper)  # type: ignore[no-untyped-call]
     return loss
 

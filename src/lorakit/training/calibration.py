@@ -62,7 +62,7 @@ def calibrate(recipe: Recipe) -> Calibration:
     with quiet():
         stage = build_stage(recipe)
         attached(recipe, stage, None)
-        prepare_step(stage.model, recipe.train, packed=stage.packed)
+        prepare_step(stage.model, recipe.train, one_shape=stage.one_shape)
         model, dtype = stage.model, stage.model.dtype  # a widened model no longer says which it was
         narrow = widen(model) and dtype != torch.float32
         forward = partial(torch.autocast, model.device.type, dtype, enabled=narrow)
@@ -86,7 +86,10 @@ def _steps(recipe: Recipe, stage: Stage, forward: Callable[[], Any]) -> Iterator
     chosen = _chosen(recipe, stage)
     if train.compile:  # the first batch compiles
         first = next(chosen)
-        mean_of_batch(model, first).backward()  # type: ignore[no-untyped-call]
+        with forward():
+            loss = mean_of_batch(model, first)
+        loss.backward()  # type: ignore[no-untyped-call]
+        model.zero_grad()
         chosen = chain([first], chosen)
     for batch in chosen:
         _wait(model.device)

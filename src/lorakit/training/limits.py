@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+KEPT_FREE = 1000
+"""One part in so many of a room stays free: within a moment one instant may overtake another, which no law foresees."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """The most rows of the load's length in a micro-batch, the most tokens in one row; 0 where not even one fits.
@@ -48,6 +52,7 @@ def limits(model: PreTrainedModel, spec: AdapterSpec, load: Load, rooms: Sequenc
     by_rows = _fullest({rows: moments(rows, load.length) for rows in (1, 2)})
     by_length = _fullest({length: moments(1, length) for length in (short, 2 * short, 4 * short)})
     positions = size_of(model.config, "max_position_embeddings") or 2**20
+    rooms = [room - room // KEPT_FREE for room in rooms]
     return [Limits(largest(by_rows, room), largest(by_length, room, at=short, ceiling=positions)) for room in rooms]
 
 

@@ -40,7 +40,10 @@ def count() -> int:
 
 def here() -> int:
     """Return which of them this one is, from 0; known before they are joined and after."""
-    return dist.get_rank() if count() > 1 else int(os.environ.get("RANK", "0"))
+    if count() > 1:
+        return dist.get_rank()
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # a RANK alone is left from some other run
+    return int(os.environ.get("RANK", "0")) if several else 0
 
 
 def beside() -> int:

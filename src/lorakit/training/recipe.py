@@ -248,6 +248,8 @@ class TrainSection(Section):
     def _compiled_blocks_keep_their_activations(self) -> TrainSection:
         if self.compile and self.offload_activations:
             raise ValueError("compile: what compiled blocks keep cannot be moved; set compile or offload_activations")
+        if self.compile and self.cache_frozen:
+            raise ValueError("compile: compiled blocks cannot be left out of a forward; set compile or cache_frozen")
         return self
 
     @model_validator(mode="after")

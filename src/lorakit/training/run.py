@@ -185,7 +185,7 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
         log.append("example", runs=[list(run) for run in example(stage.train, stage.tokenizer)])
     patterns, base = target_counts(stage), sites(stage.model).total_parameters
     handle = attached(recipe, stage, saved)
-    ways = prepare_step(stage.model, recipe.train, packed=stage.packed)
+    ways = prepare_step(stage.model, recipe.train, one_shape=stage.one_shape)
     trainable = sum(p.numel() for p in handle.parameters())
     own = {id(t): t.numel() for one in adapters_named(stage.model, handle.name) for t in one.tensors().values()}
     log.append("targets", patterns=patterns, trainable_parameters=trainable, base_parameters=base,
@@ -226,8 +226,8 @@ def _share(recipe: Recipe, stage: Stage, handle: Handle) -> None:
 def attached(recipe: Recipe, stage: Stage, saved: Path | None) -> Handle:
     """Attach the adapter; an initialisation that asks for evidence gets it from the first batches of the training.
 
-    They are the rows the seed puts first, read in evaluation mode, so no random number is drawn and the same recipe
-    starts the same. A checkpoint holds what it led to, so a resumed run measures nothing.
+    They are the rows the seed puts first in the second epoch, read in evaluation mode, so no random number is drawn and
+    the same recipe starts the same. A checkpoint holds what it led to, so a resumed run measures nothing.
     """
     from itertools import islice
 
@@ -244,7 +244,9 @@ def attached(recipe: Recipe, stage: Stage, saved: Path | None) -> Handle:
         return attach(stage.model, stage.spec)
     if saved is not None:
         return attach(stage.model, load_native(saved))
-    first = stage.train.dataset.select(list(islice(row_order(recipe, stage), EVIDENCE_BATCHES * stage.batch_rows)))
+    order = row_order(recipe, stage)
+    order.set_epoch(1)  # the first epoch begins with the longest rows
+    first = stage.train.dataset.select(list(islice(order, EVIDENCE_BATCHES * stage.batch_rows)))
     few = batches(first, stage.batch_rows, stage.tokenizer.pad_token_id, stage.model.device)
     dense = None
     if is_packed(stage.model) and (weighed := sites_that_need(stage.model, stage.spec, "weight")):

@@ -30,6 +30,7 @@ from lorakit.inject.skeleton import size_of
 from lorakit.training import processes
 from lorakit.training.base import Loaded, Task, load_empty, load_model, load_tokenizer, packing_of
 from lorakit.training.miniature import miniature
+from lorakit.training.order import row_lengths
 from lorakit.training.recipe import DataSection, Recipe
 
 if TYPE_CHECKING:
@@ -56,6 +57,11 @@ class Stage:
     batch_rows: int
     packed: bool
     why: str
+
+    @property
+    def one_shape(self) -> bool:
+        """Return whether all training rows are of one length, as packed ones need not be."""
+        return len(set(row_lengths(self.train.dataset))) == 1
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -36,13 +36,13 @@ SMALL = 2**16
 """Bytes below which a tensor is not worth a copy to the host."""
 
 
-def prepare_step(model: PreTrainedModel, train: TrainSection, *, packed: bool) -> dict[str, dict[str, Any]]:
+def prepare_step(model: PreTrainedModel, train: TrainSection, *, one_shape: bool) -> dict[str, dict[str, Any]]:
     """Make a model with its adapter run steps as the recipe says, and return the events that tell what runs how.
 
     Args:
         model: the model with its adapter.
         train: the recipe's section.
-        packed: whether all batches but an epoch's last have one shape.
+        one_shape: whether all batches but an epoch's last have one shape.
 
     Raises:
         LorakitError: blocks to recompute or to compile that the model does not have.
@@ -50,7 +50,7 @@ def prepare_step(model: PreTrainedModel, train: TrainSection, *, packed: bool) -
     recompute(model, train.checkpointing)
     if train.compile:
         head_of(model)  # measured as it is, and known from now on
-        return {"compiled": {"blocks": compile_blocks(model, dynamic=not packed), "fused": False}}
+        return {"compiled": {"blocks": compile_blocks(model, dynamic=not one_shape), "fused": False}}
     return {"fused": fuse(model).counts()} if train.fused else {}
 
 
