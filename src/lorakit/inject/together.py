@@ -56,7 +56,7 @@ class Together:
     @property
     def _joint(self) -> bool:
         """Whether the layers compute together: several, all still here, that did read one input so far."""
-        layers = (module._modules.get("adapters") for module in self._modules)
+        layers: list[Any] = [module._modules.get("adapters") for module in self._modules]
         return (
             len(self._modules) > 1
             and self._misses < MISSES
