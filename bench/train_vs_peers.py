@@ -82,7 +82,7 @@ def peer(wanted: Recipe, job: str) -> tuple[float, int, str]:
         "output_dir": output, "per_device_train_batch_size": ROWS[job], "num_train_epochs": 1,
         "learning_rate": wanted.train.lr, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "seed": 0,
         "max_grad_norm": 1.0, "weight_decay": 0.0, "use_cpu": True, "bf16": False, "save_strategy": "no",
-        "report_to": [], "disable_tqdm": True, "logging_steps": 50, "dataloader_pin_memory": False,
+        "report_to": [], "disable_tqdm": True, "logging_steps": 10, "dataloader_pin_memory": False,
         "train_sampling_strategy": "group_by_length",
     }  # fmt: skip
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear",
