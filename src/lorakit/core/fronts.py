@@ -25,6 +25,7 @@ class Front:
         return _revive, (base_class(module), fronts(module)), self.__dict__.copy()
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _classes: dict[tuple[type[nn.Module], tuple[type[Front], ...]], type[nn.Module]] = {}
 _PARTS = "_lorakit_parts"
 
@@ -53,6 +54,11 @@ def fronts(module: nn.Module) -> tuple[type[Front], ...]:
     """Return the mixins in front of a module's class, the outermost first."""
     parts: Any = getattr(type(module), _PARTS, None)
     return () if parts is None else parts[1]
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Return whether somebody hung a hook on a module, which a call past its own would leave out."""
+    return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def put_in_front(module: nn.Module, mixin: type[Front]) -> None:

@@ -100,12 +100,11 @@ class _Fused(Front):
     renames = False
     what = ""
 
-    @property
-    def _acts(self) -> bool:
-        module = cast(nn.Module, self)
-        return torch.is_grad_enabled() and not any(
-            p.requires_grad for p in module._parameters.values() if p is not None
-        )
+    def _acts(self, x: Tensor) -> bool:
+        """Return whether a gradient of `x` is wanted, and none of what the module itself has."""
+        own = cast(nn.Module, self)._parameters.values()
+        frozen = not any(p.requires_grad for p in own if p is not None)
+        return torch.is_grad_enabled() and frozen and takes(x) and x.requires_grad
 
 
 class FusedRMSNorm(_Fused):
@@ -115,7 +114,7 @@ class FusedRMSNorm(_Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the norm of `x`."""
-        if not (self._acts and takes(x) and x.requires_grad):
+        if not self._acts(x):
             return super().forward(x)  # type: ignore[misc,no-any-return]
         eps = getattr(self, "variance_epsilon", None) or self.eps  # type: ignore[attr-defined]
         return rms_norm(x, self.weight, eps, from_one=_code(base_class(self).forward) == _GEMMA)  # type: ignore[attr-defined,arg-type]
@@ -128,7 +127,7 @@ class FusedLayerNorm(_Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the norm of `x`."""
-        if not (self._acts and takes(x) and x.requires_grad):
+        if not self._acts(x):
             return super().forward(x)  # type: ignore[misc,no-any-return]
         return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)  # type: ignore[attr-defined]
 
@@ -140,7 +139,7 @@ class FusedActivation(_Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `f(x)`."""
-        if not (self._acts and takes(x) and x.requires_grad):
+        if not self._acts(x):
             return super().forward(x)  # type: ignore[misc,no-any-return]
         return activated(x, cast(str, _activation(self)))
 

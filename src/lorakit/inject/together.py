@@ -6,16 +6,17 @@ trained itself or autocast take the plain way.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorakit.core.fronts import is_watched
 from lorakit.core.method import LowRank, Stretched
 from lorakit.kernels.low_rank import Layer, low_rank_linear
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 MISSES = 2
 """How often layers may turn out to read different inputs before they compute alone; an interrupted forward is one."""
 
@@ -107,17 +108,15 @@ def _layer(module: nn.Module, x: Tensor) -> tuple[Layer, float] | None:
         return None
     ((name, adapter),) = own.items()
     by = weights.get(name)
-    if not isinstance(by, float) or any(getattr(adapter, hooks) for hooks in HOOKS):
+    if not isinstance(by, float) or is_watched(adapter):
         return None
     method: Any = adapter.method
     p = adapter._parameters
     if adapter._buffers:
         p = {**p, **adapter._buffers}
-    kind: Any = type(method)
-    stretched = _has_gain(kind)
+    stretched = _has(type(method), "gain")  # type: ignore[arg-type]
     inner = method.inner if stretched else method
-    kind = type(inner)
-    if _has_pair(kind):
+    if _has(type(inner), "pair"):  # type: ignore[arg-type]
         down, up, scale = inner.pair(p)
     else:
         (down, up), scale = inner.factors(p), 1.0
@@ -139,12 +138,6 @@ def _layer(module: nn.Module, x: Tensor) -> tuple[Layer, float] | None:
 
 
 @cache
-def _has_gain(method: Any) -> bool:
-    """Return whether methods of a class are `Stretched`: asked once, as a protocol is slow to ask."""
-    return hasattr(method, "gain")
-
-
-@cache
-def _has_pair(method: Any) -> bool:
-    """Return whether methods of a class are `Scaled`."""
-    return hasattr(method, "pair")
+def _has(method: Hashable, word: str) -> bool:
+    """Return whether a class of methods is `Stretched` ("gain") or `Scaled` ("pair"): a protocol is slow to ask."""
+    return hasattr(method, word)

@@ -54,8 +54,9 @@ def low_rank_linear(x: Tensor, layers: Sequence[Layer], dropout: float = 0.0) ->
 
 
 def _thinned(x: Tensor, dropout: float, seed: int) -> Tensor:
-    mask, factor = keep_mask(x, dropout, seed)
-    return torch.where(mask, x, 0.0).mul_(factor)
+    rows = _flat(x)
+    mask, factor = keep_mask(rows, rows.shape[1], dropout, seed)
+    return (rows * mask).mul_(factor).view(x.shape)
 
 
 def _one(x: Tensor, thin: Tensor, layer: Layer) -> Tensor:
@@ -93,17 +94,19 @@ class _LowRankLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, layers: tuple[Layer, ...], dropout: float, seed: int, how: Remade | None, *_: Tensor | None
     ) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1])
-        thin = rows
+        common = layers[0].scale or 1.0
+        thin, factor = rows, common
         if dropout:
-            mask, factor = keep_mask(rows, dropout, seed)
-            thin = torch.where(mask, rows, 0.0)
-        hidden = thin @ torch.cat([layer.down for layer in layers]).to(x.dtype).t()
-        if dropout:
-            hidden.mul_(factor)
+            mask, lifted = keep_mask(rows, rows.shape[1], dropout, seed)
+            thin, factor = rows * mask, factor * lifted
+        downs = [layer.down for layer in layers]
+        hidden = _times(thin, _stacked(downs).to(x.dtype).t(), factor)
         outs, unstretched = [], []
-        for layer, part in zip(layers, torch.split(hidden, [len(layer.down) for layer in layers], 1), strict=True):
+        for layer, part in zip(layers, _columns(hidden, downs), strict=True):
+            if layer.scale != common:
+                part.mul_(layer.scale / common)
             y = _base(x, layer)
-            _flat(y).addmm_(part, layer.up.to(x.dtype).t(), alpha=layer.scale)
+            _flat(y).addmm_(part, layer.up.to(x.dtype).t())
             if layer.gain is not None:
                 unstretched.append(y)
                 y = _stretched(y, layer)
@@ -112,8 +115,10 @@ class _LowRankLinear(torch.autograd.Function):
         ctx.reads_x = any(ctx.needs_input_grad[5::4])  # only the gradients of A do
         ctx.make = how.make if how is not None else None
         kept = () if not ctx.reads_x else (rows,) if how is None else how.kept
-        ctx.dropout, ctx.seed, ctx.shape = dropout, seed, x.shape
-        ctx.fixed = [(layer.scale, layer.transposed, layer.base is None, layer.gain is not None) for layer in layers]
+        ctx.dropout, ctx.seed, ctx.shape, ctx.factor = dropout, seed, x.shape, factor
+        ctx.fixed = [
+            (layer.scale / common, layer.transposed, layer.base is None, layer.gain is not None) for layer in layers
+        ]
         own = [t for layer in layers for t in (layer.down, layer.up, layer.weight, layer.gain) if t is not None]
         ctx.save_for_backward(hidden, *own, *unstretched, *kept)
         return tuple(outs)
@@ -130,40 +135,54 @@ class _LowRankLinear(torch.autograd.Function):
         ]
         unstretched = [next(saved) if gains else None for _, _, _, gains in ctx.fixed]
         kept = tuple(saved)
-        ranks = [len(down) for down, *_ in layers]
+        downs = [down for down, *_ in layers]
         thin_grad = torch.empty_like(hidden)
         x_grad: Tensor | None = None
         found: list[Tensor | None] = [None] * (4 * len(layers))
-        columns = zip(torch.split(hidden, ranks, 1), torch.split(thin_grad, ranks, 1), strict=True)
+        columns = zip(_columns(hidden, downs), _columns(thin_grad, downs), strict=True)
         parts = zip(layers, ctx.fixed, grads, unstretched, columns, strict=True)
-        for i, ((_, up, weight, gain), (scale, transposed, *_), grad, z, (part, part_grad)) in enumerate(parts):
+        for i, ((_, up, weight, gain), (share, transposed, *_), grad, z, (part, part_grad)) in enumerate(parts):
             dy = grad.reshape(-1, grad.shape[-1])
             if gain is not None and z is not None:
                 found[4 * i + 2] = (dy * _flat(z)).sum(0, dtype=gain.dtype)
                 dy = dy * gain.to(dy.dtype)
             torch.mm(dy, up.to(dy.dtype), out=part_grad)
+            if share != 1.0:
+                part_grad.mul_(share)
             if needs[5 + 4 * i + 1]:
-                found[4 * i + 1] = (part.t() @ dy).t().to(up.dtype).mul_(scale)
-            if scale != 1.0:
-                part_grad.mul_(scale)
+                found[4 * i + 1] = (part.t() @ dy).t().to(up.dtype)
             if needs[0] and weight is not None:
                 forth = weight.t() if transposed else weight
                 x_grad = dy @ forth if x_grad is None else x_grad.addmm_(dy, forth)
             if weight is None:
                 found[4 * i + 3] = grad
-        downs = torch.cat([down for down, *_ in layers])
-        mask = None
-        if ctx.dropout:
-            mask, factor = keep_mask(hidden.new_empty(len(hidden), downs.shape[1]), ctx.dropout, ctx.seed)
-            thin_grad.mul_(factor)
+        if ctx.factor != 1.0:
+            thin_grad.mul_(ctx.factor)
+        down = _stacked(downs)
+        mask = keep_mask(hidden, down.shape[1], ctx.dropout, ctx.seed)[0] if ctx.dropout else None
         if needs[0]:
-            x_grad = _with_updates(x_grad, thin_grad, downs.to(thin_grad.dtype), mask).view(ctx.shape)
+            x_grad = _with_updates(x_grad, thin_grad, down.to(thin_grad.dtype), mask).view(ctx.shape)
         if ctx.reads_x:
             rows = (kept[0] if ctx.make is None else ctx.make(*kept)).reshape(-1, ctx.shape[-1])
-            thin = rows if mask is None else torch.where(mask, rows, 0.0)
-            for i, down_grad in enumerate(torch.split((thin_grad.t() @ thin).to(downs.dtype), ranks)):
+            thin = rows if mask is None else rows * mask if ctx.make is None else rows.mul_(mask)
+            for i, down_grad in enumerate(torch.split((thin_grad.t() @ thin).to(down.dtype), [len(d) for d in downs])):
                 found[4 * i] = down_grad if needs[5 + 4 * i] else None
         return (x_grad, None, None, None, None, *found)
+
+
+def _stacked(downs: Sequence[Tensor]) -> Tensor:
+    """Return all A_i as one matrix `(r_1 + r_2 + ..., in)`."""
+    return downs[0] if len(downs) == 1 else torch.cat(tuple(downs))
+
+
+def _columns(thin: Tensor, downs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return each layer's own columns of a thin product with all A_i."""
+    return (thin,) if len(downs) == 1 else torch.split(thin, [len(down) for down in downs], 1)
+
+
+def _times(a: Tensor, b: Tensor, factor: float) -> Tensor:
+    """Return `factor a b`, multiplied where the sums are, not after they are rounded."""
+    return a @ b if factor == 1.0 else torch.addmm(a.new_empty(()), a, b, beta=0, alpha=factor)
 
 
 def _with_updates(x_grad: Tensor | None, thin_grad: Tensor, downs: Tensor, mask: Tensor | None) -> Tensor:

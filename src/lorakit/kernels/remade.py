@@ -30,7 +30,8 @@ def remember(tensor: Tensor, make: Callable[..., Tensor], *kept: Tensor) -> Tens
 
 def forget(tensor: object) -> None:
     """Make a tensor tell nothing about how it was made."""
-    vars(tensor).pop(_ATTRIBUTE, None) if isinstance(tensor, Tensor) else None
+    if isinstance(tensor, Tensor):
+        vars(tensor).pop(_ATTRIBUTE, None)
 
 
 def remade(tensor: Tensor) -> Remade | None:

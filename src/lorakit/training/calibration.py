@@ -24,7 +24,7 @@ from lorakit.training.base import quiet
 from lorakit.training.groups import param_groups
 from lorakit.training.loss import batches, mean_loss, mean_of_batch
 from lorakit.training.optimizers import make_optimizer
-from lorakit.training.order import padded_tokens, row_lengths, row_order
+from lorakit.training.order import longest_first, padded_tokens, row_lengths, row_order
 from lorakit.training.run import attached
 from lorakit.training.stage import build_stage
 from lorakit.training.step import prepare_step, uncompiled
@@ -62,7 +62,7 @@ def calibrate(recipe: Recipe) -> Calibration:
     with quiet():
         stage = build_stage(recipe)
         attached(recipe, stage, None)
-        prepare_step(stage.model, recipe.train, one_shape=stage.one_shape)
+        prepare_step(stage, recipe.train)
         model, dtype = stage.model, stage.model.dtype  # a widened model no longer says which it was
         narrow = widen(model) and dtype != torch.float32
         forward = partial(torch.autocast, model.device.type, dtype, enabled=narrow)
@@ -119,8 +119,7 @@ def _chosen(recipe: Recipe, stage: Stage) -> Iterator[dict[str, Tensor]]:
     """Yield the heaviest batch, then the first ones of the second epoch, whose rows are as mixed as any."""
     rows, pad = stage.train.dataset, stage.tokenizer.pad_token_id
     size = min(stage.batch_rows, len(rows))
-    lengths = row_lengths(rows)
-    heaviest = sorted(range(len(rows)), key=lambda i: -lengths[i])[:size]
+    heaviest = longest_first(row_lengths(rows))[:size]
     own = row_order(recipe, stage)
     own.set_epoch(1)
     order = list(islice(cycle(own), size * (STEPS - 1)))

@@ -21,15 +21,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lorakit.data.branches import seen
 from lorakit.errors import LorakitError, RecipeError
 from lorakit.inject.lower import GIVEN, Lower, answering, lower_of, run_lower, values_of, why_not_frozen
 from lorakit.training import processes
-from lorakit.training.base import evaluating
+from lorakit.training.base import evaluating, in_mode
 from lorakit.training.checkpoints import checkpoints, fingerprint
 from lorakit.training.folder import writing
-from lorakit.training.head import given_to, head_of
+from lorakit.training.head import alike, given_to, head_of
 from lorakit.training.loss import batches, logits_of
-from lorakit.training.order import row_lengths
+from lorakit.training.order import longest_first, row_lengths
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -135,15 +136,15 @@ def _checked(model: Any, lower: Lower, rows: Dataset, pad_id: int) -> tuple[str,
     (batch,) = batches(shortest, 1, pad_id, model.device)
     labels = batch.pop("labels")
     with evaluating(model):
-        passed = run_lower(model, lower, _inputs(model, batch))
+        passed = run_lower(model, lower, seen(model, batch))
         if why := why_not_frozen(model, lower, passed):
             raise _refusal(f"{why}" + ("; set its rate to 0 in the base's config.json" if "drop" in why else ""))
         plain, given = _made(model, batch, labels), _made(model, {**batch, GIVEN: passed.hidden}, labels)
-    if not _equal(plain, given):
+    if not alike(given, plain):
         raise _refusal("the upper blocks of this model read more of the lower ones than hidden states")
-    with torch.random.fork_rng(), _training(model):
-        again = run_lower(model, lower, _inputs(model, batch)).hidden
-    if not _equal(again, passed.hidden):
+    with torch.random.fork_rng(), in_mode(model, training=True):
+        again = run_lower(model, lower, seen(model, batch)).hidden
+    if not alike(passed.hidden, again):
         raise _refusal("the lower blocks compute something else in training than in evaluation")
     digest = hashlib.blake2b(digest_size=16)
     for tensor in (passed.hidden, *values_of(lower, passed)):
@@ -154,22 +155,6 @@ def _checked(model: Any, lower: Lower, rows: Dataset, pad_id: int) -> tuple[str,
     return f"{lower.path} {lower.count} {bytes(first.tolist()).hex()}", passed.hidden
 
 
-def _inputs(model: Any, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    from lorakit.data.branches import seen
-
-    return seen(model, batch)
-
-
-@contextmanager
-def _training(model: Any) -> Iterator[None]:
-    was = model.training
-    model.train(True)
-    try:
-        yield
-    finally:
-        model.train(was)
-
-
 def _made(model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
     """Return a model's logits, or what its head reads where they need not be made."""
     head = head_of(model) if labels.dim() == 2 else ""
@@ -178,12 +163,6 @@ def _made(model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
     with given_to(head.layer) as given:
         logits_of(model, inputs, labels)
     return given[0]
-
-
-def _equal(one: Tensor, two: Tensor) -> bool:
-    """Return whether two tensors agree to four roundings of their largest number."""
-    allowed = 4 * torch.finfo(one.dtype).eps * float(one.abs().max())
-    return one.shape == two.shape and float((one.float() - two.float()).abs().max()) <= allowed
 
 
 def _named(digest: str, rows: Dataset) -> str:
@@ -203,21 +182,16 @@ def _make_room(folder: Path, files: Any, total: int) -> None:
         )
 
 
-def _longest_first(rows: Dataset) -> tuple[list[int], list[int]]:
-    """Return the rows in the order they are written, which pads least, and the tokens of each row."""
-    lengths = row_lengths(rows)
-    return sorted(range(len(rows)), key=lambda i: -lengths[i]), lengths
-
-
 def _write(model: Any, lower: Lower, rows: Dataset, file: Path, trainer: AdapterTrainer) -> None:
     """Write the hidden states of all rows, and give the file its name when it is whole."""
-    order, lengths = _longest_first(rows)
+    lengths = row_lengths(rows)
+    order = longest_first(lengths)  # which pads least
     draft, size = file.with_suffix(".part"), trainer.args.per_device_eval_batch_size
     numbers = iter(order)
     with evaluating(model), draft.open("wb") as out:
         for batch in batches(rows.select(order), size, trainer.pad_id, model.device):
             del batch["labels"]
-            for hidden in run_lower(model, lower, _inputs(model, batch)).hidden.cpu():
+            for hidden in run_lower(model, lower, seen(model, batch)).hidden.cpu():
                 out.write(_bytes(hidden[: lengths[next(numbers)]]))
         out.flush()
         os.fsync(out.fileno())
@@ -232,7 +206,8 @@ class _Reader:
     """Gives rows their hidden states, as views of a file that is mapped when the first of them is asked for."""
 
     def __init__(self, file: Path, rows: Dataset, like: Tensor) -> None:
-        order, self._lengths = _longest_first(rows)
+        self._lengths = row_lengths(rows)
+        order = longest_first(self._lengths)
         ends = accumulate(self._lengths[i] for i in order)
         self._starts = {i: end - self._lengths[i] for i, end in zip(order, ends, strict=True)}
         self._file, self._dtype, self._width = file, like.dtype, like.shape[-1]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.core.adapters import Adapted
+from lorakit.core.fronts import is_watched
 from lorakit.core.hollow import is_hollow
 from lorakit.inject.context import virtual_positions
 from lorakit.kernels.linear_cross_entropy import Temper
@@ -25,7 +26,6 @@ from lorakit.training.base import evaluating
 ATTRIBUTE = "_lorakit_temper"
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 """What configurations call a scale of the logits; some families multiply by it and some divide."""
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 TALL = 64.0
 """The largest logit of the measurement: a cap of common size bends it, and fp16 holds it."""
 
@@ -51,7 +51,7 @@ def head_of(model: Any) -> Head | str:
         return "its head is adapted"
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
         return f"its head is no plain linear layer, but a {type(layer).__name__}"
-    if any(getattr(layer, hooks) for hooks in HOOKS):
+    if is_watched(layer):
         return "something watches its head"
     if is_hollow(layer.weight):
         return Head(layer, Temper(cap=_cap(model)))
@@ -105,7 +105,7 @@ def _measured(model: Any, layer: nn.Linear) -> Temper | None:
     if len(seen) != 1 or seen[0].shape[:-1] != ids.shape:
         return None
     made = F.linear(seen[0], layer.weight, layer.bias)
-    return next((temper for temper in _known(model) if _equal(temper.plain(made), logits)), None)
+    return next((temper for temper in _known(model) if alike(temper.plain(made), logits)), None)
 
 
 def _known(model: Any) -> Iterator[Temper]:
@@ -121,9 +121,9 @@ def _cap(model: Any) -> float | None:
     return float(cap) if cap else None
 
 
-def _equal(made: Tensor, logits: Tensor) -> bool:
-    """Return whether two ways to logits agree, to four roundings in the coarser dtype."""
-    if made.shape != logits.shape:
+def alike(made: Tensor, known: Tensor) -> bool:
+    """Return whether two ways to a tensor agree, to four roundings of its largest number in the coarser dtype."""
+    if made.shape != known.shape:
         return False
-    allowed = 4 * max(torch.finfo(t.dtype).eps for t in (made, logits)) * float(logits.abs().max())
-    return float((made.float() - logits.float()).abs().max()) <= allowed
+    allowed = 4 * max(torch.finfo(t.dtype).eps for t in (made, known)) * float(known.abs().max())
+    return float((made.float() - known.float()).abs().max()) <= allowed

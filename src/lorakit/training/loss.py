@@ -22,7 +22,7 @@ from lorakit.kernels.linear_cross_entropy import linear_cross_entropy, summed_cr
 from lorakit.training import processes
 from lorakit.training.base import evaluating
 from lorakit.training.head import given_to, head_of
-from lorakit.training.order import row_lengths
+from lorakit.training.order import longest_first, row_lengths
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -113,10 +113,7 @@ def batches(
 
     If `dealt`, each process of the run gets its share of them, and as many as the others: the last may be `untrained`.
     """
-    order = list(range(len(rows)))
-    if by_length:
-        lengths = row_lengths(rows)
-        order.sort(key=lambda i: -lengths[i])
+    order = longest_first(row_lengths(rows)) if by_length else list(range(len(rows)))
     collate = Collator(pad_id)
 
     def at(start: int) -> dict[str, Tensor]:

@@ -100,6 +100,11 @@ def row_order(recipe: Recipe, stage: Stage) -> Shuffled:
     return Shuffled(row_lengths(rows), train.seed, stage.batch_rows * train.accumulation, grouped=grouped)
 
 
+def longest_first(lengths: Sequence[int]) -> list[int]:
+    """Return the numbers of rows by their length, the longest first, equal ones in their order."""
+    return sorted(range(len(lengths)), key=lambda i: -lengths[i])
+
+
 def row_lengths(rows: Dataset) -> list[int]:
     """Return the tokens of each row."""
     return [len(ids) for ids in rows["input_ids"]]

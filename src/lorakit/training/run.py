@@ -185,7 +185,7 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
         log.append("example", runs=[list(run) for run in example(stage.train, stage.tokenizer)])
     patterns, base = target_counts(stage), sites(stage.model).total_parameters
     handle = attached(recipe, stage, saved)
-    ways = prepare_step(stage.model, recipe.train, one_shape=stage.one_shape)
+    ways = prepare_step(stage, recipe.train)
     trainable = sum(p.numel() for p in handle.parameters())
     own = {id(t): t.numel() for one in adapters_named(stage.model, handle.name) for t in one.tensors().values()}
     log.append("targets", patterns=patterns, trainable_parameters=trainable, base_parameters=base,

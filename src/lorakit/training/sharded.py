@@ -36,7 +36,7 @@ def shard(model: PreTrainedModel, device: torch.device, *, by_machine: bool = Fa
     """
     from torch.distributed.fsdp import fully_shard
 
-    blocks = blocks_of(model)
+    blocks = stacks_of(model)
     divided = {p for stack in blocks.values() for block in stack for p in divided_of(block)}
     if not divided:
         what = "trains its blocks whole" if blocks else f"has a {type(model).__name__} without blocks"
@@ -69,7 +69,7 @@ def machines(by_machine: bool) -> tuple[int, int]:
     return processes.count() // among, among
 
 
-def blocks_of(model: nn.Module) -> dict[str, list[nn.Module]]:
+def stacks_of(model: nn.Module) -> dict[str, list[nn.Module]]:
     """Return the blocks of each stack, by its path."""
     found: dict[str, list[nn.Module]] = {}
     for path, module in model.named_modules():

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lorakit.training.recipe import TrainSection
+    from lorakit.training.stage import Stage
 
 Checkpointing = bool | float
 """Whether blocks are recomputed: all, none, a share of them below 1, or so many."""
@@ -36,21 +37,21 @@ SMALL = 2**16
 """Bytes below which a tensor is not worth a copy to the host."""
 
 
-def prepare_step(model: PreTrainedModel, train: TrainSection, *, one_shape: bool) -> dict[str, dict[str, Any]]:
+def prepare_step(stage: Stage, train: TrainSection) -> dict[str, dict[str, Any]]:
     """Make a model with its adapter run steps as the recipe says, and return the events that tell what runs how.
 
     Args:
-        model: the model with its adapter.
+        stage: what the run works on; its model has the adapter.
         train: the recipe's section.
-        one_shape: whether all batches but an epoch's last have one shape.
 
     Raises:
         LorakitError: blocks to recompute or to compile that the model does not have.
     """
+    model = stage.model
     recompute(model, train.checkpointing)
     if train.compile:
         head_of(model)  # measured as it is, and known from now on
-        return {"compiled": {"blocks": compile_blocks(model, dynamic=not one_shape), "fused": False}}
+        return {"compiled": {"blocks": compile_blocks(model, dynamic=not stage.one_shape), "fused": False}}
     return {"fused": fuse(model).counts()} if train.fused else {}
 
 
