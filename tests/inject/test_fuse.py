@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import statistics
 from typing import Any
 
 import pytest
@@ -59,12 +60,14 @@ def made(family: str, dtype: torch.dtype = torch.float32) -> Any:
     return model.train()
 
 
-def adapted(model: Any, name: str = "lora", dropout: float = 0.0, called: str = "default") -> list[nn.Parameter]:
+def adapted(
+    model: Any, name: str = "lora", dropout: float = 0.0, called: str = "default", seed: int = 1
+) -> list[nn.Parameter]:
     """Attach an adapter a little off its start."""
     lora = method("lora")(4, 8.0)  # type: ignore[call-arg]
     made = {"lora": lambda: lora, "dora": lambda: method("dora")(lora)}.get(name, method(name))()  # type: ignore[call-arg]
     found = attach(model, AdapterSpec(made, dropout=dropout), called).parameters()
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in found:
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -113,14 +116,18 @@ def test_a_fused_model_has_the_plain_one_s_loss_and_gradients_and_keeps_less(fam
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bert"])
 def test_in_16_bits_the_gradients_are_no_further_from_the_exact_ones_than_plain(family: str) -> None:
-    model = made(family, torch.bfloat16)
-    parameters = adapted(model)
-    wide = copy.deepcopy(model).float()
-    _, exact, _ = step(wide, [p for p in wide.parameters() if p.requires_grad])
-    _, plain, _ = step(model, parameters)
-    fuse(model)
-    _, fused, _ = step(model, parameters)
-    assert apart(fused, exact) < 1.2 * apart(plain, exact)
+    """In the median of several adapters: which of two roundings is nearer is chance in each."""
+    ratios = []
+    for seed in range(7):
+        model = made(family, torch.bfloat16)
+        parameters = adapted(model, seed=seed)
+        wide = copy.deepcopy(model).float()
+        _, exact, _ = step(wide, [p for p in wide.parameters() if p.requires_grad])
+        _, plain, _ = step(model, parameters)
+        fuse(model)
+        _, fused, _ = step(model, parameters)
+        ratios.append(apart(fused, exact) / apart(plain, exact))
+    assert statistics.median(ratios) < 1.2
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma", "phi", "gpt2", "bert"])

@@ -77,6 +77,18 @@ def _base(x: Tensor, layer: Layer) -> Tensor:
     return F.linear(x, weight, layer.bias if layer.gain is None else None)
 
 
+def _sum(x: Tensor, part: Tensor, layer: Layer) -> Tensor:
+    """Return the layer's own output plus `part B^T`; the wide product adds to the thin one, and hides its reading."""
+    up = layer.up.to(x.dtype).t()
+    if layer.weight is None:
+        y = _base(x, layer)
+        _flat(y).addmm_(part, up)
+        return y
+    bias = layer.bias if layer.gain is None else None
+    y = part @ up if bias is None else torch.addmm(bias, part, up)
+    return y.addmm_(_flat(x), layer.weight if layer.transposed else layer.weight.t()).view(*x.shape[:-1], -1)
+
+
 def _stretched(z: Tensor, layer: Layer) -> Tensor:
     """Return `g z + b`."""
     assert layer.gain is not None
@@ -105,8 +117,7 @@ class _LowRankLinear(torch.autograd.Function):
         for layer, part in zip(layers, _columns(hidden, downs), strict=True):
             if layer.scale != common:
                 part.mul_(layer.scale / common)
-            y = _base(x, layer)
-            _flat(y).addmm_(part, layer.up.to(x.dtype).t())
+            y = _sum(x, part, layer)
             if layer.gain is not None:
                 unstretched.append(y)
                 y = _stretched(y, layer)
@@ -137,31 +148,36 @@ class _LowRankLinear(torch.autograd.Function):
         kept = tuple(saved)
         downs = [down for down, *_ in layers]
         thin_grad = torch.empty_like(hidden)
-        x_grad: Tensor | None = None
+        flat_grads: list[Tensor] = []
         found: list[Tensor | None] = [None] * (4 * len(layers))
         columns = zip(_columns(hidden, downs), _columns(thin_grad, downs), strict=True)
         parts = zip(layers, ctx.fixed, grads, unstretched, columns, strict=True)
-        for i, ((_, up, weight, gain), (share, transposed, *_), grad, z, (part, part_grad)) in enumerate(parts):
+        for i, ((_, up, weight, gain), (share, *_), grad, z, (part, part_grad)) in enumerate(parts):
             dy = grad.reshape(-1, grad.shape[-1])
             if gain is not None and z is not None:
                 found[4 * i + 2] = (dy * _flat(z)).sum(0, dtype=gain.dtype)
                 dy = dy * gain.to(dy.dtype)
+            flat_grads.append(dy)
             torch.mm(dy, up.to(dy.dtype), out=part_grad)
             if share != 1.0:
                 part_grad.mul_(share)
             if needs[5 + 4 * i + 1]:
                 found[4 * i + 1] = (part.t() @ dy).t().to(up.dtype)
-            if needs[0] and weight is not None:
-                forth = weight.t() if transposed else weight
-                x_grad = dy @ forth if x_grad is None else x_grad.addmm_(dy, forth)
             if weight is None:
                 found[4 * i + 3] = grad
         if ctx.factor != 1.0:
             thin_grad.mul_(ctx.factor)
         down = _stacked(downs)
         mask = keep_mask(hidden, down.shape[1], ctx.dropout, ctx.seed)[0] if ctx.dropout else None
+        x_grad: Tensor | None = None
         if needs[0]:
-            x_grad = _with_updates(x_grad, thin_grad, down.to(thin_grad.dtype), mask).view(ctx.shape)
+            x_grad = thin_grad @ down.to(thin_grad.dtype)
+            if mask is not None:
+                x_grad.mul_(mask)
+            for dy, (_, _, weight, _), (_, transposed, *_) in zip(flat_grads, layers, ctx.fixed, strict=True):
+                if weight is not None:
+                    x_grad.addmm_(dy, weight.t() if transposed else weight)
+            x_grad = x_grad.view(ctx.shape)
         if ctx.reads_x:
             rows = (kept[0] if ctx.make is None else ctx.make(*kept)).reshape(-1, ctx.shape[-1])
             thin = rows if mask is None else rows * mask if ctx.make is None else rows.mul_(mask)
@@ -183,11 +199,3 @@ def _columns(thin: Tensor, downs: Sequence[Tensor]) -> Sequence[Tensor]:
 def _times(a: Tensor, b: Tensor, factor: float) -> Tensor:
     """Return `factor a b`, multiplied where the sums are, not after they are rounded."""
     return a @ b if factor == 1.0 else torch.addmm(a.new_empty(()), a, b, beta=0, alpha=factor)
-
-
-def _with_updates(x_grad: Tensor | None, thin_grad: Tensor, downs: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the gradient of x through the layers plus that through the updates."""
-    if mask is not None:
-        through = (thin_grad @ downs).mul_(mask)
-        return through if x_grad is None else x_grad.add_(through)
-    return thin_grad @ downs if x_grad is None else x_grad.addmm_(thin_grad, downs)
