@@ -91,30 +91,37 @@ class _CrossEntropy(torch.autograd.Function):
             torch.zeros_like(t, dtype=wide) if asked and t is not None else None
             for t, asked in ((weight, wanted[1]), (bias, wanted[2]))
         )
-        total = torch.zeros((), dtype=wide, device=x.device)
         classes = x.shape[1] if weight is None else weight.shape[0]
         at_once = max(ROWS, VALUES // classes, len(rows) // CHUNKS)
-        for begin in range(0, len(rows), at_once):
-            part = slice(begin, begin + at_once)
-            here, right = x[rows[part]], labels[part].unsqueeze(1)
+        tops, masses, chosen = list[Tensor](), list[Tensor](), list[Tensor]()
+        split = [torch.split(t, at_once) for t in (rows, labels.unsqueeze(1), *([] if dx is None else [dx]))]
+        for part, right, *to in zip(*split, strict=True):
+            here = x[part]
             logits = (here if weight is None else F.linear(here, weight, bias)).to(wide)
             slope = temper.in_place(logits, slope=any(wanted))
-            total += _softmax_in_place(logits, right)
+            top = logits.amax(1, keepdim=True)
+            chosen.append(logits.gather(1, right))
+            mass = logits.sub_(top).exp_().sum(1, keepdim=True)
+            tops.append(top)
+            masses.append(mass)
             if any(wanted):
+                logits.div_(mass)
                 logits.scatter_add_(1, right, logits.new_full(right.shape, -1.0))
                 if slope is not None:
                     logits.mul_(slope)
                 if db is not None:
                     db += logits.sum(0)
                 logits = logits.to(x.dtype)
-                if dx is not None:
-                    dx[part] = logits if weight is None else logits @ weight
+                for place in to:
+                    place.copy_(logits) if weight is None else torch.mm(logits, weight, out=place)
                 if dw is not None:
                     dw += logits.T @ here
             del logits, slope  # else the next rows' logits would be made beside these
         ctx.save_for_backward(dx, dw, db, rows)
         ctx.shape, ctx.dtypes = x.shape, [None if t is None else t.dtype for t in (weight, bias)]
-        return total
+        if not tops:
+            return torch.zeros((), dtype=wide, device=x.device)
+        return (torch.cat(masses).log_() + torch.cat(tops) - torch.cat(chosen)).sum()
 
     @staticmethod
     @once_differentiable
@@ -127,11 +134,3 @@ class _CrossEntropy(torch.autograd.Function):
             whole.mul_(upstream)
         dw, db = (None if d is None else (d * upstream).to(t) for d, t in zip((dw, db), ctx.dtypes, strict=True))
         return whole, dw, db, None, None, None
-
-
-def _softmax_in_place(logits: Tensor, right: Tensor) -> Tensor:
-    """Make `logits (k, classes)` their softmax, and return the summed cross-entropy of `right (k, 1)`."""
-    top, chosen = logits.amax(1, keepdim=True), logits.gather(1, right)
-    mass = logits.sub_(top).exp_().sum(1, keepdim=True)
-    logits.div_(mass)
-    return (mass.log() + top - chosen).sum()

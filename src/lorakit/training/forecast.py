@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -78,8 +78,10 @@ def forecast(model: PreTrainedModel, spec: AdapterSpec, load: Load, evaluation: 
         if depth <= FEW or _depends_on_depth(spec) or not isinstance(load.checkpointing, bool):
             found = rehearse(scene(model, spec, load), evaluate=evaluation is None)
         else:
-            two, three = (rehearse(scene(model, spec, load, blocks), evaluate=evaluation is None) for blocks in (2, 3))
-            found = two.continued(three, depth - 2)
+            asked, cached = evaluation is None, _narrows(spec, load)  # autocast keeps what it narrowed of each block
+            two = rehearse(scene(model, spec, load, 2), evaluate=asked)
+            three = rehearse(scene(model, spec, load, 3), evaluate=asked and cached)
+            found = two.continued(three if cached else three.evaluated_as(two), depth - 2)
     except LorakitError:
         raise
     except Exception as error:  # a model's own code meets what it was not written for, and raises what it likes
@@ -127,14 +129,14 @@ def scene(
         loss,
         lambda made: torch.optim.AdamW(param_groups(made, 1e-3)),
         state_tensors,
-        partial(_autocast, load.dtype, not spec.train),
+        partial(torch.autocast, "cpu", load.dtype) if _narrows(spec, load) else nullcontext,
         partial(optimizer_bytes, optimizer=load.optimizer),
     )
 
 
-def _autocast(dtype: torch.dtype, narrow: bool) -> AbstractContextManager[Any]:
-    """Return the context of a forward: where 16-bit weights are trained whole, they are widened, and this narrows."""
-    return nullcontext() if narrow or dtype == torch.float32 else torch.autocast("cpu", dtype)
+def _narrows(spec: AdapterSpec, load: Load) -> bool:
+    """Return whether a forward is under autocast: 16-bit weights that are trained whole are widened."""
+    return bool(spec.train) and load.dtype != torch.float32
 
 
 def _batch(load: Load) -> dict[str, Tensor]:

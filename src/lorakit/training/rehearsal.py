@@ -12,7 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -39,6 +39,7 @@ def _added_flops(added_to: Any, a: Any, b: Any, **_: Any) -> int:
     return 2 * int(prod(a)) * int(b[-1])
 
 
+_DEVICE = torch.ops.prim.device.default
 _FORMULAS: dict[str, Any] = {"_grouped_mm": _grouped_flops, "addmm_": _added_flops}
 for _name, _formula in _FORMULAS.items():  # torch has none for these yet
     if (_op := getattr(torch.ops.aten, _name, None)) is not None and _op not in flop_registry:
@@ -51,13 +52,14 @@ class Rehearsal:
 
     `moments` are the fullest of the forward, of the backward until a first block is through, of the backward from the
     last block on, and of the optimizer's step. In between the backward goes from one to the other in equal steps, a
-    block's activations for its gradients, so nothing there is fuller.
+    block's activations for its gradients, so nothing there is fuller. `rest` is what is there before any of it.
     """
 
     moments: tuple[Parts, ...]
     between: Parts
     evaluation: Parts
     flops: int
+    rest: Parts = field(default_factory=Parts)
 
     @property
     def step(self) -> Parts:
@@ -73,15 +75,23 @@ class Rehearsal:
         def line(one: int, two: int) -> int:
             return one + blocks * (two - one)
 
-        def held(one: Parts, two: Parts) -> Parts:
-            return Parts(**{f.name: line(getattr(one, f.name), getattr(two, f.name)) for f in fields(Parts)})
-
+        held = partial(_part_by_part, line)
         return Rehearsal(
             tuple(held(one, two) for one, two in zip(self.moments, other.moments, strict=True)),
             held(self.between, other.between),
             held(self.evaluation, other.evaluation),
             line(self.flops, other.flops),
+            held(self.rest, other.rest),
         )
+
+    def evaluated_as(self, other: Rehearsal) -> Rehearsal:
+        """Return this rehearsal with the evaluation of `other`, of another depth: no block leaves anything in one."""
+        beside = _part_by_part(int.__sub__, other.evaluation, other.rest)
+        return replace(self, evaluation=self.rest + beside)
+
+
+def _part_by_part(made: Callable[[int, int], int], one: Parts, two: Parts) -> Parts:
+    return Parts(**{f.name: made(getattr(one, f.name), getattr(two, f.name)) for f in fields(Parts)})
 
 
 @dataclass(frozen=True)
@@ -118,13 +128,18 @@ def rehearse(scene: Scene, *, evaluate: bool = True) -> Rehearsal:
         with live:
             for tensor in (*model.parameters(), *model.buffers(), *scene.extra(model)):
                 live.mark(tensor, "adapters" if tensor.requires_grad else "weights")
-            _make_states(trained, optimizer, live)
+            largest = max(trained, key=lambda p: p.nbytes, default=None)
+            states = _make_states(trained, largest, optimizer)
+            for state in states:
+                live.mark(state, "optimizer")
             live.begin()
+            rest = live.now()
             model.train(False)
             if evaluate:
                 with torch.no_grad(), scene.forward():
                     scene.loss(model, rows)
             evaluation = live.fullest()
+            live.forget(rows.values())  # a training step reads them anew, whether there was an evaluation or not
             model.train(True)
             live.begin()
             with scene.forward():
@@ -135,6 +150,10 @@ def rehearse(scene: Scene, *, evaluate: bool = True) -> Rehearsal:
             loss.backward()  # type: ignore[no-untyped-call]
             early, late = backward.moments()
             live.begin(flops=False)
+            grads = [p.grad for p in trained]
+            for parameter in trained:
+                if parameter is not largest:
+                    parameter.grad = None
             optimizer.step()
             moments = (forward, early, late, live.fullest())
         sizes = [p.numel() for p in trained]
@@ -143,7 +162,8 @@ def rehearse(scene: Scene, *, evaluate: bool = True) -> Rehearsal:
     def narrow(held: Parts) -> Parts:
         return replace(held, optimizer=held.optimizer - less)
 
-    return Rehearsal(tuple(map(narrow, moments)), narrow(between), narrow(evaluation), live.flops)
+    del grads, states  # which lived until here
+    return Rehearsal(tuple(map(narrow, moments)), narrow(between), narrow(evaluation), live.flops, narrow(rest))
 
 
 class _Backward:
@@ -207,7 +227,14 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._clock = self._held = self._most = self._most_at = 0
         self.flops = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Say that torch need not wrap `__torch_dispatch__`, a tenth of its time: nothing is compiled here."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:  # a third of the calls
+            return args[0].fake_device
         out = func(*args, **(kwargs or {}))
         if (count := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=out)
@@ -244,6 +271,13 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if tensor is not None:
             self._see(tensor, kind).kind = kind
 
+    def forget(self, tensors: Iterable[Tensor]) -> None:
+        """Count tensors no more until they are seen again."""
+        for tensor in tensors:
+            if (piece := self._pieces.pop(tensor.untyped_storage()._cdata, None)) is not None:
+                self._held -= piece.bytes
+                piece.ref = None
+
     def rename(self, old: str, new: str) -> None:
         """Say that all that lives as `old` is for `new`."""
         for piece in self._pieces.values():
@@ -271,13 +305,20 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return Parts(**held)
 
 
-def _make_states(trained: list[nn.Parameter], optimizer: torch.optim.Optimizer, live: _Live) -> None:
-    """Give AdamW its states, which from the second step on are there all the time, as its first step makes them."""
-    for parameter in trained:
-        state = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter)}
-        optimizer.state[parameter] = state | {"exp_avg_sq": torch.zeros_like(parameter)}
-        for value in optimizer.state[parameter].values():
-            live.mark(value, "optimizer")
+def _make_states(
+    trained: list[nn.Parameter], largest: nn.Parameter | None, optimizer: torch.optim.Optimizer
+) -> list[Tensor]:
+    """Return AdamW's states, which from the second step on are there all the time.
+
+    Its step goes parameter by parameter and is fullest at the largest. Only that one makes a step, and has states as
+    AdamW's first step makes them; those of all others are one tensor.
+    """
+    if largest is None:
+        return []
+    state = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(largest), "exp_avg_sq": torch.zeros_like(largest)}
+    optimizer.state[largest] = state
+    others = sum(2 * p.nbytes + state["step"].nbytes for p in trained if p is not largest)
+    return [*state.values(), torch.empty(others, dtype=torch.uint8)]
 
 
 @contextmanager
