@@ -199,3 +199,17 @@ def test_a_mask_is_ones_and_zeros_at_any_rate(rate: float, factors: set[float]) 
     for mask, factor in masks:
         assert set(mask.unique().tolist()) <= {0, 1}
         assert float(mask.float().mean()) == pytest.approx(1 / factor, abs=0.02)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("grad", [True, False])
+def test_an_input_may_lie_in_memory_as_it_likes(grad: bool, dropout: float) -> None:
+    """As Mamba's, which come out of a convolution: channels before positions."""
+    lying = torch.randn(2, 6, 5).transpose(1, 2)
+    layer = Layer(torch.randn(2, 6), torch.randn(4, 2), 1.5, torch.randn(4, 6), torch.randn(4))
+    made = []
+    for x in (lying, lying.contiguous()):
+        torch.manual_seed(0)
+        (y,) = low_rank_linear(x.clone().requires_grad_(grad) if grad else x, [layer], dropout)
+        made.append(y)
+    torch.testing.assert_close(*made)

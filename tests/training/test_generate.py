@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lorakit import AdapterSpec, LoRA, attach
-from lorakit.errors import DataError
+from lorakit.errors import DataError, LorakitError
 from lorakit.training.base import load_base
 from lorakit.training.generate import generate
 
@@ -44,6 +44,15 @@ def test_a_batch_answers_as_each_prompt_alone(both: tuple[Any, Any, list[list[in
     ]
     assert len(set(expected)) > 1
     assert generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=batch_size) == expected
+
+
+def test_logits_that_are_nan_are_told_of(both: tuple[Any, Any, list[list[int]]]) -> None:
+    """transformers reads them as the end of the answer, and says nothing."""
+    model, tokenizer, prompts = both
+    with torch.no_grad():
+        model.get_output_embeddings().weight[3, 0] = float("nan")
+    with pytest.raises(LorakitError, match="logits are NaN: its weights or its adapter's"):
+        generate(model, tokenizer, prompts, max_new_tokens=4)
 
 
 def test_an_answer_ends_at_the_end_token(both: tuple[Any, Any, list[list[int]]], monkeypatch: Any) -> None:

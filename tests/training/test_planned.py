@@ -242,7 +242,7 @@ def test_the_largest_batch_fits_and_one_more_row_does_not() -> None:
 
 @pytest.mark.parametrize("adapter", [{}, {"method": "none", "train": "*"}], ids=["lora", "full"])
 def test_the_longest_context_fits_and_a_longer_one_does_not(adapter: dict[str, Any]) -> None:
-    # the optimizer's moment is the fullest of short rows, the forward that of long ones
+    # a thousandth stays free; the optimizer's moment is the fullest of short rows, the forward that of long ones
     config = {"model_type": "llama", "vocab_size": 500, "hidden_size": 128, "intermediate_size": 256,
               "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 4,
               "max_position_embeddings": 100_000, "tie_word_embeddings": False}  # fmt: skip
@@ -257,7 +257,7 @@ def test_the_longest_context_fits_and_a_longer_one_does_not(adapter: dict[str, A
         (most.rows + 1, 64, False),
     ):
         held = forecast(model, spec, replace(load, rows=rows, length=length)).step.total  # type: ignore[arg-type]
-        assert (held <= room) is is_room, (rows, length, held)
+        assert held <= room if is_room else held > 0.999 * room, (rows, length, held)
 
 
 def test_a_base_that_is_packed_already_is_planned_as_such(base: Path, tmp_path: Path) -> None:

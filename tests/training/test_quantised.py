@@ -24,6 +24,7 @@ from lorakit.persist import load
 from lorakit.training import quantizer
 from lorakit.training.base import load_base
 from lorakit.training.dense_weights import DenseWeights
+from lorakit.training.plan import plan
 from lorakit.training.quantised import make_dense, pack, packing_in, write_packed
 from lorakit.training.quantizer import Packing
 from lorakit.training.recipe import QuantSection, make_recipe
@@ -372,6 +373,9 @@ def test_a_principal_rank_no_layer_has_is_refused(base: Path) -> None:
         load_base(str(base), quant=QuantSection(principal=33))
     assert "lower it (quant.principal)" in str(told.value)
     assert len(str(told.value).splitlines()) <= 3, "a line for each shape, not for each layer"
+    planned = make_recipe({"model": str(base), "quant": {"kind": "nf4", "principal": 33}})
+    with pytest.raises(LorakitError, match=r"principal 33 exceeds min\(out, in\) = "):
+        plan(planned)
 
 
 @pytest.mark.parametrize("said", [None, 2])

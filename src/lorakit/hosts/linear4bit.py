@@ -8,7 +8,7 @@ packed weight, and of the input it keeps nothing: W is frozen, so only `dx = dy 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import gcd, prod
 from typing import Any
@@ -29,6 +29,12 @@ ITERATIONS = 8
 BLOCK = 2**22
 """Weights that are dense at once: 16 MB in fp32, enough rows for a product at full speed."""
 _BUFFER = threading.local()
+
+
+def refuse_principal(rank: int, shape: Sequence[int]) -> None:
+    """Raise `SpecError` for a principal part of a rank that a weight `(out, in)` does not have."""
+    if rank > min(shape):
+        raise SpecError(f"principal {rank} exceeds min(out, in) = {min(shape)}; lower it (quant.principal)")
 
 
 class Linear4bit(nn.Module):
@@ -98,8 +104,7 @@ class Linear4bit(nn.Module):
         Raises:
             SpecError: a rank the weight does not have.
         """
-        if rank > min(weight.shape):
-            raise SpecError(f"principal {rank} exceeds min(out, in) = {min(weight.shape)}; lower it (quant.principal)")
+        refuse_principal(rank, weight.shape)
         rng = torch.Generator().manual_seed(0)
         u, s, vh = (part[0] for part in leading(weight[None], rank, ITERATIONS, rng))
         root = s.sqrt()

@@ -54,7 +54,7 @@ def low_rank_linear(x: Tensor, layers: Sequence[Layer], dropout: float = 0.0) ->
 
 
 def _thinned(x: Tensor, dropout: float, seed: int) -> Tensor:
-    rows = _flat(x)
+    rows = x.reshape(-1, x.shape[-1])
     mask, factor = keep_mask(rows, rows.shape[1], dropout, seed)
     return (rows * mask).mul_(factor).view(x.shape)
 
@@ -77,7 +77,7 @@ def _base(x: Tensor, layer: Layer) -> Tensor:
     return F.linear(x, weight, layer.bias if layer.gain is None else None)
 
 
-def _sum(x: Tensor, part: Tensor, layer: Layer) -> Tensor:
+def _sum(x: Tensor, rows: Tensor, part: Tensor, layer: Layer) -> Tensor:
     """Return the layer's own output plus `part B^T`; the wide product adds to the thin one, and hides its reading."""
     up = layer.up.to(x.dtype).t()
     if layer.weight is None:
@@ -86,7 +86,7 @@ def _sum(x: Tensor, part: Tensor, layer: Layer) -> Tensor:
         return y
     bias = layer.bias if layer.gain is None else None
     y = part @ up if bias is None else torch.addmm(bias, part, up)
-    return y.addmm_(_flat(x), layer.weight if layer.transposed else layer.weight.t()).view(*x.shape[:-1], -1)
+    return y.addmm_(rows, layer.weight if layer.transposed else layer.weight.t()).view(*x.shape[:-1], -1)
 
 
 def _stretched(z: Tensor, layer: Layer) -> Tensor:
@@ -117,7 +117,7 @@ class _LowRankLinear(torch.autograd.Function):
         for layer, part in zip(layers, _columns(hidden, downs), strict=True):
             if layer.scale != common:
                 part.mul_(layer.scale / common)
-            y = _sum(x, part, layer)
+            y = _sum(x, rows, part, layer)
             if layer.gain is not None:
                 unstretched.append(y)
                 y = _stretched(y, layer)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from lorakit.core.lazy import need
-from lorakit.errors import DataError
+from lorakit.errors import DataError, LorakitError
 from lorakit.inject.context import virtual_positions
 from lorakit.inject.skeleton import size_of
 from lorakit.training.base import evaluating, quiet
@@ -41,6 +42,7 @@ def generate(
 
     Raises:
         DataError: an empty prompt, or one that leaves no position for an answer.
+        LorakitError: logits that are NaN.
     """
     _check(model, prompts, max_new_tokens)
     settings = _settings(model, tokenizer, max_new_tokens, temperature)
@@ -63,9 +65,19 @@ def _answer(model: Any, prompts: list[Sequence[int]], settings: Any) -> list[lis
     pad = settings.pad_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    made = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+    made = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=[_numbers])
     answers: list[list[int]] = made[:, width:].tolist()
     return answers
+
+
+def _numbers(_: Tensor, logits: Tensor) -> Tensor:
+    """Return the logits of a next token, which transformers would read as "end the answer" where they are NaN."""
+    if logits.isnan().any():
+        raise LorakitError(
+            "the model's logits are NaN: its weights or its adapter's hold NaN, or 16 bits are too few for it. Ask the "
+            "base without the adapter; if its logits are NaN too, its checkpoint is damaged"
+        )
+    return logits
 
 
 def _settings(model: Any, tokenizer: Any, max_new_tokens: int, temperature: float) -> Any:

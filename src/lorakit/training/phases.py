@@ -22,7 +22,7 @@ from lorakit.planning.memory import (
 )
 from lorakit.planning.pace import flops_per_token
 from lorakit.training.forecast import Load, Unrehearsed, forecast
-from lorakit.training.quantised import DENSE_AT_ONCE
+from lorakit.training.quantised import DENSE_AT_ONCE, refuse_packing
 from lorakit.training.recipe import QuantSection
 from lorakit.training.rehearsal import Rehearsal
 
@@ -62,8 +62,13 @@ def ways(model: PreTrainedModel, skeleton: Skeleton, spec: AdapterSpec, load: Lo
 
     In 4 bits a step computes the same and saves the same (bench/plan.py), so only the weights are counted anew, and the
     block that is dense at a time. Where linear weights are trained whole they cannot be packed.
+
+    Raises:
+        LorakitError: whatever packing or a step would raise.
     """
     packable = [s for s in skeleton.sites if s.kind in LINEAR_KINDS and s.path not in skeleton.heads]
+    if load.quant is not None:
+        refuse_packing(load.quant, packable)
     forecasts: dict[str, Forecast] = {}
     rehearsals: dict[str, Rehearsal] = {}
     sizes, guessed = _Sizes.of(model, packable), ""

@@ -8,7 +8,7 @@ in 4 bits already, by `lorakit quantize` or by bitsandbytes, is taken as it is.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.lazy import need
+from lorakit.core.site import Site
 from lorakit.core.sublayers import LINEAR_KINDS
-from lorakit.errors import LorakitError, RecipeError
+from lorakit.errors import LorakitError, RecipeError, SpecError, grouped, listing
 from lorakit.hosts import nf4
-from lorakit.hosts.linear4bit import BLOCK, Linear4bit
+from lorakit.hosts.linear4bit import BLOCK, Linear4bit, refuse_principal
 from lorakit.inject.sites import sites
 from lorakit.training.base_files import Later, open_tensors, place_of
 from lorakit.training.quantizer import METHOD, Packing, config_class, empty_layers, told
@@ -107,6 +108,18 @@ def load_packed(cls: Any, place: Path, config: Any, packing: Packing, *, dtype: 
     if (place / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = need("transformers", "train").GenerationConfig.from_pretrained(place)
     return model, info
+
+
+def refuse_packing(settings: QuantSection, layers: Iterable[Site]) -> None:
+    """Raise `LorakitError` where loading would refuse to pack one of the layers."""
+    problems = []
+    for site in layers:
+        try:
+            refuse_principal(settings.principal, (site.out, site.in_))
+        except SpecError as error:
+            problems.append(f"{site.path}.weight: {error}")
+    if problems:
+        raise LorakitError(f"the base cannot be packed:\n{listing(grouped(problems))}")
 
 
 def _refuse_other_principal(place: Path, tensors: Mapping[str, Later], packing: Packing) -> None:
