@@ -50,11 +50,15 @@ def test_who_does_not_notice_a_failure_is_ended(
     assert "process 1 ended with code 2" in capfd.readouterr().err
 
 
-def test_ctrl_c_reaches_every_process_once_and_all_may_take_their_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "arrives"), [("SIGINT", "SIGINT"), ("SIGHUP", "SIGTERM")])
+def test_a_wish_to_stop_reaches_every_process_once_and_all_may_take_their_time(
+    tmp_path: Path, sent: str, arrives: str
+) -> None:
+    """Ctrl-C, or a terminal that is closed, which would leave the processes behind."""
     program = f"""
 import os, pathlib, signal, sys, time
 heard = []
-signal.signal(signal.SIGINT, lambda *_: heard.append(1))
+signal.signal(signal.{arrives}, lambda *_: heard.append(1))
 here = pathlib.Path({str(tmp_path)!r}) / os.environ["RANK"]
 here.touch()
 while not heard: time.sleep(0.02)
@@ -66,6 +70,6 @@ sys.exit(130)
     running = subprocess.Popen([sys.executable, "-c", command], start_new_session=True)
     while not all((tmp_path / place).exists() for place in "01"):
         time.sleep(0.05)
-    threading.Timer(0.0, os.killpg, (running.pid, signal.SIGINT)).start()  # as a terminal does it
+    threading.Timer(0.0, os.killpg, (running.pid, signal.Signals[sent])).start()  # as a terminal does it
     assert running.wait(timeout=60) == 130
     assert [(tmp_path / place).read_text() for place in "01"] == ["1", "1"]

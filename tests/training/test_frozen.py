@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -293,6 +294,26 @@ def test_a_run_that_stopped_reads_what_was_written_and_ends_the_same(
     resumed = {event["step"]: event["loss"] for event in told(tmp_path / "cut", "step")}
     assert list(resumed.values()) == losses
     assert not folder.exists()
+
+
+def test_ctrl_c_while_it_is_written_ends_the_run_at_once_and_leaves_nothing(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No step has been made, so there is nothing to save: it must not wait for rows that may take an hour."""
+    real = frozen.run_lower
+    calls: list[int] = []
+
+    def stop(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:  # two are the proof's
+            signal.raise_signal(signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(frozen, "run_lower", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe_of(base, tmp_path, train__batch_size=4, **CACHED))
+    assert len(calls) == 4
+    assert not (tmp_path / "run" / frozen.FOLDER).exists()
 
 
 def test_other_weights_make_another_cache(base: Path, tmp_path: Path) -> None:

@@ -23,6 +23,12 @@ ENDINGS = (0, 2, 130)
 """Exit codes after which a process has said what there was to say."""
 
 
+SIGNALS = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM}
+"""What is handed on, and as what: a terminal that is closed is a wish to stop, and to save."""
+if hasattr(signal, "SIGHUP"):
+    SIGNALS[signal.SIGHUP] = signal.SIGTERM
+
+
 def launch(words: Sequence[str], count: int, program: Sequence[str] = ("-m", "lorakit")) -> int:
     """Run `lorakit` (or another program of this Python) with these words in `count` processes.
 
@@ -33,12 +39,13 @@ def launch(words: Sequence[str], count: int, program: Sequence[str] = ("-m", "lo
         said = [Path(folder) / str(place) for place in range(count)]
         port = _free_port()
         running = [_start([*program, *words], count, place, port, said[place]) for place in range(count)]
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # as nohup does
 
         def hand_on(number: int, frame: Any) -> None:
             for one in running:
                 if one.poll() is None:
-                    one.send_signal(number)
+                    one.send_signal(SIGNALS[number])  # type: ignore[index]
 
         for number in before:
             signal.signal(number, hand_on)

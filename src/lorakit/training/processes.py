@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,9 @@ from lorakit.errors import DeviceError, LorakitError
 _TOLD = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """By these accelerate would find the others, and wrap and deal for itself."""
 _ERROR = "error"
+PATIENCE = timedelta(hours=12)
+"""How long processes wait for each other: the first may write what the frozen blocks make of every row meanwhile. That
+one is gone is noticed at once; torch's own half an hour would part those that are only slow."""
 
 
 class Lost(LorakitError):
@@ -118,7 +122,7 @@ def _meet(cuda: bool) -> Any:
         )
     store, rank, processes = next(rendezvous("env://"))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, store=PrefixStore("run", store), rank=rank, world_size=processes)
+    dist.init_process_group(backend, timeout=PATIENCE, store=PrefixStore("run", store), rank=rank, world_size=processes)
     return store
 
 

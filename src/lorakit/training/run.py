@@ -197,7 +197,7 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
         folder.write(output / folder.RECIPE, recipe.to_yaml())
     trainer = _trainer(recipe, stage, output, log, progress, interrupt, data)
     lower = cached(trainer, output, log) if recipe.train.cache_frozen else nullcontext()
-    with interrupt.heard(), lower:
+    with lower, interrupt.heard():  # what is written first may be broken off: it is whole or it is not there
         _go(trainer, saved, recipe)
     step = trainer.state.global_step
     if interrupt.granted and step < trainer.state.max_steps:
