@@ -24,14 +24,14 @@ def draw_seed(like: Tensor) -> int:
 def keep_mask(like: Tensor, width: int, rate: float, seed: int) -> tuple[Tensor, float]:
     """Return ones, and zeros for the values that are dropped, `(rows of like, width)`, and the factor of the others.
 
-    Bytes rather than bools: torch multiplies by them, and makes them, several times faster on a CPU.
+    They are made of bytes, never of bools, which torch makes and reads several times slower on a CPU.
     """
     dropped = min(LEVELS - 1, int(rate * LEVELS + seed % 2**24 / 2**24))
     count = len(like) * width
     words = random_words(-(-count // 8), seed, like.device)
     bits = words.view(torch.uint8)[:count].view(len(like), width)
     mask = bits.clamp_(dropped - 1, dropped).sub_(dropped - 1) if dropped else bits.fill_(1)
-    return mask, LEVELS / (LEVELS - dropped)
+    return mask.to(like.dtype), LEVELS / (LEVELS - dropped)
 
 
 def random_words(count: int, seed: int, device: torch.device) -> Tensor:

@@ -115,7 +115,7 @@ class _CrossEntropy(torch.autograd.Function):
                 for place in to:
                     place.copy_(logits) if weight is None else torch.mm(logits, weight, out=place)
                 if dw is not None:
-                    dw += logits.T @ here
+                    dw += (logits.T @ here).to(wide)
             del logits, slope  # else the next rows' logits would be made beside these
         ctx.save_for_backward(dx, dw, db, rows)
         ctx.shape, ctx.dtypes = x.shape, [None if t is None else t.dtype for t in (weight, bias)]

@@ -56,7 +56,7 @@ def low_rank_linear(x: Tensor, layers: Sequence[Layer], dropout: float = 0.0) ->
 def _thinned(x: Tensor, dropout: float, seed: int) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     mask, factor = keep_mask(rows, rows.shape[1], dropout, seed)
-    return (rows * mask).mul_(factor).view(x.shape)
+    return mask.mul_(rows).mul_(factor).view(x.shape)
 
 
 def _one(x: Tensor, thin: Tensor, layer: Layer) -> Tensor:
@@ -110,7 +110,7 @@ class _LowRankLinear(torch.autograd.Function):
         thin, factor = rows, common
         if dropout:
             mask, lifted = keep_mask(rows, rows.shape[1], dropout, seed)
-            thin, factor = rows * mask, factor * lifted
+            thin, factor = mask.mul_(rows), factor * lifted
         downs = [layer.down for layer in layers]
         hidden = _times(thin, _stacked(downs).to(x.dtype).t(), factor)
         outs, unstretched = [], []
@@ -180,7 +180,7 @@ class _LowRankLinear(torch.autograd.Function):
             x_grad = x_grad.view(ctx.shape)
         if ctx.reads_x:
             rows = (kept[0] if ctx.make is None else ctx.make(*kept)).reshape(-1, ctx.shape[-1])
-            thin = rows if mask is None else rows * mask if ctx.make is None else rows.mul_(mask)
+            thin = rows if mask is None else mask.mul_(rows)
             for i, down_grad in enumerate(torch.split((thin_grad.t() @ thin).to(down.dtype), [len(d) for d in downs])):
                 found[4 * i] = down_grad if needs[5 + 4 * i] else None
         return (x_grad, None, None, None, None, *found)
