@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit.training.order import Shuffled, row_lengths, row_order
+from lorakit.data.packing import row_lengths
+from lorakit.training.order import Shuffled, row_order
 from lorakit.training.run import train
 from lorakit.training.stage import build_stage
 from tests.training.samples import recipe_of, write_rows

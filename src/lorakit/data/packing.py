@@ -151,10 +151,17 @@ def unpack(packed: Dataset) -> Dataset:
     return examples
 
 
+def row_lengths(rows: Dataset) -> list[int]:
+    """Return the tokens of each row, from where it begins and ends: no token is read."""
+    ids = rows.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
+    lengths: list[int] = need("pyarrow.compute", "train").list_value_length(ids).to_pylist()
+    return lengths
+
+
 def example_lengths(rows: Dataset) -> list[int]:
     """Return the tokens of each example, of packed rows those of each one in them."""
     if "position_ids" not in rows.column_names:
-        return [len(ids) for ids in rows["input_ids"]]
+        return row_lengths(rows)
     lengths: list[int] = _examples(rows)[1].sum(1).tolist()
     return lengths
 

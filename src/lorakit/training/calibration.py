@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorakit.data.packing import row_lengths
 from lorakit.errors import LorakitError
 from lorakit.inject.penalty import penalty
 from lorakit.planning.pace import Duration, Measured, from_steps
@@ -24,7 +25,7 @@ from lorakit.training.base import quiet
 from lorakit.training.groups import param_groups
 from lorakit.training.loss import batches, mean_loss, mean_of_batch
 from lorakit.training.optimizers import make_optimizer
-from lorakit.training.order import longest_first, padded_tokens, row_lengths, row_order
+from lorakit.training.order import longest_first, padded_tokens, row_order
 from lorakit.training.run import attached
 from lorakit.training.stage import build_stage
 from lorakit.training.step import prepare_step, uncompiled

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lorakit.data.branches import seen
+from lorakit.data.packing import row_lengths
 from lorakit.errors import LorakitError, RecipeError
 from lorakit.inject.lower import GIVEN, Lower, answering, lower_of, run_lower, values_of, why_not_frozen
 from lorakit.training import processes
@@ -30,7 +31,7 @@ from lorakit.training.checkpoints import checkpoints, fingerprint
 from lorakit.training.folder import writing
 from lorakit.training.head import alike, given_to, head_of
 from lorakit.training.loss import batches, logits_of
-from lorakit.training.order import longest_first, row_lengths
+from lorakit.training.order import longest_first
 
 if TYPE_CHECKING:
     from datasets import Dataset

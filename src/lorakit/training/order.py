@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import Sampler
 
-if TYPE_CHECKING:
-    from datasets import Dataset
+from lorakit.data.packing import row_lengths
 
+if TYPE_CHECKING:
     from lorakit.training.recipe import Recipe
     from lorakit.training.stage import Stage
 
@@ -103,11 +103,6 @@ def row_order(recipe: Recipe, stage: Stage) -> Shuffled:
 def longest_first(lengths: Sequence[int]) -> list[int]:
     """Return the numbers of rows by their length, the longest first, equal ones in their order."""
     return sorted(range(len(lengths)), key=lambda i: -lengths[i])
-
-
-def row_lengths(rows: Dataset) -> list[int]:
-    """Return the tokens of each row."""
-    return [len(ids) for ids in rows["input_ids"]]
 
 
 def padded_tokens(recipe: Recipe, stage: Stage) -> int:

@@ -17,7 +17,7 @@ from lorakit.core.method import Scheduled
 from lorakit.core.site import layer_of
 from lorakit.core.spec import AdapterSpec
 from lorakit.core.targets import Match, parameters_named, resolve
-from lorakit.data.packing import example_lengths
+from lorakit.data.packing import example_lengths, row_lengths
 from lorakit.data.preview import example
 from lorakit.inject.sites import sites
 from lorakit.inject.skeleton import shapes_of, size_of, ties_of
@@ -34,7 +34,7 @@ from lorakit.training.base import build_empty, choose_device, choose_dtype, quie
 from lorakit.training.forecast import Load
 from lorakit.training.frozen import lower_or_refuse, needed_bytes
 from lorakit.training.limits import Limits, limits
-from lorakit.training.order import padded_tokens, row_lengths
+from lorakit.training.order import padded_tokens
 from lorakit.training.phases import CHOICES, Ways, ways
 from lorakit.training.planned import HERE, Pace, PlannedRun, Time, Where
 from lorakit.training.quantised import settings_of

@@ -23,6 +23,7 @@ from lorakit.data import (
     why_not_shared,
 )
 from lorakit.data.formats import named
+from lorakit.data.packing import row_lengths
 from lorakit.errors import LorakitError, RecipeError
 from lorakit.inject.context import virtual_positions
 from lorakit.inject.sites import sites
@@ -30,7 +31,6 @@ from lorakit.inject.skeleton import size_of
 from lorakit.training import processes
 from lorakit.training.base import Loaded, Task, load_empty, load_model, load_tokenizer, packing_of
 from lorakit.training.miniature import miniature
-from lorakit.training.order import row_lengths
 from lorakit.training.recipe import DataSection, Recipe
 
 if TYPE_CHECKING:
