@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import record
+from record import RESULTS, record
 
 from lorakit import attach, load
 from lorakit.training.base import load_base
@@ -157,11 +157,14 @@ def main() -> None:
     if given.one:
         print(json.dumps(once(*given.one.split(":"), given.rows)))
         return
-    found = {job: study(job, given.rounds, given.rows) for job in given.jobs.split(",")}
-    for job, figures in found.items():
-        print(job, figures["ratios"])
-    record("train_vs_peers", (__doc__ or "").splitlines()[0], ("torch", "transformers", "peft", "trl"),
-           rounds=given.rounds, rows=given.rows or "all", rank=RANK, rates=RATES, **found)  # fmt: skip
+    file = RESULTS / "train_vs_peers.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    found = {job: before[job] for job in RATES if job in before}
+    for job in given.jobs.split(","):
+        found[job] = {"rounds": given.rounds, "rows": given.rows or "all", **study(job, given.rounds, given.rows)}
+        print(job, found[job]["ratios"])
+        record("train_vs_peers", (__doc__ or "").splitlines()[0], ("torch", "transformers", "peft", "trl"),
+               rank=RANK, rates=RATES, **found)  # fmt: skip
 
 
 if __name__ == "__main__":
