@@ -11,6 +11,7 @@ Run: python bench/plan.py [memory] [time] [speed]
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -52,6 +53,7 @@ MODELS: dict[str, tuple[Any, Any]] = {
                    intermediate_size=1536, num_labels=4),
     ),
 }  # fmt: skip
+SECONDS = ("call_seconds", "since_imports")
 CASES: dict[str, tuple[str, dict[str, Any], Load]] = {
     "llama, lora": ("llama", {}, Load(4, 256)),
     "llama, lora, bf16": ("llama", {}, Load(4, 256, dtype=BF16)),
@@ -190,11 +192,15 @@ def times() -> list[dict[str, Any]]:
 
 
 def speeds() -> list[dict[str, Any]]:
-    """Return how long plans of large shapes take: the call alone, and the whole command with its peak memory."""
+    """Return how long plans of large shapes take, the median of five processes, and their largest peak memory."""
     found = []
     for shape in ("llama-2-7b", "llama-2-70b", "gpt3-175b"):
-        answer = subprocess.run([sys.executable, __file__, "--one", shape], check=True, capture_output=True, text=True)
-        found.append({"shape": shape, **json.loads(answer.stdout.splitlines()[-1])})
+        command = [sys.executable, __file__, "--one", shape]
+        answers = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(5)]
+        runs = [json.loads(answer.splitlines()[-1]) for answer in answers]
+        told: dict[str, Any] = {name: statistics.median(run[name] for run in runs) for name in SECONDS}
+        told["range"] = [pick(run["call_seconds"] for run in runs) for pick in (min, max)]
+        found.append({"shape": shape, **told, "peak": max(run["peak"] for run in runs)})
         print(found[-1], flush=True)
     return found
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from math import prod
 from typing import Any
 
@@ -235,7 +235,8 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE:  # a third of the calls
             return args[0].fake_device
-        out = func(*args, **(kwargs or {}))
+        # a number that is counted on, such as an optimizer's step, has its value
+        out = args[0] if _writes(func) and args[0].dim() else func(*args, **(kwargs or {}))
         if (count := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=out)
         for tensor in tree_iter(out):
@@ -303,6 +304,14 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if piece.born <= moment and (piece.died is None or piece.died > moment):
                 held[piece.kind] += piece.bytes
         return Parts(**held)
+
+
+@cache
+def _writes(func: Any) -> bool:
+    """Return whether all an operator does is to write values into its first argument, which has none here."""
+    name = func._schema.name
+    values_alone = torch.Tag.pointwise in func.tags or name in ("aten::copy_", "aten::addmm_", "aten::scatter_add_")
+    return bool(name.endswith("_") and not name.endswith("__") and values_alone)
 
 
 def _make_states(
