@@ -115,7 +115,8 @@ def test_training_on_4_bits_is_training_on_what_they_dequantise_to(
     assert [u.method for u in one.updates] == [u.method for u in two.updates], "the same ranks were chosen"
     for mine, theirs in zip(one.updates, two.updates, strict=True):
         for key, tensor in mine.tensors.items():
-            assert_close(tensor, theirs.tensors[key], scale=max(1.0, float(tensor.abs().max())))
+            apart = float((tensor - theirs.tensors[key]).abs().max())
+            assert apart <= 1e-5 * max(1.0, float(tensor.abs().max())), (key, apart)
 
 
 def test_a_16_bit_compute_dtype_and_checkpointing_train(base: Path, tmp_path: Path) -> None:
