@@ -66,7 +66,10 @@ time.sleep(0.5)
 here.write_text(str(len(heard)))
 sys.exit(130)
 """
-    command = f"import sys; from lorakit.cli.launch import launch; sys.exit(launch([], 2, ['-c', {program!r}]))"
+    heeded = f"import signal; signal.signal(signal.{sent}, signal.SIG_DFL)"  # a background shell ignores some
+    command = (
+        f"{heeded}; import sys; from lorakit.cli.launch import launch; sys.exit(launch([], 2, ['-c', {program!r}]))"
+    )
     running = subprocess.Popen([sys.executable, "-c", command], start_new_session=True)
     while not all((tmp_path / place).exists() for place in "01"):
         time.sleep(0.05)

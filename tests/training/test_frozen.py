@@ -310,8 +310,12 @@ def test_ctrl_c_while_it_is_written_ends_the_run_at_once_and_leaves_nothing(
         return real(*args)
 
     monkeypatch.setattr(frozen, "run_lower", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe_of(base, tmp_path, train__batch_size=4, **CACHED))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe_of(base, tmp_path, train__batch_size=4, **CACHED))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(calls) == 4
     assert not (tmp_path / "run" / frozen.FOLDER).exists()
 

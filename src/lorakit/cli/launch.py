@@ -25,8 +25,9 @@ ENDINGS = (0, 2, 130)
 
 SIGNALS = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM}
 """What is handed on, and as what: a terminal that is closed is a wish to stop, and to save."""
-if hasattr(signal, "SIGHUP"):
-    SIGNALS[signal.SIGHUP] = signal.SIGTERM
+HANGUP = getattr(signal, "SIGHUP", None)
+if HANGUP is not None:
+    SIGNALS[HANGUP] = signal.SIGTERM
 
 
 def launch(words: Sequence[str], count: int, program: Sequence[str] = ("-m", "lorakit")) -> int:
@@ -40,7 +41,8 @@ def launch(words: Sequence[str], count: int, program: Sequence[str] = ("-m", "lo
         port = _free_port()
         running = [_start([*program, *words], count, place, port, said[place]) for place in range(count)]
         before = {number: signal.getsignal(number) for number in SIGNALS}
-        before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # as nohup does
+        if HANGUP in before and before[HANGUP] == signal.SIG_IGN:  # as nohup asks for
+            del before[HANGUP]
 
         def hand_on(number: int, frame: Any) -> None:
             for one in running:
