@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lorakit.core.modes import evaluating
 from lorakit.data.branches import BACKENDS, seen
 from lorakit.errors import DataError
 
@@ -40,13 +41,9 @@ def packing_leak(model: PreTrainedModel, **forward: Any) -> float:
         out: Tensor = model(input_ids=ids, position_ids=positions, **forward).logits
         return out[0, len(before) : len(before) + len(watched)].float()
 
-    watched, was_training = some(6), model.training
-    model.train(False)
-    try:
-        with torch.no_grad():
-            here, there = logits(some(3), some(7)), logits(some(7), some(3))
-    finally:
-        model.train(was_training)
+    watched = some(6)
+    with evaluating(model), torch.no_grad():
+        here, there = logits(some(3), some(7)), logits(some(7), some(3))
     return float((here - there).abs().max() / here.std())
 
 
@@ -87,16 +84,12 @@ def sharing_leak(model: PreTrainedModel) -> float:
     }
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     apart = {(before,): [*range(3)], (prompt, left): [*range(3, 15)], (prompt, right): [*range(3, 8), *range(15, 20)]}
-    was_training = model.training
-    model.train(False)
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             together = model(**seen(model, batch)).logits[0].float()
             alone = [model(input_ids=torch.cat(one)[None].to(model.device)).logits[0].float() for one in apart]
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError):
         return math.inf  # a model's own code meets a mask that it was not written for
-    finally:
-        model.train(was_training)
     moved = max(float((together[at] - one).abs().max()) for at, one in zip(apart.values(), alone, strict=True))
     return moved / float(together.std())
 

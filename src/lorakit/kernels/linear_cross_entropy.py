@@ -113,14 +113,15 @@ class _CrossEntropy(torch.autograd.Function):
                     db += logits.sum(0)
                 logits = logits.to(x.dtype)
                 for place in to:
-                    place.copy_(logits) if weight is None else torch.mm(logits, weight, out=place)
+                    if weight is None:
+                        place.copy_(logits)
+                    else:
+                        torch.mm(logits, weight, out=place)
                 if dw is not None:
                     dw += (logits.T @ here).to(wide)
             del logits, slope  # else the next rows' logits would be made beside these
         ctx.save_for_backward(dx, dw, db, rows)
         ctx.shape, ctx.dtypes = x.shape, [None if t is None else t.dtype for t in (weight, bias)]
-        if not tops:
-            return torch.zeros((), dtype=wide, device=x.device)
         return (torch.cat(masses).log_() + torch.cat(tops) - torch.cat(chosen)).sum()
 
     @staticmethod

@@ -7,7 +7,7 @@ has rows. Padding never touches the end-of-sequence token's training, because la
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -231,22 +231,6 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype == "fp16" and device.type != "cuda":
         raise DeviceError(f"fp16 training needs a CUDA device, this is {device.type}; use dtype: bf16 or fp32")
     return _DTYPES[dtype]
-
-
-def evaluating(model: nn.Module) -> AbstractContextManager[None]:
-    """Hold a model in evaluation mode, and put it back into its own, whatever happens inside."""
-    return in_mode(model, training=False)
-
-
-@contextmanager
-def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Hold a model in training or in evaluation mode, and put it back into its own, whatever happens inside."""
-    was_training = model.training
-    model.train(training)
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 @contextmanager

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorakit.core.lazy import need
+from lorakit.core.modes import evaluating
 from lorakit.data import DataReport, Format, Prepared, detect, read_rows, render_prompt
 from lorakit.data.formats import SPEAKERS, named
 from lorakit.errors import DataError, listing
-from lorakit.training.base import evaluating, quiet
+from lorakit.training.base import quiet
 from lorakit.training.generate import generate
 from lorakit.training.loss import batches, logits_of, mean_loss, summed_loss
 from lorakit.training.stage import longest_row, prepare_labelled, prepare_text, rows_of, task_named

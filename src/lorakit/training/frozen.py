@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lorakit.core.modes import evaluating, in_mode
 from lorakit.data.branches import seen
 from lorakit.data.packing import row_lengths
 from lorakit.errors import LorakitError, RecipeError
 from lorakit.inject.lower import GIVEN, Lower, answering, lower_of, run_lower, values_of, why_not_frozen
 from lorakit.training import processes
-from lorakit.training.base import evaluating, in_mode
 from lorakit.training.checkpoints import checkpoints, fingerprint
 from lorakit.training.folder import writing
 from lorakit.training.head import alike, given_to, head_of

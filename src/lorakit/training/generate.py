@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from lorakit.core.lazy import need
+from lorakit.core.modes import evaluating
 from lorakit.errors import DataError, LorakitError
 from lorakit.inject.context import virtual_positions
 from lorakit.inject.skeleton import size_of
-from lorakit.training.base import evaluating, quiet
+from lorakit.training.base import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

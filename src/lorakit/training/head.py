@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from lorakit.core.adapters import Adapted
 from lorakit.core.fronts import is_watched
 from lorakit.core.hollow import is_hollow
+from lorakit.core.modes import evaluating
 from lorakit.inject.context import virtual_positions
 from lorakit.kernels.linear_cross_entropy import Temper
-from lorakit.training.base import evaluating
 
 ATTRIBUTE = "_lorakit_temper"
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from lorakit.core.hollow import is_hollow
 from lorakit.core.layout import row_ends
+from lorakit.core.modes import evaluating
 from lorakit.data import IGNORE, Collator
 from lorakit.data.branches import seen
 from lorakit.data.packing import row_lengths
 from lorakit.inject.context import virtual_positions
 from lorakit.kernels.linear_cross_entropy import linear_cross_entropy, summed_cross_entropy
 from lorakit.training import processes
-from lorakit.training.base import evaluating
 from lorakit.training.head import given_to, head_of
 from lorakit.training.order import longest_first
 

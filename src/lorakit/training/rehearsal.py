@@ -150,7 +150,7 @@ def rehearse(scene: Scene, *, evaluate: bool = True) -> Rehearsal:
             loss.backward()  # type: ignore[no-untyped-call]
             early, late = backward.moments()
             live.begin(flops=False)
-            grads = [p.grad for p in trained]
+            grads = [p.grad for p in trained]  # they are there during the step, which only the largest one makes
             for parameter in trained:
                 if parameter is not largest:
                     parameter.grad = None
