@@ -172,6 +172,24 @@ def test_checkpointing_and_dropout_give_the_same_step(family: str) -> None:
     assert less < kept
 
 
+def test_the_base_s_own_dropout_keeps_no_mask_and_rests_where_the_model_does() -> None:
+    config = transformers.BertConfig(**WIDE, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.0)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForMaskedLM.from_config(config).train()
+    parameters = adapted(model)
+    ids = torch.arange(12)[None]
+    plain = step(model, parameters)
+    still = model.eval()(ids).logits
+    assert fuse(model.train()).counts()["runs"]["dropout"] == 5, "the embeddings', and two of each block"
+    fused = step(model, parameters)
+    assert fused[2] < plain[2]
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    again = step(model, parameters)
+    assert torch.equal(fused[0], again[0])
+    assert apart(again[1], fused[1]) < 1e-6
+    torch.testing.assert_close(model.eval()(ids).logits, still)
+
+
 def test_a_layer_that_reads_another_input_computes_alone() -> None:
     """As in cross-attention, whose query reads the decoder and whose key and value read the encoder."""
 

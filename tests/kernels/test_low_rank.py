@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorakit.kernels.dropout import draw_seed, keep_mask, random_words
+from lorakit.kernels.dropout import keep_mask
 from lorakit.kernels.low_rank import Layer, low_rank_linear
 from lorakit.kernels.remade import remade, remember
 
@@ -166,39 +166,6 @@ def test_an_input_that_is_made_again_is_not_kept() -> None:
     with torch.no_grad():
         written.add_(1.0)
     assert remade(written) is None, "it is no longer what was remembered"
-
-
-def test_the_mask_has_the_rate_in_every_lane_and_on_the_average_over_calls() -> None:
-    """A word of 64 random bits gives eight values; the highest bit is a sign, which a careless draw leaves out.
-
-    0.05 lies between 12/256 and 13/256, at four fifths of the way.
-    """
-    like = torch.empty(1000, 1001)
-    mask, factor = keep_mask(like, 1001, 0.05, 3)
-    assert factor in (256 / 244, 256 / 243)
-    for lane in range(8):
-        assert float(mask.view(-1)[lane::8].float().mean()) == pytest.approx(1 / factor, abs=2e-3)
-    assert torch.equal(mask, keep_mask(like, 1001, 0.05, 3)[0])
-    assert not torch.equal(mask, keep_mask(like, 1001, 0.05, 4)[0])
-    torch.manual_seed(0)
-    factors = [keep_mask(torch.empty(1, 8), 8, 0.05, draw_seed(like))[1] for _ in range(4000)]
-    assert sum(1 - 1 / f for f in factors) / 4000 == pytest.approx(0.05, abs=1e-4)
-
-
-def test_the_random_words_are_those_of_the_published_generator() -> None:
-    """The first outputs of SplitMix64 for two seeds, as its authors' code prints them."""
-    first = [int(word) % 2**64 for word in random_words(3, 0, torch.device("cpu"))]
-    assert first == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
-    assert int(random_words(1, 1234567, torch.device("cpu"))) == 6457827717110365317
-
-
-@pytest.mark.parametrize(("rate", "factors"), [(0.001, {1.0, 256 / 255}), (0.0, {1.0}), (0.999, {256.0})])
-def test_a_mask_is_ones_and_zeros_at_any_rate(rate: float, factors: set[float]) -> None:
-    masks = [keep_mask(torch.empty(40, 1), 30, rate, draw_seed(torch.empty(1))) for _ in range(20)]
-    assert {factor for _, factor in masks} <= factors
-    for mask, factor in masks:
-        assert set(mask.unique().tolist()) <= {0, 1}
-        assert float(mask.float().mean()) == pytest.approx(1 / factor, abs=0.02)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

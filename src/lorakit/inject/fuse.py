@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lorakit.core.adapters import Adapted
 from lorakit.core.fronts import Front, base_class, put_in_front, take_from_front
 from lorakit.inject.together import Together, resting, takes, why_not
+from lorakit.kernels.dropout import dropout
 from lorakit.kernels.gated import activated, gated
 from lorakit.kernels.norms import layer_norm, rms_norm
 from lorakit.kernels.remade import forget
@@ -144,6 +145,18 @@ class FusedActivation(_Fused):
         return activated(x, cast(str, _activation(self)))
 
 
+class FusedDropout(_Fused):
+    """The base's own dropout on a CPU, where torch makes its mask one value after the other."""
+
+    what = "dropout"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` with values dropped."""
+        if not (self.training and x.device.type == "cpu" and takes(x)) or torch.compiler.is_compiling():  # type: ignore[attr-defined]
+            return super().forward(x)  # type: ignore[misc,no-any-return]
+        return dropout(x, self.p)  # type: ignore[attr-defined]
+
+
 class Recomputed(_Fused):
     """A block that checkpointing may compute again, from its input alone: how that was made is lost by then."""
 
@@ -168,7 +181,7 @@ class FusedGatedMLP(_Fused):
         return self.down_proj(gated(gate, up, cast(str, _activation(self.act_fn))))  # type: ignore[attr-defined,no-any-return]
 
 
-_FRONTS = (Recomputed, FusedRMSNorm, FusedLayerNorm, FusedActivation, FusedGatedMLP)
+_FRONTS = (Recomputed, FusedRMSNorm, FusedLayerNorm, FusedActivation, FusedDropout, FusedGatedMLP)
 
 _LLAMA = """input_dtype = x.dtype
 x = x.to(torch.float32)
@@ -197,6 +210,8 @@ def _front_of(module: nn.Module) -> type[_Fused] | None:
         return Recomputed
     if cls is nn.LayerNorm:
         return FusedLayerNorm
+    if isinstance(module, nn.Dropout) and cls is nn.Dropout:
+        return FusedDropout if 0 < module.p < 1 and not module.inplace else None
     if cls is nn.GELU or cls.__name__ in _NAMED:
         return FusedActivation if _activation(module) is not None else None
     if cls.__name__.endswith("Norm"):

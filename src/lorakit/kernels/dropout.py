@@ -6,8 +6,11 @@ rate is right on the average over calls; the factor of what is kept is always th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lorakit.core.hollow import is_hollow
 
@@ -19,6 +22,15 @@ _MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 def draw_seed(like: Tensor) -> int:
     """Return a seed from torch's global generator of the CPU, which a checkpoint restores; no device is waited for."""
     return 0 if is_hollow(like) else int(torch.randint(2**62, (), device="cpu"))
+
+
+def dropout(x: Tensor, rate: float) -> Tensor:
+    """Return `x (..., width)` with values dropped at `rate` and the others lifted, so that the average is `x`.
+
+    torch's own keeps its mask, and on a CPU makes it with one lane. Source: Srivastava et al., JMLR 2014, section 4.
+    """
+    dropped: Tensor = _Dropout.apply(x, rate, draw_seed(x))  # type: ignore[no-untyped-call]
+    return dropped
 
 
 def keep_mask(like: Tensor, width: int, rate: float, seed: int) -> tuple[Tensor, float]:
@@ -52,3 +64,21 @@ def random_words(count: int, seed: int, device: torch.device) -> Tensor:
 def _shifted(z: Tensor, by: int) -> Tensor:
     """Return the words shifted to the right, with zeros from the left: torch's own shift copies the sign."""
     return (z >> by).bitwise_and_(2 ** (64 - by) - 1)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rate: float, seed: int) -> Tensor:
+        ctx.rate, ctx.seed = rate, seed
+        return _masked(x, rate, seed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        return _masked(upstream, ctx.rate, ctx.seed), None, None
+
+
+def _masked(x: Tensor, rate: float, seed: int) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    mask, factor = keep_mask(rows, rows.shape[1], rate, seed)
+    return mask.mul_(rows).mul_(factor).view(x.shape)

@@ -262,7 +262,7 @@ def _rate(facts: Facts, choice: Choice) -> Advice:
 
 
 def _dropout(choice: Choice) -> Advice:
-    reason = "it keeps a copy of the input and a mask for every adapted layer, where 0 keeps neither"
+    reason = "every adapted layer makes its mask twice a step; one that is not fused keeps it, and a copy of its input"
     if choice.dropout:
         reason += f"; the recipe drops {choice.dropout:.0%}: let a validation set show that it helps"
     return Advice("dropout", f"{DROPOUT:g}", reason, "defaults of torchtune and Unsloth; docs/recipe.md")
