@@ -262,7 +262,23 @@ def test_a_module_whose_forward_is_its_own_is_left_alone() -> None:
     assert fuse(model) == Fusion({"0": "adapted layers", "2": "norms"}, {})
 
 
-def test_trained_norms_and_autocast_take_the_plain_way() -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma", "bert"])
+def test_under_autocast_of_the_model_s_own_dtype_it_runs_fused(family: str) -> None:
+    """As with a 16-bit classifier whose new head is trained in fp32: autocast is for the head alone."""
+    model = made(family, torch.bfloat16)
+    parameters = adapted(model)
+    wide = copy.deepcopy(model).float()
+    _, exact, _ = step(wide, [p for p in wide.parameters() if p.requires_grad])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, grads, kept = step(model, parameters)
+        fuse(model)
+        fused_loss, fused_grads, fused_kept = step(model, parameters)
+    assert float(fused_loss) == pytest.approx(float(loss), rel=2e-3)
+    assert apart(fused_grads, exact) < 1.5 * apart(grads, exact)
+    assert fused_kept < 0.8 * kept
+
+
+def test_trained_norms_and_another_dtype_s_autocast_take_the_plain_way() -> None:
     model = made("llama")
     attach(model, AdapterSpec(method("lora")(4), train=("norms",)))  # type: ignore[call-arg]
     parameters = [p for p in model.parameters() if p.requires_grad]

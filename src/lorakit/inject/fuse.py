@@ -3,7 +3,7 @@
 `fuse(model)` looks at every module once and says which run fused and which not and why. What a norm or a gated MLP does
 is read from the code of its forward, so a model that computes something else is left alone; layers that may share an
 input are found by their names, and whether they do is seen at each call. Whatever the conditions of a call exclude (a
-weight per row, several adapters at once, autocast) takes the plain way, call by call.
+weight per row, several adapters at once, something for autocast to cast) takes the plain way, call by call.
 """
 
 from __future__ import annotations
@@ -102,10 +102,10 @@ class _Fused(Front):
     what = ""
 
     def _acts(self, x: Tensor) -> bool:
-        """Return whether a gradient of `x` is wanted, and none of what the module itself has."""
-        own = cast(nn.Module, self)._parameters.values()
-        frozen = not any(p.requires_grad for p in own if p is not None)
-        return torch.is_grad_enabled() and frozen and takes(x) and x.requires_grad
+        """Return whether a gradient of `x` is wanted, and none of what the module itself has, which is of its dtype."""
+        own = [p for p in cast(nn.Module, self)._parameters.values() if p is not None]
+        still = not any(p.requires_grad or p.dtype != x.dtype for p in own)
+        return torch.is_grad_enabled() and still and takes(x) and x.requires_grad
 
 
 class FusedRMSNorm(_Fused):

@@ -1,7 +1,7 @@
 """Adapted layers that compute in one function, those that read one input together.
 
 Whether a call can go this way is asked at every call: a weight per row, several adapters at once, a weight that is
-trained itself or autocast take the plain way.
+trained itself and an input that autocast would cast take the plain way.
 """
 
 from __future__ import annotations
@@ -91,10 +91,14 @@ def resting(module: nn.Module) -> Together | None:
 
 
 def takes(x: Tensor) -> bool:
-    """Return whether an input of this kind, in the context it comes in, can go the fused way."""
+    """Return whether an input of this kind, in the context it comes in, can go the fused way.
+
+    Autocast has nothing to cast where its dtype is the input's.
+    """
+    device = x.device.type
     return (
         x.dtype.is_floating_point
-        and not torch.is_autocast_enabled(x.device.type)
+        and (not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) == x.dtype)
         and not torch._C._are_functorch_transforms_active()
         and not torch.compiler.is_exporting()
     )
