@@ -23,7 +23,7 @@ from lorakit.methods.lora import LoRA
 from lorakit.persist import load
 from lorakit.training import quantizer
 from lorakit.training.base import load_base
-from lorakit.training.dense_weights import DenseWeights
+from lorakit.training.dense_weights import LYING, DenseWeights
 from lorakit.training.plan import plan
 from lorakit.training.quantised import make_dense, pack, packing_in, write_packed
 from lorakit.training.quantizer import Packing
@@ -317,18 +317,19 @@ def test_loftq_reads_gpt2_s_layers_the_right_way_round(tmp_path: Path) -> None:
     tokenizer().save_pretrained(tmp_path / "gpt2")
     dense = load_base(str(tmp_path / "gpt2"))[0]
     own = [site for site in sites(dense).sites if site.path != "lm_head"]  # which is tied
-    found = DenseWeights(str(tmp_path / "gpt2"), own, "causal-lm", ())
+    asked = {"task": "causal-lm", "labels": (), "reader": "init loftq", "remedy": "set model"}
+    found = DenseWeights(str(tmp_path / "gpt2"), own, **asked)  # type: ignore[arg-type]
     for site in own:
         weight = dense.get_submodule(site.path).weight
-        assert torch.equal(found[site.key], weight.T if site.kind == "transposed-linear" else weight)
+        assert torch.equal(found[site.key], weight.T if site.kind in LYING else weight)
     assert len(found) == len(list(found)) == len(own)
-    with pytest.raises(RecipeError, match="init loftq: .* has no tensor of its own for lm_head; exclude them"):
-        DenseWeights(str(tmp_path / "gpt2"), sites(dense).sites, "causal-lm", ())
+    with pytest.raises(RecipeError, match=r"init loftq: .* has no tensor of its own for\n  - lm_head"):
+        DenseWeights(str(tmp_path / "gpt2"), sites(dense).sites, **asked)  # type: ignore[arg-type]
 
 
 def test_loftq_needs_the_dense_base(packed: Path, tmp_path: Path) -> None:
     recipe = loftq_recipe(packed, tmp_path / "run")
-    with pytest.raises(RecipeError, match="init loftq starts from the dense weights, and .* holds packed ones"):
+    with pytest.raises(RecipeError, match="init loftq reads dense weights, and .* holds packed ones"):
         train(recipe)
 
 

@@ -5,5 +5,7 @@ rank.py            energy, effective ranks, dead and saturated updates
 subspace.py        the LoRA paper's subspace similarity, principal angles, distances, chance
 amplification.py   what an update amplifies that its weight holds little of
 intruder.py        directions of the changed weight that the base has nothing like, and their mitigation
-spectrum.py        one row of all that per module
+interference.py    what two updates of one weight do to each other when both are active
+spectrum.py        one row a module: the singular values and what they say
+inspection.py      one row a module: all of that
 """

@@ -24,7 +24,8 @@ class Projections:
     """One row group of the paper's table 7: `|U^T W V|_F` for three choices of r directions U, V.
 
     `update`: those of dW. `weight`: W's own, `sqrt(sum_(i <= r) sigma_i(W)^2)`. `random`: the root mean square over
-    random ones, `|W|_F r / sqrt(m n)`. All, and the norms of dW and W, in the unit of the weights.
+    random ones, `|W|_F r / sqrt(m n)`. All, the norms of dW and W, and the r largest singular values of W are in the
+    unit of the weights.
     """
 
     rank: int
@@ -33,6 +34,7 @@ class Projections:
     random: float
     update_norm: float
     weight_norm: float
+    weight_values: tuple[float, ...] = ()
 
     @property
     def factor(self) -> float:
@@ -43,6 +45,18 @@ class Projections:
 def projection(u: Float[Tensor, "m r"], weight: Float[Tensor, "m n"], vh: Float[Tensor, "r n"]) -> float:
     """Return `|U^T W V|_F`, which is at most `|W|_F`."""
     return float(torch.linalg.matrix_norm(u.to(weight).T @ weight @ vh.to(weight).T))
+
+
+@torch.no_grad()
+def correlation(update: Svd, weight: Float[Tensor, "m n"]) -> float:
+    """Return `cos(dW, W) = <dW, W>_F / (|dW|_F |W|_F)`: whether dW repeats W (1), undoes it (-1) or is new (0).
+
+    With the triplets of dW it is `sum_i sigma_i u_i^T W v_i` above the line. 0 where either is 0.
+    """
+    s = update.s.to(torch.promote_types(weight.dtype, torch.float32))
+    along = ((update.u.to(s).T @ weight.to(s)) * update.vh.to(s)).sum(1) @ s
+    size = float(s.norm()) * float(torch.linalg.matrix_norm(weight.to(s)))
+    return float(along) / size if size else 0.0
 
 
 def random_projection(norm: float, m: int, n: int, rank: int) -> float:
@@ -87,4 +101,5 @@ def amplification(
         random=random_projection(norm, *shape, rank),
         update_norm=float(update.s.norm()),
         weight_norm=norm,
+        weight_values=tuple(own.flatten().tolist()),
     )

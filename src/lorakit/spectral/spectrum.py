@@ -137,13 +137,13 @@ def spectrum(state: AdapterState, base: Mapping[str, Tensor] | None = None) -> S
             lacks a weight, or has one of another shape or with NaN in it. Each lists every module.
         AdapterFileError: tensors with NaN or infinity, missing, or of a wrong shape, all of them.
     """
-    _refuse_what_has_none(state)
+    refuse_what_has_none(state)
     refuse_unknown_widths(state)
     check_tensors(state.updates)
     modules, problems = [], []
     for update in state.updates:
         try:
-            modules.append(_row(update, None if base is None else _weight(base, update.site)))
+            modules.append(_row(update, None if base is None else weight_of(base, update.site)))
         except SpecError as error:
             problems.append(f"{update.site.key}: {error}")
     if problems:
@@ -152,17 +152,23 @@ def spectrum(state: AdapterState, base: Mapping[str, Tensor] | None = None) -> S
 
 
 def _row(update: Update, weight: Tensor | None) -> Spectrum:
-    sigma = singular_values(update, weight)
+    return spectrum_of(update, singular_values(update, weight), weight)
+
+
+def spectrum_of(update: Update, sigma: Tensor, weight: Tensor | None) -> Spectrum:
+    """Return the row of one update with these singular values, beside its weight where that is known."""
     site = update.site
     shape = (site.out, site.fan_in * site.groups)
     norm = None if weight is None else float(weight.to(torch.promote_types(weight.dtype, torch.float32)).norm())
     return Spectrum(site.key, update.method.name, shape, tuple(sigma.tolist()), numerical_rank(sigma, *shape), norm)
 
 
-def _weight(base: Mapping[str, Tensor], site: Site) -> Tensor:
-    if site.key not in base:
-        raise SpecError("the base has no weight of this name; give it by the key of its site")
-    weight = base[site.key]
+def weight_of(base: Mapping[str, Tensor], site: Site) -> Tensor:
+    """Return the weight of a site, or raise `SpecError` for one that is missing, misshaped or not finite."""
+    try:
+        weight = base[site.key]  # asked for once: it may be read from a file
+    except KeyError:
+        raise SpecError("the base has no weight of this name; give it by the key of its site") from None
     if tuple(weight.shape) != site.shape:
         raise SpecError(f"the base's weight is {tuple(weight.shape)}, expected {site.shape} (canonical layout)")
     if not weight.isfinite().all():
@@ -170,7 +176,7 @@ def _weight(base: Mapping[str, Tensor], site: Site) -> Tensor:
     return weight
 
 
-def _refuse_what_has_none(state: AdapterState) -> None:
+def refuse_what_has_none(state: AdapterState) -> None:
     """Raise `SpecError` listing every update that is no change of a weight."""
     moving = [
         f"{u.site.key}: {u.method.name} "

@@ -250,7 +250,8 @@ def attached(recipe: Recipe, stage: Stage, saved: Path | None) -> Handle:
     few = batches(first, stage.batch_rows, stage.tokenizer.pad_token_id, stage.model.device)
     dense = None
     if is_packed(stage.model) and (weighed := sites_that_need(stage.model, stage.spec, "weight")):
-        dense = DenseWeights(recipe.model, weighed, stage.task, stage.labels)
+        remedy = "set model to the base it was made of, and quant to how to pack it"
+        dense = DenseWeights(recipe.model, weighed, stage.task, stage.labels, reader="init loftq", remedy=remedy)
     head_of(stage.model)  # measured here, or its two tokens would be among the evidence
     evidence = gather(stage.model, stage.spec, few, loss=mean_of_batch, weights=dense)
     return attach(stage.model, stage.spec, evidence=evidence)
