@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from lorakit.inject.sites import sites
     from lorakit.methods.lora import LoRA
     from lorakit.persist import load, save
+    from lorakit.spectral.inspection import inspect
+    from lorakit.spectral.spectrum import spectrum
     from lorakit.training.groups import param_groups
     from lorakit.training.plan import plan
     from lorakit.training.planned import PlannedRun
@@ -48,6 +50,7 @@ _WINDOW = {
     "detach": "lorakit.inject.attach",
     "fuse": "lorakit.inject.fuse",
     "gather": "lorakit.inject.evidence",
+    "inspect": "lorakit.spectral.inspection",
     "load": "lorakit.persist",
     "load_recipe": "lorakit.training.recipe",
     "merge": "lorakit.inject.merge",
@@ -56,6 +59,7 @@ _WINDOW = {
     "plan": "lorakit.training.plan",
     "save": "lorakit.persist",
     "sites": "lorakit.inject.sites",
+    "spectrum": "lorakit.spectral.spectrum",
     "state": "lorakit.inject.attach",
     "train": "lorakit.training.run",
     "trim": "lorakit.core.state",
@@ -80,6 +84,7 @@ __all__ = [
     "detach",
     "fuse",
     "gather",
+    "inspect",
     "load",
     "load_recipe",
     "merge",
@@ -88,6 +93,7 @@ __all__ = [
     "plan",
     "save",
     "sites",
+    "spectrum",
     "state",
     "train",
     "trim",

@@ -292,7 +292,7 @@ def test_nothing_is_loaded_from_anywhere() -> None:
     style = parsed(page).findtext("head/style") or ""
     assert "@media (prefers-color-scheme: dark)" in style
     assert not re.search(r"url\(|@import|@font-face|https?:", style)
-    assert """content="default-src 'none'; style-src 'unsafe-inline'\"""" in page
+    assert """content="default-src 'none'; img-src data:; style-src 'unsafe-inline'\"""" in page
 
 
 HOSTILE = "</style><script>alert(1)</script><img src=x onerror='a()'>\"' style=\"x\" & \x1b[31m \ud800"

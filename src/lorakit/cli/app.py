@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from lorakit.cli.convert import convert
 from lorakit.cli.evaluate import evaluate
 from lorakit.cli.generate import generate
+from lorakit.cli.inspect import inspect
 from lorakit.cli.merge import merge
 from lorakit.cli.methods import methods
 from lorakit.cli.plan import plan
@@ -91,7 +92,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (quickstart, plan, train, evaluate, generate, merge, convert, quantize, methods):
+for verb in (quickstart, plan, train, evaluate, generate, inspect, merge, convert, quantize, methods):
     app.command()(verb)
 
 
@@ -109,7 +110,7 @@ def options(
         bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Make a pretrained model yours with a low-rank update: plan, train, evaluate, generate, merge, convert."""
+    """Make a pretrained model yours with a low-rank update: plan, train, evaluate, generate, inspect, merge."""
 
 
 def _unread() -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lorakit.cli.screen import screen, size
-from lorakit.cli.sources import BASE_HELP, is_base
+from lorakit.cli.sources import ALPHA_HELP, BASE_HELP, ENABLED_HELP, adapter_in, switches
 from lorakit.errors import AdapterFileError, RecipeError, SpecError
 
 if TYPE_CHECKING:
@@ -27,11 +27,8 @@ def convert(
     to: Annotated[
         Literal["peft", "native"] | None, typer.Option(help="The format to write; peft, if it is with --as-lora.")
     ] = None,
-    alpha: Annotated[float | None, typer.Option(help="The alpha of a loralib file, which does not store it.")] = None,
-    enabled: Annotated[
-        str | None,
-        typer.Option(help="Which projections the merged layers of a loralib file adapt: yes,no,yes for q and v."),
-    ] = None,
+    alpha: Annotated[float | None, typer.Option(help=ALPHA_HELP)] = None,
+    enabled: Annotated[str | None, typer.Option(help=ENABLED_HELP)] = None,
     as_lora: Annotated[
         bool,
         typer.Option(
@@ -51,12 +48,9 @@ def convert(
         if to is None and not as_lora:
             raise RecipeError("name the format to write: --to peft, or --to native")
         to = to or "peft"
-        inside = Path(source) / "adapter"
-        place = inside if (Path(source) / "recipe.yaml").is_file() and inside.is_dir() else Path(source)
-        if is_base(place):
-            raise AdapterFileError(f"{source} is a base without an adapter; give the folder of a run or an adapter")
+        place = adapter_in(source)
         _refuse_to_overwrite(Path(output))
-        state = load(place, alpha=alpha, enabled=_switches(enabled))
+        state = load(place, alpha=alpha, enabled=switches(enabled))
         said: dict[str, Any] = {}
         method = state.spec.name
         asked = ("lorakit", "convert", source, "--as-lora"), ("--output", output)
@@ -183,13 +177,3 @@ def _told(said: dict[str, Any]) -> str:
 def _refuse_to_overwrite(output: Path) -> None:
     if output.is_dir() and any(output.iterdir()):
         raise AdapterFileError(f"{output} is not empty; name another --output")
-
-
-def _switches(enabled: str | None) -> tuple[bool, ...] | None:
-    """Return `yes,no,yes` as booleans."""
-    if enabled is None:
-        return None
-    words = [word.strip().lower() for word in enabled.split(",")]
-    if wrong := [word for word in words if word not in ("yes", "no")]:
-        raise RecipeError(f"--enabled {enabled!r}: {wrong[0]!r} is neither yes nor no; for q and v write yes,no,yes")
-    return tuple(word == "yes" for word in words)

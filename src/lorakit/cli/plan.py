@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorakit.cli.example import bars, show_example
+from lorakit.cli.pages import refuse_to_overwrite, write_page
 from lorakit.cli.screen import Screen, screen, size, table
 from lorakit.errors import RecipeError
 
@@ -52,7 +53,7 @@ def plan(
         from lorakit.training.planned import Where
 
         if html is not None:
-            _refuse_to_overwrite(Path(html))
+            refuse_to_overwrite(Path(html))
         if strategy not in (None, "single") and gpus == 1:
             raise RecipeError(f"--strategy {strategy} divides the work among several devices; say how many with --gpus")
         shared = strategy or ("single" if gpus == 1 else "fsdp")
@@ -73,10 +74,9 @@ def plan(
             values["compared"] = {name: other.to_json() for name, other in others.items()}
             _say_compared(out, {source or shape or recipe.model: values, **values["compared"]})
         if html is not None:
-            from lorakit.persist.atomic import write_file
             from lorakit.report.plan import plan_page
 
-            write_file(Path(html), plan_page(values))
+            write_page(Path(html), plan_page(values))
             out.say("", f"wrote {html}")
         out.result(values)
 
@@ -110,14 +110,6 @@ def _bare(name: str, config: Any, changes: dict[str, Any]) -> tuple[Recipe, Any]
     recipe = make_recipe(_with({"model": name, "train": {"dtype": "bf16"}}, changes), name, changes)
     task = "classification" if recipe.task == "classification" else None
     return recipe, on_meta(config_of(config), task)
-
-
-def _refuse_to_overwrite(page: Path) -> None:
-    """Raise `RecipeError` unless a page can go there: nothing but an earlier page is replaced."""
-    if not page.parent.is_dir():
-        raise RecipeError(f"--html {page}: there is no folder {page.parent}")
-    if page.exists() and not (page.is_file() and page.read_bytes()[:15].lower() == b"<!doctype html>"):
-        raise RecipeError(f"--html {page} is there already, and is no page; name another file")
 
 
 def _with(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

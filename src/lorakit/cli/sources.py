@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 SOURCE_HELP = "The folder of a run, an adapter (directory or file), or a base model."
 BASE_HELP = "The base of the adapter, if its files do not say it or it moved."
+ALPHA_HELP = "The alpha of a loralib file, which does not store it."
+ENABLED_HELP = "Which projections the merged layers of a loralib file adapt: yes,no,yes for q and v."
 _ADAPTER_FILES = ("adapter_config.json", "adapter.lorakit.safetensors")
 
 
@@ -92,6 +94,30 @@ def find(given: str, base: str | None = None) -> Source:
     if base is not None:
         raise AdapterFileError(f"{given} is a base, so it cannot sit on --base {base}; give an adapter or a run")
     return Source(given, purpose=_classifier(place))
+
+
+def adapter_in(given: str) -> Path:
+    """Return where the adapter of a run lies, or the adapter's own place.
+
+    Raises:
+        AdapterFileError: a base.
+    """
+    place, inside = Path(given), Path(given) / "adapter"
+    if (place / "recipe.yaml").is_file() and inside.is_dir():
+        return inside
+    if is_base(place):
+        raise AdapterFileError(f"{given} is a base without an adapter; give the folder of a run or an adapter")
+    return place
+
+
+def switches(enabled: str | None) -> tuple[bool, ...] | None:
+    """Return `yes,no,yes` as booleans."""
+    if enabled is None:
+        return None
+    words = [word.strip().lower() for word in enabled.split(",")]
+    if wrong := [word for word in words if word not in ("yes", "no")]:
+        raise RecipeError(f"--enabled {enabled!r}: {wrong[0]!r} is neither yes nor no; for q and v write yes,no,yes")
+    return tuple(word == "yes" for word in words)
 
 
 def need_adapter(source: Source, given: str) -> AdapterState:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
+from math import isfinite
 
 from lorakit.report.words import size
 
@@ -16,6 +17,10 @@ Bar = tuple[str, Mapping[str, int], str]
 """A name, bytes by part, and what is said of it beside the total."""
 _NAMED_FROM = 0.18
 """The share of a bar from which a part has room for its own name."""
+
+
+_MAY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+"""What a page may load: pictures that are written into it, and nothing else."""
 
 
 class Html(str):
@@ -82,6 +87,30 @@ def table(
     return tag("div", drawn, class_="scroll")
 
 
+def heat(columns: Sequence[str], rows: Mapping[str, Sequence[float | None]], form: str) -> Html:
+    """Return a table of numbers on grounds that are the darker the larger they are; below 0 in another colour.
+
+    Args:
+        columns: their names.
+        rows: numbers by the name of the row, None where there is none.
+        form: how a number is written, such as `.2f`.
+    """
+    most = max((abs(value) for row in rows.values() for value in row if value is not None), default=0.0)
+    if not columns or not rows:
+        return NOTHING
+
+    def cell(value: float | None) -> Html:
+        if value is None:
+            return tag("td")
+        share = min(1.0, abs(value) / most) if most and isfinite(most) else 0.0
+        colour = "0 114 178" if value >= 0 else "213 94 0"
+        return tag("td", format(value, form), class_="number", style=f"background:rgb({colour} / {60 * share:.0f}%)")
+
+    head = tag("tr", tag("th", ""), *(tag("th", name, class_="number", scope="col") for name in columns))
+    body = [tag("tr", tag("th", name, scope="row"), *map(cell, row)) for name, row in rows.items()]
+    return tag("div", tag("table", tag("thead", head), tag("tbody", *body), class_="heat"), class_="scroll")
+
+
 def stacked(bars: Sequence[Bar]) -> Html:
     """Return bars of bytes, stacked part by part on one scale, the longest as wide as there is room.
 
@@ -114,9 +143,7 @@ def page(title: str, *content: Html) -> str:
     head = (
         Html('<meta charset="utf-8"/>'),
         Html('<meta name="viewport" content="width=device-width, initial-scale=1"/>'),
-        Html(
-            """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'"/>"""
-        ),
+        Html(f'<meta http-equiv="Content-Security-Policy" content="{_MAY}"/>'),
         tag("title", title),
         tag("style", Html(style)),
     )

@@ -24,8 +24,8 @@ class Projections:
     """One row group of the paper's table 7: `|U^T W V|_F` for three choices of r directions U, V.
 
     `update`: those of dW. `weight`: W's own, `sqrt(sum_(i <= r) sigma_i(W)^2)`. `random`: the root mean square over
-    random ones, `|W|_F r / sqrt(m n)`. All, the norms of dW and W, and the r largest singular values of W are in the
-    unit of the weights.
+    random ones, `|W|_F r / sqrt(m n)`. All, the norms of dW and W, and the largest singular values of W (`decay`), are
+    in the unit of the weights.
     """
 
     rank: int
@@ -34,7 +34,7 @@ class Projections:
     random: float
     update_norm: float
     weight_norm: float
-    weight_values: tuple[float, ...] = ()
+    decay: tuple[float, ...] = ()
 
     @property
     def factor(self) -> float:
@@ -71,6 +71,7 @@ def amplification(
     rank: int | None = None,
     iterations: int | None = None,
     rng: torch.Generator | None = None,
+    values: int = 0,
 ) -> Projections:
     """Return table 7 for one weight: what W holds of dW's, of its own and of random directions, and the factor.
 
@@ -80,6 +81,7 @@ def amplification(
         rank: r, all directions of dW by default; with fewer, the factor still has the whole |dW|_F above the line.
         iterations: of a randomised SVD for W's own directions; a dense SVD of W without.
         rng: of that randomised SVD.
+        values: how many singular values of W to return at least, where it has as many.
 
     Raises:
         SpecError: a dW of 0, a rank beyond the directions dW has, a weight of another shape.
@@ -92,14 +94,14 @@ def amplification(
     rank = update.rank if rank is None else rank
     u, vh = update.leading(rank)
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    own = leading(wide.unsqueeze(0), rank, iterations, rng)[1]
+    own = leading(wide.unsqueeze(0), max(rank, min(values, *shape)), iterations, rng)[1].flatten()
     norm = float(torch.linalg.matrix_norm(wide))
     return Projections(
         rank=rank,
         update=projection(u, wide, vh),
-        weight=float(own.norm()),
+        weight=float(own[:rank].norm()),
         random=random_projection(norm, *shape, rank),
         update_norm=float(update.s.norm()),
         weight_norm=norm,
-        weight_values=tuple(own.flatten().tolist()),
+        decay=tuple(own.tolist()),
     )

@@ -26,15 +26,18 @@ from lorakit.spectral.svd import Svd, matrix_view, svd
 
 ENERGY = 0.9
 """The share of an update's energy that the rank proposed for it holds."""
-ITERATIONS = 8
-"""Of the randomised SVD that finds a weight's own leading directions."""
+ITERATIONS, DECAY = 8, 64
+"""Of the randomised SVD that finds a weight's own leading directions; how many of its singular values are told."""
+GRID = 32
+"""How many directions of either adapter a similarity is told of: the first ones are what an update is."""
 
 
 @dataclass(frozen=True)
 class Module:
     """What is known of one update; what was not asked for, or does not exist for an update of 0, is None.
 
-    `needs` is the lowest rank that holds the asked share of its energy. `grid[i][j]` is the similarity of the input
+    `needs` is the lowest rank that holds the asked share of its energy, and `projections` are those of as many
+    directions: what lies behind them is small, and would hide what they do. `grid[i][j]` is the similarity of the input
     directions up to i and j of the two adapters (figures 3 and 4 of arXiv 2106.09685).
     """
 
@@ -134,7 +137,8 @@ def _module(
     projections, along, found, met, grid = None, None, None, None, None
     if weight is not None and not row.dead:
         matrix = matrix_view(update.site, weight)
-        projections = amplification(own, matrix, iterations=ITERATIONS, rng=torch.Generator().manual_seed(0))
+        rng = torch.Generator().manual_seed(0)
+        projections = amplification(own, matrix, needs, ITERATIONS, rng, values=DECAY)
         along = correlation(own, matrix)
         if count_intruders:
             found = _intruders(matrix, own).count
@@ -152,7 +156,8 @@ def _intruders(matrix: Tensor, own: Svd) -> Intruders:
 
 
 def _grid(first: Svd, second: Svd) -> tuple[tuple[float, ...], ...]:
-    grid = similarities(first.leading(first.rank)[1], second.leading(second.rank)[1])
+    ours, theirs = (one.leading(min(one.rank, GRID))[1] for one in (first, second))
+    grid = similarities(ours, theirs)
     return tuple(tuple(row) for row in grid.tolist())
 
 

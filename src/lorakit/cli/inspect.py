@@ -1,0 +1,136 @@
+"""`lorakit inspect`: what an adapter learned, how much of its rank it used, and what another one would do to it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorakit.cli.pages import refuse_to_overwrite, write_page
+from lorakit.cli.screen import Screen, screen, table
+from lorakit.cli.sources import ALPHA_HELP, ENABLED_HELP, adapter_in, switches
+from lorakit.errors import AdapterFileError, RecipeError, SpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import RenderableType
+
+    from lorakit.core.state import AdapterState
+    from lorakit.training.dense_weights import DenseWeights
+
+
+def inspect(
+    source: Annotated[str, typer.Argument(help="An adapter: a directory, a run's folder, or a loralib .bin file.")],
+    base: Annotated[
+        str | None, typer.Option(help="Its base: what the weights hold already, and what the adapter amplifies.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Another adapter of the same base: what the two do to each other.")
+    ] = None,
+    energy: Annotated[float, typer.Option(help="The share of an update's energy that says which rank it needs.")] = 0.9,
+    intruders: Annotated[
+        bool, typer.Option("--intruders", help="With --base, also count intruder dimensions: two dense SVDs a weight.")
+    ] = False,
+    alpha: Annotated[float | None, typer.Option(help=ALPHA_HELP)] = None,
+    enabled: Annotated[str | None, typer.Option(help=ENABLED_HELP)] = None,
+    modules: Annotated[bool, typer.Option("--modules", help="List every module.")] = False,
+    html: Annotated[str | None, typer.Option("--html", help="Also write a page to this file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say what an adapter learned, and how much of its rank it used."""
+    with screen(json) as out:
+        from lorakit.persist import load
+        from lorakit.report.inspect import inspect_page
+        from lorakit.report.plots import need_plots
+        from lorakit.spectral.inspection import inspect as looked_at
+
+        if html is not None:
+            need_plots()
+            refuse_to_overwrite(Path(html))
+        if intruders and base is None:
+            raise RecipeError("--intruders compares W + dW with W; name the base with --base, or leave it out")
+        place = adapter_in(source)
+        state = load(place, alpha=alpha, enabled=switches(enabled))
+        other = None if against is None else load(adapter_in(against), alpha=alpha, enabled=switches(enabled))
+        if not state.updates:
+            raise AdapterFileError(f"{source} trained tensors of the base whole and has no update to look at")
+        weights = None if base is None else _weights(base, state)
+        try:
+            found = looked_at(state, weights, other, energy=energy, count_intruders=intruders)
+        except SpecError as error:
+            raise SpecError(f"{error}{_advice(source, base, state)}") from error
+        values: dict[str, Any] = {
+            "adapter": source,
+            "base": base,
+            "against": against,
+            "method": state.spec.name,
+            "parameters": state.parameters,
+            "bytes": sum(t.nbytes for u in state.updates for t in u.tensors.values()),
+            "trained_whole": sorted(state.trained),
+            **found.to_json(),
+        }
+        _show(out, values, modules)
+        if base is None:
+            named = state.base.name or "BASE"
+            out.say("", f"what it amplifies: {shlex.join(['lorakit', 'inspect', source, '--base', named])}")
+        if html is not None:
+            write_page(Path(html), inspect_page(values))
+            out.say("", f"wrote {html}")
+        out.result(values)
+
+
+def _weights(base: str, state: AdapterState) -> DenseWeights:
+    """Return the weights of the base under the adapter's layers, which are those it was trained on."""
+    from lorakit.inject.attach import check_base
+    from lorakit.training.dense_weights import DenseWeights
+
+    labels = state.purpose.labels if state.purpose is not None else ()
+    found = DenseWeights(
+        base,
+        [update.site for update in state.updates],
+        "classification" if labels else "causal-lm",
+        labels,
+        reader="inspect",
+        remedy="name the base it was made of",
+    )
+    check_base(state.base, found.probed(state.base.probes))
+    return found
+
+
+def _advice(source: str, base: str | None, state: AdapterState) -> str:
+    """Return what to do about updates that cannot be looked at: name the base where none is named, else nothing."""
+    from lorakit.core.method import Static
+
+    if base is not None or not all(isinstance(update.method, Static) for update in state.updates):
+        return ""
+    return f"\nwith its base: {shlex.join(['lorakit', 'inspect', source, '--base', state.base.name or 'BASE'])}"
+
+
+def _show(out: Screen, values: dict[str, Any], every: bool) -> None:
+    """Draw what is known, by kind of module and, if asked, for every module; then say what to know first."""
+    from lorakit.report import inspect as report
+
+    on = f" on {values['base']}" if values["base"] else ""
+    out.say(f"{values['adapter']}: {values['method']}{on}, {len(values['modules'])} updates, "
+            f"{values['parameters']:,} parameters", "")  # fmt: skip
+    title = f"medians over layers; needs: rank for {values['energy']:.0%} of the energy"
+    drawn: list[tuple[str, tuple[str, ...], Any]] = [(title, report.KINDS, report.kinds)]
+    if values["base"]:
+        drawn.append(("what W holds of directions of dW, of W, at random: |U^T W V|", report.HELD, report.held))
+    if values["against"]:
+        drawn.append((f"with {values['against']}", report.MET, report.met))
+    for title, columns, rows in drawn:
+        out.show(_drawn(title, columns, rows(values)))
+    if every:
+        out.show(_drawn("", report.EACH, report.each(values["modules"])))
+    out.say(*(f"- {line}" for line in report.findings(values)))
+
+
+def _drawn(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> RenderableType:
+    from lorakit.report.inspect import used
+
+    names, kept, numbers = used(columns, rows)
+    return table(title, *names, rows=kept, numbers=numbers)
