@@ -173,14 +173,16 @@ def test_checkpointing_and_dropout_give_the_same_step(family: str) -> None:
 
 
 def test_the_base_s_own_dropout_keeps_no_mask_and_rests_where_the_model_does() -> None:
-    config = transformers.BertConfig(**WIDE, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.0)
+    config = transformers.BertConfig(**WIDE, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.1)
     torch.manual_seed(0)
     model = transformers.AutoModelForMaskedLM.from_config(config).train()
     parameters = adapted(model)
     ids = torch.arange(12)[None]
     plain = step(model, parameters)
     still = model.eval()(ids).logits
-    assert fuse(model.train()).counts()["runs"]["dropout"] == 5, "the embeddings', and two of each block"
+    runs = fuse(model.train()).counts()["runs"]
+    assert runs["dropout"] == 7, "the embeddings', and three of each block"
+    assert runs["attention with dropout"] == 2
     fused = step(model, parameters)
     assert fused[2] < plain[2]
     model.activation_checkpointing_enable({"use_reentrant": False})

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lorakit.core.adapters import Adapted
 from lorakit.core.fronts import Front, base_class, put_in_front, take_from_front
 from lorakit.inject.together import Together, resting, takes, why_not
+from lorakit.kernels.attention import DropsInAttention
 from lorakit.kernels.dropout import dropout
 from lorakit.kernels.gated import activated, gated
 from lorakit.kernels.norms import layer_norm, rms_norm
@@ -157,6 +158,20 @@ class FusedDropout(_Fused):
         return dropout(x, self.p)  # type: ignore[attr-defined]
 
 
+class FusedAttention(_Fused):
+    """A block of attention that drops probabilities on a CPU, where torch writes the formula out for that."""
+
+    what = "attention with dropout"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the block's output."""
+        trains = self.training and torch.is_grad_enabled()  # type: ignore[attr-defined]
+        if not trains or torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        with DropsInAttention():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
 class Recomputed(_Fused):
     """A block that checkpointing may compute again, from its input alone: how that was made is lost by then."""
 
@@ -181,7 +196,7 @@ class FusedGatedMLP(_Fused):
         return self.down_proj(gated(gate, up, cast(str, _activation(self.act_fn))))  # type: ignore[attr-defined,no-any-return]
 
 
-_FRONTS = (Recomputed, FusedRMSNorm, FusedLayerNorm, FusedActivation, FusedDropout, FusedGatedMLP)
+_FRONTS = (Recomputed, FusedRMSNorm, FusedLayerNorm, FusedActivation, FusedDropout, FusedAttention, FusedGatedMLP)
 
 _LLAMA = """input_dtype = x.dtype
 x = x.to(torch.float32)
@@ -195,6 +210,8 @@ _GEMMA_NORM = "return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps
 _MLP = """down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 return down_proj"""
 
+_DROPPING = ("dropout", "attn_dropout", "attention_dropout")
+"""What blocks of attention call the dropout of their probabilities."""
 _NAMED = {
     "SiLUActivation": "silu", "SiLU": "silu", "GELUActivation": "gelu", "NewGELUActivation": "gelu-tanh",
     "GELUTanh": "gelu-tanh", "PytorchGELUTanh": "gelu-tanh", "FastGELUActivation": "gelu-tanh",
@@ -212,6 +229,8 @@ def _front_of(module: nn.Module) -> type[_Fused] | None:
         return FusedLayerNorm
     if isinstance(module, nn.Dropout) and cls is nn.Dropout:
         return FusedDropout if 0 < module.p < 1 and not module.inplace else None
+    if cls.__name__.endswith("Attention") and any(_drops(getattr(module, name, None)) for name in _DROPPING):
+        return FusedAttention
     if cls is nn.GELU or cls.__name__ in _NAMED:
         return FusedActivation if _activation(module) is not None else None
     if cls.__name__.endswith("Norm"):
@@ -221,6 +240,12 @@ def _front_of(module: nn.Module) -> type[_Fused] | None:
     if hasattr(module, "gate_proj") and _code(cls.forward) == _MLP and _activation(module.act_fn) is not None:
         return FusedGatedMLP
     return None
+
+
+def _drops(given: Any) -> bool:
+    """Return whether a module or a number is a dropout above 0."""
+    rate = given.p if isinstance(given, nn.Dropout) else given
+    return isinstance(rate, float) and 0 < rate < 1
 
 
 def _activation(module: Any) -> str | None:

@@ -28,6 +28,7 @@ from lorakit.planning.memory import Parts, optimizer_bytes
 from lorakit.training.arguments import widen
 from lorakit.training.groups import param_groups
 from lorakit.training.loss import mean_of_batch
+from lorakit.training.optimizers import PLAIN, make_optimizer
 from lorakit.training.quantised import pack_hollow, state_tensors
 from lorakit.training.recipe import QuantSection
 from lorakit.training.rehearsal import Rehearsal, Scene, rehearse
@@ -127,7 +128,7 @@ def scene(
         prepare,
         partial(_batch, load),
         loss,
-        lambda made: torch.optim.AdamW(param_groups(made, 1e-3)),
+        lambda made: make_optimizer(PLAIN, param_groups(made, 1e-3)),
         state_tensors,
         partial(torch.autocast, "cpu", load.dtype) if _narrows(spec, load) else nullcontext,
         partial(optimizer_bytes, optimizer=load.optimizer),

@@ -33,7 +33,7 @@ def make_optimizer(name: str, groups: list[dict[str, Any]]) -> Optimizer:
         MissingExtraError: bitsandbytes is not installed and the name asks for it.
     """
     if name == PLAIN:
-        return torch.optim.AdamW(groups)
+        return torch.optim.AdamW(groups, fused=True)
     made: Optimizer = _bitsandbytes().optim.AdamW(
         groups, optim_bits=8 if name in IN_8_BITS else 32, is_paged=name in UNPAGED
     )
