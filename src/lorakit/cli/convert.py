@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lorakit.cli.screen import screen, size
-from lorakit.cli.sources import ALPHA_HELP, BASE_HELP, ENABLED_HELP, adapter_in, switches
+from lorakit.cli.sources import ALPHA_HELP, BASE_HELP, ENABLED_HELP, adapter_in, refuse_full_folder, switches
 from lorakit.errors import AdapterFileError, RecipeError, SpecError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def convert(
             raise RecipeError("name the format to write: --to peft, or --to native")
         to = to or "peft"
         place = adapter_in(source)
-        _refuse_to_overwrite(Path(output))
+        refuse_full_folder(Path(output))
         state = load(place, alpha=alpha, enabled=switches(enabled))
         said: dict[str, Any] = {}
         method = state.spec.name
@@ -172,8 +172,3 @@ def _told(said: dict[str, Any]) -> str:
         f"as the nearest plain LoRA of rank {said['rank']}: {said['total_error']:.2%} of the change of the weights is "
         f"lost (relative Frobenius error), most in {worst}: {said['max_error']:.2%}"
     )
-
-
-def _refuse_to_overwrite(output: Path) -> None:
-    if output.is_dir() and any(output.iterdir()):
-        raise AdapterFileError(f"{output} is not empty; name another --output")

@@ -110,6 +110,12 @@ def adapter_in(given: str) -> Path:
     return place
 
 
+def refuse_full_folder(output: Path) -> None:
+    """Raise `AdapterFileError` for a folder with something in it: an adapter is written beside nothing."""
+    if output.is_dir() and any(output.iterdir()):
+        raise AdapterFileError(f"{output} is not empty; name another --output")
+
+
 def switches(enabled: str | None) -> tuple[bool, ...] | None:
     """Return `yes,no,yes` as booleans."""
     if enabled is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lorakit.combining.combination import HOWS, Combined, combine, negate, truncate
+from lorakit.combining.compress import STORED, Compressed, compress
 from lorakit.combining.federated import average_factors, stack
 from lorakit.combining.how import How
 from lorakit.combining.sparse import Dare, Ties
@@ -10,7 +11,9 @@ from lorakit.combining.sums import Concat, Factorwise, Linear, Svd
 
 __all__ = [
     "HOWS",
+    "STORED",
     "Combined",
+    "Compressed",
     "Concat",
     "Dare",
     "Factorwise",
@@ -20,6 +23,7 @@ __all__ = [
     "Ties",
     "average_factors",
     "combine",
+    "compress",
     "negate",
     "stack",
     "truncate",

@@ -98,13 +98,9 @@ def cut_to(change: Change, terms: Sequence[Term], rank: int | None, energy: floa
     (Eckart and Young 1936). Directions beyond the change's own rank are left out, whatever rank was asked for.
     """
     u, s, vh = triplets(change)
-    own = _own_rank(s, rounding(change, terms))
+    own = own_rank(s, rounding(change, terms))
     if energy is not None:
-        squares = s.square().sum(0)
-        left_out = squares.flip(0).cumsum(0).flip(0)[1:]  # after 1, 2, ... directions
-        total = float(squares.sum())
-        slack = 4 * torch.finfo(torch.float64).eps * total
-        kept = 1 + int((left_out > total - energy * total + slack).sum())
+        kept = rank_for(s, energy)
     elif rank is not None:
         if rank % len(s):
             raise CombineError(f"rank {rank} is not a multiple of its {len(s)} groups")
@@ -121,7 +117,7 @@ def cut_to(change: Change, terms: Sequence[Term], rank: int | None, energy: floa
 def whole(change: Change, terms: Sequence[Term]) -> Made:
     """Return the product equal to `change` of the lowest rank."""
     u, s, vh = triplets(change)
-    return Made(balanced(u, s, vh, _own_rank(s, rounding(change, terms))))
+    return Made(balanced(u, s, vh, own_rank(s, rounding(change, terms))))
 
 
 def rounding(change: Change, terms: Sequence[Term]) -> float:
@@ -142,7 +138,16 @@ def balanced(u: Float[Tensor, "g m k"], s: Float[Tensor, "g k"], vh: Float[Tenso
     return Pair(u[:, :, :rank] * root.unsqueeze(1), root.unsqueeze(2) * vh[:, :rank])
 
 
-def _own_rank(s: Float[Tensor, "g k"], nothing: float) -> int:
+def rank_for(s: Float[Tensor, "g k"], energy: float) -> int:
+    """Return the lowest r of each group with `sum_(i <= r) sigma_i^2 >= energy sum_i sigma_i^2`; at least 1."""
+    squares = s.square().sum(0)
+    left_out = squares.flip(0).cumsum(0).flip(0)[1:]  # after 1, 2, ... directions
+    total = float(squares.sum())
+    slack = 4 * torch.finfo(torch.float64).eps * total
+    return 1 + int((left_out > total - energy * total + slack).sum())
+
+
+def own_rank(s: Float[Tensor, "g k"], nothing: float) -> int:
     """Return how many directions exceed what fp32, as factors are stored, rounds off the largest; at least 1."""
     least = max(nothing, torch.finfo(torch.float32).eps * float(s.max()))
     return max(1, int((s > least).sum(1).max()))

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal
 from lorakit.errors import AdapterFileError, did_you_mean, looked_in
 
 if TYPE_CHECKING:
+    import torch
+
     from lorakit.core.state import AdapterState
 
 __all__ = ["LORALIB", "load", "peft_refusal", "save"]
@@ -17,25 +19,34 @@ LORALIB = (".bin", ".pt", ".pth", ".ckpt")
 """Names of files that are read as the original loralib's."""
 
 
-def save(state: AdapterState, path: str | Path, format: Literal["peft", "native"] = "peft") -> None:
+def save(
+    state: AdapterState,
+    path: str | Path,
+    format: Literal["peft", "native"] = "peft",
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write an adapter to a directory in one step: the old content or the new, never half of one.
 
     Args:
         state: the adapter, from `state(model)` or an analysis.
         path: the directory; other files in it stay.
         format: "peft" for methods other tools read too, "native" for any method, bit for bit.
+        dtype: what the tensors of its updates are written in, where it holds them exactly: those that `compress` made
+            8 bits of. As they are if None.
 
     Raises:
-        AdapterFileError: a method or format that cannot be written, or a failed write (the old adapter is intact).
+        AdapterFileError: a method or format that cannot be written, a dtype that would change a value, or a failed
+            write (the old adapter is intact).
     """
     if format == "peft":
         from lorakit.persist.peft import save_peft
 
-        save_peft(state, path)
+        save_peft(state, path, dtype)
     elif format == "native":
         from lorakit.persist.native import save_native
 
-        save_native(state, path)
+        save_native(state, path, dtype)
     else:
         raise AdapterFileError(f"unknown format {format!r}{did_you_mean(format, ('peft', 'native'))}; peft or native")
 

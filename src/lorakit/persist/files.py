@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +19,7 @@ from safetensors.torch import load as _tensors_of
 from torch import Tensor
 
 from lorakit.core.jsontext import JsonFault, parse_json
-from lorakit.errors import AdapterFileError
+from lorakit.errors import AdapterFileError, listing
 from lorakit.persist.atomic import atomic_directory, resting, write_file
 
 __all__ = [
@@ -34,8 +34,12 @@ __all__ = [
 ]
 
 
+IN_8_BITS = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+"""Dtypes of tensors that are computed with in fp32."""
+
+
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return `(tensors, metadata)` of a safetensors file.
+    """Return `(tensors, metadata)` of a safetensors file; what is kept in 8 bits as fp32.
 
     Raises:
         AdapterFileError: naming the file and whether it is missing, unreadable, empty, truncated or corrupt.
@@ -47,7 +51,24 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
         tensors = _tensors_of(data)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as bad:
         raise AdapterFileError(f"{path} is corrupt: {bad}; get the file again") from bad
-    return tensors, dict(_header(data).get("__metadata__", {}))
+    wide = {name: t.to(torch.float32) if t.dtype in IN_8_BITS else t for name, t in tensors.items()}
+    return wide, dict(_header(data).get("__metadata__", {}))
+
+
+def narrowed(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, but: Collection[str] = ()) -> dict[str, Tensor]:
+    """Return tensors in another dtype, save those named in `but`; as they are without one.
+
+    Raises:
+        AdapterFileError: values that the dtype does not hold exactly.
+    """
+    if dtype is None:
+        return dict(tensors)
+    made = {name: t if name in but else t.to(dtype) for name, t in tensors.items()}
+    if changed := [name for name, t in tensors.items() if not torch.equal(made[name].to(t.dtype), t)]:
+        raise AdapterFileError(
+            f"{dtype} does not hold these tensors exactly; compress to it first:\n{listing(changed)}"
+        )
+    return made
 
 
 def read_pickle(path: str | Path) -> dict[str, Tensor]:

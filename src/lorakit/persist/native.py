@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lorakit import __version__
@@ -27,7 +28,7 @@ VERSION = 1
 _TRAINED, _SHARED = "trained:", "shared:"
 
 
-def save_native(state: AdapterState, path: str | Path) -> None:
+def save_native(state: AdapterState, path: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write an adapter as `adapter.lorakit.safetensors` in a directory, in one step; other files stay.
 
     Raises:
@@ -35,7 +36,7 @@ def save_native(state: AdapterState, path: str | Path) -> None:
     """
     others = frozenset({"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "lorakit.json"})
     with files.atomic_directory(path, drop=others) as draft:
-        write_native(draft / NATIVE, state)
+        write_native(draft / NATIVE, state, dtype)
 
 
 def load_native(path: str | Path) -> AdapterState:
@@ -60,7 +61,7 @@ def load_native(path: str | Path) -> AdapterState:
         raise AdapterFileError(f"{file}: {problem}") from problem.__cause__
 
 
-def write_native(file: Path, state: AdapterState) -> None:
+def write_native(file: Path, state: AdapterState, dtype: torch.dtype | None = None) -> None:
     """Write the native file of an adapter, tensor by tensor, so that live ones need no copy.
 
     Raises:
@@ -78,6 +79,7 @@ def write_native(file: Path, state: AdapterState) -> None:
     tensors = {_key(u, name): t for u in state.updates for name, t in u.tensors.items()}
     tensors.update({f"{_TRAINED}{name}": t for name, t in state.trained.items()})
     # One metadata key: safetensors writes several in random order, and equal adapters shall give equal bytes.
+    tensors = files.narrowed(tensors, dtype, {f"{_TRAINED}{name}" for name in state.trained})
     write_tensors(file, tensors, {"lorakit": json.dumps(head, separators=(",", ":"))})
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lorakit import __version__
@@ -37,23 +38,26 @@ NOTE_VERSION = 1
 _HEADS = ("classifier", "score", "qa_outputs")
 
 
-def save_peft(state: AdapterState, path: str | Path) -> None:
+def save_peft(state: AdapterState, path: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write an adapter in PEFT's format, replacing an adapter that lies there in one step; other files stay.
 
     Args:
         state: the adapter, of a method that has a form in PEFT's files. Pairs of LoRA that subtract their start (PiSSA)
             are written as the LoRA of rank 2r that they equal.
         path: the directory.
+        dtype: what the tensors of updates are written in, where it holds them exactly; as they are if None.
 
     Raises:
-        AdapterFileError: a method without a PEFT form, or a write that failed (the old one is intact).
+        AdapterFileError: a method without a PEFT form, a dtype that would change a value, or a write that failed (the
+            old one is intact).
     """
     state = _without_starts(state)
     config, tensors = to_peft(state)
     old = frozenset({CONFIG, WEIGHTS, PICKLE, NOTE, "adapter.lorakit.safetensors"})
     with files.atomic_directory(path, drop=old) as draft:
         files.write_file(draft / CONFIG, files.to_json(config))
-        write_tensors(draft / WEIGHTS, tensors)
+        own = set(trained_to_peft(state.trained, {update.site.path for update in state.updates}))
+        write_tensors(draft / WEIGHTS, files.narrowed(tensors, dtype, own))
         sums = {name: files.sha256(draft / name) for name in (CONFIG, WEIGHTS)}
         files.write_file(draft / NOTE, files.to_json(_note(state, from_peft(config, tensors), sums)))
         if is_ours(Path(path) / "README.md"):

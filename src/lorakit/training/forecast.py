@@ -32,7 +32,7 @@ from lorakit.training.optimizers import PLAIN, make_optimizer
 from lorakit.training.quantised import pack_hollow, state_tensors
 from lorakit.training.recipe import QuantSection
 from lorakit.training.rehearsal import Rehearsal, Scene, rehearse
-from lorakit.training.step import Checkpointing, from_nowhere, offloaded, recompute, to_nowhere
+from lorakit.training.step import Checkpointing, from_nowhere, offloaded, pools_first, recompute, to_nowhere
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,6 +115,7 @@ def scene(
         attach(made, spec)
         if load.fused:
             fuse(made)
+            pools_first(spec, made)
         widen(made)
         recompute(made, load.checkpointing)  # type: ignore[arg-type]
 

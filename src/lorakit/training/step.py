@@ -19,15 +19,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.core.method import Context
 from lorakit.core.reading import blocks_of
 from lorakit.errors import DeviceError, LorakitError
 from lorakit.inject.fuse import fuse
+from lorakit.inject.pooled import compute_first_alone
 from lorakit.training import processes
 from lorakit.training.head import head_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from lorakit.core.spec import AdapterSpec
     from lorakit.training.recipe import TrainSection
     from lorakit.training.stage import Stage
 
@@ -52,7 +55,17 @@ def prepare_step(stage: Stage, train: TrainSection) -> dict[str, dict[str, Any]]
     if train.compile:
         head_of(model)  # measured as it is, and known from now on
         return {"compiled": {"blocks": compile_blocks(model, dynamic=not stage.one_shape), "fused": False}}
-    return {"fused": fuse(model).counts()} if train.fused else {}
+    if not train.fused:
+        return {}
+    counts = fuse(model).counts()
+    if not train.cache_frozen and pools_first(stage.spec, model):
+        counts["runs"]["a last block at its first position"] = 1
+    return {"fused": counts}
+
+
+def pools_first(spec: AdapterSpec, model: nn.Module) -> bool:
+    """Let a classifier compute no more of its last block than it reads; virtual positions would move what is first."""
+    return not isinstance(spec.method, Context) and compute_first_alone(model)
 
 
 def refuse_step(train: TrainSection, device: torch.device) -> None:

@@ -1,0 +1,167 @@
+"""`lorakit compress`: fewer directions and fewer bits for an adapter, with what that costs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from lorakit.cli.screen import Screen, screen, size, table
+from lorakit.cli.sources import BASE_HELP, Source, find, need_adapter, refuse_full_folder
+from lorakit.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from lorakit.combining import Compressed
+    from lorakit.core.state import AdapterState
+    from lorakit.training.smallest import Smallest
+
+_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(%|B|[kMG]B)")
+_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def compress(
+    source: Annotated[str, typer.Argument(help="The folder of a run, or an adapter (directory or file).")],
+    output: Annotated[str, typer.Option(help="The directory to write.")],
+    rank: Annotated[int | None, typer.Option(min=1, help="The most directions of each weight.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="The share of each update's squared size to keep, 0.99 for one.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option("--size", help="The most bytes, shared out among all weights: 50%, 800kB, 1.5MB.")
+    ] = None,
+    within: Annotated[
+        float | None, typer.Option(help="The share of the score on --data that may be lost, 0.01 for one.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Rows to score on with --within; a run's validation data by default.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Which split of a folder or a dataset.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16", "fp8", "int8"] | None, typer.Option(help="What its numbers are kept in.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help=BASE_HELP)] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Write a smaller adapter, and say what it lost."""
+    with screen(json) as out:
+        from lorakit.combining import compress as compressed
+        from lorakit.combining.compress import stored_bytes
+        from lorakit.persist import save
+
+        refuse_full_folder(Path(output))
+        if within is None and (data, split, limit) != (None, None, None):
+            raise RecipeError("--data, --split and --limit say what to score on; give --within too, or leave them out")
+        if within is not None and (rank, energy, budget) != (None, None, None):
+            raise RecipeError("--within finds the size by itself; leave --rank, --energy and --size out")
+        found = find(source, base)
+        state = need_adapter(found, source)
+        before = stored_bytes(state)
+        weights = _weights(found, state)
+        searched = None
+        if within is not None:
+            searched = _search(out, found, state, within, data, split, limit, dtype, weights)
+            made = searched.made
+        else:
+            most = None if budget is None else _bytes(budget, before)
+            made = compressed(state, rank=rank, energy=energy, size=most, dtype=dtype, base=weights)
+        save(made.state, output, dtype=made.dtype)
+        written = sum(file.stat().st_size for file in Path(output).glob("adapter*"))
+        _show(out, made, before, searched)
+        out.say(f"wrote {output} (peft, {size(written)})")
+        out.result({
+            "source": source,
+            "output": output,
+            "bytes_before": before,
+            "bytes": made.bytes,
+            "error": made.error,
+            "ranks": dict(made.ranks),
+            "errors": {key: loss.relative for key, loss in made.losses.items()},
+            "bounds": {key: bound.error for key, bound in made.bounds.items()},
+            "score": None if searched is None else searched.score,
+            "measure": None if searched is None else searched.measure,
+            "tried": [] if searched is None else [asdict(one) for one in searched.tried],
+        })  # fmt: skip
+
+
+def _weights(found: Source, state: AdapterState) -> Mapping[str, Tensor] | None:
+    """Return the base's weights where the change of one depends on them, and nothing else."""
+    from lorakit.core.method import Static
+    from lorakit.core.state import delta_of
+    from lorakit.training.dense_weights import DenseWeights
+
+    one = {type(u.method): u for u in state.updates if isinstance(u.method, Static)}
+    if all(delta_of(update) is not None for update in one.values()):
+        return None
+    return DenseWeights(
+        found.base,
+        [update.site for update in state.updates],
+        "classification" if found.labels else "causal-lm",
+        found.labels,
+        reader="compress",
+        remedy="name the base it was made of with --base",
+    )
+
+
+def _search(
+    out: Screen,
+    found: Source,
+    state: AdapterState,
+    within: float,
+    data: str | None,
+    split: str | None,
+    limit: int | None,
+    dtype: str | None,
+    weights: Mapping[str, Tensor] | None,
+) -> Smallest:
+    from lorakit.data.readers import check_there
+    from lorakit.training.smallest import smallest
+
+    rows, part = (data, split) if data else (found.data.validation, split or found.data.validation_split)
+    if rows is None:
+        raise RecipeError("--within scores on rows, and nothing says which; give --data FILE")
+    check_there(rows, part)
+    model, tokenizer = found.load_base()
+    return smallest(
+        model, tokenizer, state, rows, found.data, within, split=part, limit=limit, dtype=dtype, base=weights,
+        note=lambda one: out.note(f"tried {size(one.bytes)}: {one.score:.4g}, {'within' if one.within else 'beyond'}"),
+    )  # fmt: skip
+
+
+def _show(out: Screen, made: Compressed, before: int, searched: Smallest | None) -> None:
+    ranks = [rank for rank in made.ranks.values() if rank]
+    gone = len(made.ranks) - len(ranks)
+    left = f"{min(ranks)}" if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}"
+    worst = max(made.losses, key=lambda key: made.losses[key].relative)
+    moved = max(made.bounds, key=lambda key: made.bounds[key].relative)
+    out.say(
+        f"{size(before)} became {size(made.bytes)} ({made.bytes / before:.0%}): {len(ranks)} updates of rank {left}"
+        + (f", {gone} left out" if gone else ""),
+        f"error {made.error:.2%} of all weights together (relative, Frobenius), most in {worst}: "
+        f"{made.losses[worst].relative:.2%}",
+        f"on any input x an output moves by at most {made.bounds[moved].error:.3g} |x|, where the update moves it by "
+        f"up to {made.bounds[moved].size:.3g} |x| ({moved})",
+    )
+    if searched is not None:
+        rows = [
+            (size(one.bytes), f"{one.error:.2%}", f"{one.score:.4g}", "yes" if one.within else "no")
+            for one in sorted(searched.tried, key=lambda one: -one.bytes)
+        ]
+        title = f"{searched.measure} of the whole adapter: {searched.score:.4g}"
+        out.show(table(title, "bytes", "error", searched.measure, "within", rows=rows, numbers=(0, 1, 2)))
+
+
+def _bytes(text: str, whole: int) -> int:
+    """Return `50%` of the whole, or `1.5MB`, as bytes."""
+    found = _AMOUNT.fullmatch(text.strip())
+    if found is None:
+        raise RecipeError(f"--size {text!r} is no size; write 50%, 800kB or 1.5MB")
+    amount = float(found[1])
+    return round(amount / 100 * whole if found[2] == "%" else amount * _UNITS[found[2]])
