@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from lorakit.cli.combine import combine
 from lorakit.cli.compress import compress
 from lorakit.cli.convert import convert
 from lorakit.cli.evaluate import evaluate
@@ -93,7 +94,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (quickstart, plan, train, evaluate, generate, inspect, compress, merge, convert, quantize, methods):
+for verb in (quickstart, plan, train, evaluate, generate, inspect, compress, combine, merge, convert, quantize,
+             methods):  # fmt: skip
     app.command()(verb)
 
 

@@ -69,7 +69,7 @@ def findings(found: Values) -> list[str]:
     if needs and needs < ranks:
         lines.append(
             f"{needs:,} of {ranks:,} directions hold {found['energy']:.0%} of each update's energy; the others, "
-            f"{1 - needs / ranks:.0%} of them, hold the rest"
+            f"{1 - needs / ranks:.0%} of them, hold the rest (lorakit compress --energy {found['energy']:g})"
         )
     intruding = [module for module in modules if module["intruders"]]
     if intruding:

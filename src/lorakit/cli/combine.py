@@ -1,0 +1,134 @@
+"""`lorakit combine`: several adapters of one base become one, and how far it is from their exact sum."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from lorakit.cli.screen import screen, size
+from lorakit.cli.sources import BASE_HELP, find, need_adapter, refuse_full_folder
+from lorakit.errors import CombineError, RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from lorakit.cli.sources import Source
+    from lorakit.combining import How
+    from lorakit.core.state import AdapterState
+
+
+def combine(
+    sources: Annotated[list[str], typer.Argument(help="Folders of runs, or adapters, of one base.")],
+    output: Annotated[str, typer.Option(help="The directory to write.")],
+    how: Annotated[
+        Literal["linear", "concat", "svd", "ties", "dare", "factorwise"],
+        typer.Option(help="linear and concat are the exact weighted sum; factorwise is what PEFT calls linear."),
+    ] = "linear",
+    weights: Annotated[
+        str | None, typer.Option(help="One for each adapter, of any sign: 0.7,0.3 or 1,-1; 1 each by default.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of the result, for svd, ties and dare.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="The share of the squared size its rank keeps, for svd, ties and dare.")
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option(help="The share of entries that ties and dare keep; 0.2 and 0.5 by default.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
+    base: Annotated[str | None, typer.Option(help=BASE_HELP)] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Write the adapter that several of one base make together."""
+    with screen(json) as out:
+        import torch
+
+        from lorakit.combining import combine as combined
+        from lorakit.combining.compress import stored_bytes
+        from lorakit.persist import save
+
+        refuse_full_folder(Path(output))
+        way = _way(how, {"rank": rank, "energy": energy, "density": density})
+        found = [find(source, base) for source in sources]
+        states = [need_adapter(one, source) for one, source in zip(found, sources, strict=True)]
+        given = None if weights is None else _numbers(weights)
+        rng = torch.Generator().manual_seed(seed)
+        made = combined(states, way, given, base=_weights(found, states, given), rng=rng)
+        save(made.state, output)
+        ranks = [len(update.tensors["down"]) for update in made.state.updates]
+        low, high = min(ranks, default=0), max(ranks, default=0)
+        shares = given or [1.0] * len(states)
+        out.say(
+            " + ".join(f"{share:g} x {source}" for share, source in zip(shares, sources, strict=True)),
+            f"{how}: {way.formula}",
+            f"{len(ranks)} updates of rank {low if low == high else f'{low} to {high}'}, "
+            f"{size(stored_bytes(made.state))}; {made.error:.2%} from the exact weighted sum (relative, Frobenius)",
+            *([f"of what {how} made, the rank left out {made.cut:.2%}"] if made.cuts else []),
+            f"wrote {output} (peft)",
+        )
+        out.result(
+            {
+                "sources": list(sources),
+                "weights": shares,
+                "how": how,
+                "output": output,
+                "error": made.error,
+                "cut": made.cut if made.cuts else None,
+                "errors": {key: loss.relative for key, loss in made.losses.items()},
+                "ranks": {update.site.key: rank for update, rank in zip(made.state.updates, ranks, strict=True)},
+                "bytes": stored_bytes(made.state),
+            }
+        )
+
+
+def _way(name: str, asked: Mapping[str, Any]) -> How:
+    """Return a way to combine with the numbers that were given, or refuse those it has not."""
+    from lorakit.combining import HOWS
+
+    given = {key: value for key, value in asked.items() if value is not None}
+    known = {field.name for field in fields(HOWS[name])}
+    if extra := [f"--{key}" for key in given if key not in known]:
+        takers = [way for way, cls in HOWS.items() if set(given) <= {f.name for f in fields(cls)}]
+        who = f"; {' and '.join(takers)} take{'s' if len(takers) == 1 else ''} it" if takers else ""
+        raise RecipeError(f"--how {name} has no {' and '.join(extra)}{who}")
+    return HOWS[name](**given)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise RecipeError(f"--weights {text!r} are no numbers; write one for each adapter: 0.7,0.3") from None
+
+
+def _weights(
+    found: Sequence[Source], states: Sequence[AdapterState], given: Sequence[float] | None
+) -> Mapping[str, Tensor]:
+    """Return what the sum asks of the base: weights under a change that leans on them, tensors trained whole."""
+    from lorakit.core.method import Static
+    from lorakit.core.state import delta_of
+
+    whole = any(state.trained for state in states) and abs(sum(given or [1.0] * len(states)) - 1) > 1e-6
+    leaning = any(
+        delta_of(update) is None for state in states for update in state.updates if isinstance(update.method, Static)
+    )
+    if not (whole or leaning):
+        return {}
+    from lorakit.core.registry import host_of
+
+    bases = {one.base for one in found}
+    if len(bases) > 1:
+        raise CombineError(f"the adapters name several bases, {', '.join(sorted(bases))}; if they are one, give --base")
+    model, _ = found[0].load_base()
+    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for state in states:
+        for update in state.updates:
+            module, rows = model.get_submodule(update.site.path), update.site.rows
+            if (host := host_of(module)) is not None:
+                weight = host.store.read(module).detach()
+                values[update.site.key] = weight if rows is None else weight[rows[0] : rows[1]]
+    return values
