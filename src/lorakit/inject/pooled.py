@@ -63,6 +63,11 @@ def compute_first_alone(model: nn.Module) -> bool:
     return True
 
 
+def reads_first_alone(model: nn.Module) -> bool:
+    """Return whether the code of a model says that it is a classifier that reads its first position alone."""
+    return _after_attention(model) is not None
+
+
 def _after_attention(model: nn.Module) -> nn.Module | None:
     """Return what follows the attention of the last block, or None in a model that reads more than a first position."""
     blocks = blocks_of(model)

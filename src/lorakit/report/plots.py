@@ -70,11 +70,10 @@ def grid(title: str, values: Sequence[Sequence[float]], *, x: str, y: str) -> Ht
 def _empty(count: int) -> tuple[Any, Any, Any]:
     """Return a figure, its axes, and the colours of `count` lines."""
     matplotlib = need("matplotlib", "report")
-    from matplotlib.figure import Figure  # no backend, no window
-
+    new_figure = need("matplotlib.figure", "report").Figure  # of no backend, so of no window
     inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
     with matplotlib.rc_context(dict.fromkeys(inked, _INK)):
-        figure = Figure(figsize=_SIZE, layout="constrained")
+        figure = new_figure(figsize=_SIZE, layout="constrained")
         figure.patch.set_alpha(0)
         axes = figure.add_subplot()
         axes.patch.set_alpha(0)

@@ -24,6 +24,7 @@ from lorakit.errors import LorakitError
 from lorakit.inject.attach import attach
 from lorakit.inject.fuse import fuse
 from lorakit.inject.penalty import penalty
+from lorakit.inject.pooled import reads_first_alone
 from lorakit.planning.memory import Parts, optimizer_bytes
 from lorakit.training.arguments import widen
 from lorakit.training.groups import param_groups
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FEW = 4
-"""Blocks that are rehearsed one and all; of more, two and three are."""
+"""Blocks that are rehearsed one and all; of more, two and three are, or three and four if the last is a smaller one."""
 
 
 class Unrehearsed(LorakitError):
@@ -80,9 +81,10 @@ def forecast(model: PreTrainedModel, spec: AdapterSpec, load: Load, evaluation: 
             found = rehearse(scene(model, spec, load), evaluate=evaluation is None)
         else:
             asked, cached = evaluation is None, _narrows(spec, load)  # autocast keeps what it narrowed of each block
-            two = rehearse(scene(model, spec, load, 2), evaluate=asked)
-            three = rehearse(scene(model, spec, load, 3), evaluate=asked and cached)
-            found = two.continued(three if cached else three.evaluated_as(two), depth - 2)
+            few = 3 if _is_uneven(model, spec, load) else 2
+            one = rehearse(scene(model, spec, load, few), evaluate=asked)
+            other = rehearse(scene(model, spec, load, few + 1), evaluate=asked and cached)
+            found = one.continued(other if cached else other.evaluated_as(one), depth - few)
     except LorakitError:
         raise
     except Exception as error:  # a model's own code meets what it was not written for, and raises what it likes
@@ -133,7 +135,13 @@ def scene(
         state_tensors,
         partial(torch.autocast, "cpu", load.dtype) if _narrows(spec, load) else nullcontext,
         partial(optimizer_bytes, optimizer=load.optimizer),
+        _is_uneven(model, spec, load),
     )
+
+
+def _is_uneven(model: nn.Module, spec: AdapterSpec, load: Load) -> bool:
+    """Return whether the last block computes less than the others."""
+    return load.fused and not isinstance(spec.method, Context) and reads_first_alone(model)
 
 
 def _narrows(spec: AdapterSpec, load: Load) -> bool:

@@ -101,7 +101,8 @@ class Scene:
     `build` makes the base in the dtype it is loaded in, `prepare` attaches the adapter and puts the model into the
     state training has it in, `extra` names tensors a model keeps that are neither parameters nor buffers, `forward` is
     the context of a forward, such as autocast, and `moments` the bytes of the moments of trained tensors of some sizes,
-    where they are not the optimizer's own 8 a number.
+    where they are not the optimizer's own 8 a number. `uneven` says that the last block is smaller than the others, so
+    that the beginning of the backward is that block and one more.
     """
 
     build: Callable[[], nn.Module]
@@ -112,6 +113,7 @@ class Scene:
     extra: Callable[[nn.Module], Iterable[Tensor]] = lambda model: ()
     forward: Callable[[], AbstractContextManager[Any]] = nullcontext
     moments: Callable[[Iterable[int]], int] = optimizer_bytes
+    uneven: bool = False
 
 
 def rehearse(scene: Scene, *, evaluate: bool = True) -> Rehearsal:
@@ -146,7 +148,7 @@ def rehearse(scene: Scene, *, evaluate: bool = True) -> Rehearsal:
                 loss = scene.loss(model, rows)
             live.rename("temporaries", "activations")
             forward, between = live.fullest(), live.now()
-            backward = _Backward(model, live)
+            backward = _Backward(model, live, 2 if scene.uneven else 1)
             loss.backward()  # type: ignore[no-untyped-call]
             early, late = backward.moments()
             live.begin(flops=False)
@@ -167,10 +169,10 @@ def rehearse(scene: Scene, *, evaluate: bool = True) -> Rehearsal:
 
 
 class _Backward:
-    """Watches a backward: what it held until a first block had all its gradients, and from the last but one on."""
+    """Watches a backward: what it held until the first blocks had all their gradients, and from the last but one on."""
 
-    def __init__(self, model: nn.Module, live: _Live) -> None:
-        self._live = live
+    def __init__(self, model: nn.Module, live: _Live, first: int) -> None:
+        self._live, self._first = live, first
         self._open: Counter[tuple[str, int] | None] = Counter()
         self._early: Parts | None = None
         live.begin(flops=False)
@@ -192,7 +194,8 @@ class _Backward:
         if place is None or self._open[place]:
             return
         self._blocks -= 1
-        if self._early is None:
+        self._first -= 1
+        if not self._first:
             self._early = self._live.fullest()
         if self._blocks == 1:
             self._live.begin(flops=False)
