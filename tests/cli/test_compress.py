@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from lorakit.combining import compress
 from lorakit.persist import load
@@ -62,3 +63,13 @@ def test_what_cannot_be_asked_is_refused(run: Path, tmp_path: Path, asked: list[
 def test_a_base_and_a_full_folder_are_refused(run: Path, base: Path, tmp_path: Path) -> None:
     assert "is a base without an adapter" in invoke("compress", base, "--output", tmp_path / "a", "--rank", 1).stderr
     assert "is not empty" in invoke("compress", run, "--output", run, "--rank", 1).stderr
+
+
+def test_an_adapter_that_names_no_base_needs_none(tmp_path: Path) -> None:
+    torch.save({"layer.q.lora_A": torch.randn(2, 8), "layer.q.lora_B": torch.randn(8, 2)}, tmp_path / "old.bin")
+    answer("convert", tmp_path / "old.bin", "--alpha", 4, "--to", "peft", "--output", tmp_path / "peft")
+    assert answer("compress", tmp_path / "peft", "--output", tmp_path / "one", "--rank", 1)["ranks"] == {"layer.q": 1}
+    both = answer("combine", tmp_path / "peft", tmp_path / "one", "--output", tmp_path / "two")
+    assert both["error"] < 1e-6
+    refused = invoke("compress", tmp_path / "peft", "--output", tmp_path / "no", "--within", 0.1, "--data", "x.jsonl")
+    assert "does not say which base" in refused.stderr

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lorakit.cli.screen import screen, size
-from lorakit.cli.sources import BASE_HELP, find, need_adapter, refuse_full_folder
+from lorakit.cli.sources import BASE_HELP, adapter_in, find, refuse_full_folder
 from lorakit.errors import CombineError, RecipeError
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lorakit.cli.sources import Source
     from lorakit.combining import How
     from lorakit.core.state import AdapterState
 
@@ -49,15 +48,14 @@ def combine(
 
         from lorakit.combining import combine as combined
         from lorakit.combining.compress import stored_bytes
-        from lorakit.persist import save
+        from lorakit.persist import load, save
 
         refuse_full_folder(Path(output))
         way = _way(how, {"rank": rank, "energy": energy, "density": density})
-        found = [find(source, base) for source in sources]
-        states = [need_adapter(one, source) for one, source in zip(found, sources, strict=True)]
+        states = [load(adapter_in(source)) for source in sources]
         given = None if weights is None else _numbers(weights)
         rng = torch.Generator().manual_seed(seed)
-        made = combined(states, way, given, base=_weights(found, states, given), rng=rng)
+        made = combined(states, way, given, base=_weights(sources, base, states, given), rng=rng)
         save(made.state, output)
         ranks = [len(update.tensors["down"]) for update in made.state.updates]
         low, high = min(ranks, default=0), max(ranks, default=0)
@@ -106,7 +104,7 @@ def _numbers(text: str) -> list[float]:
 
 
 def _weights(
-    found: Sequence[Source], states: Sequence[AdapterState], given: Sequence[float] | None
+    sources: Sequence[str], base: str | None, states: Sequence[AdapterState], given: Sequence[float] | None
 ) -> Mapping[str, Tensor]:
     """Return what the sum asks of the base: weights under a change that leans on them, tensors trained whole."""
     from lorakit.core.method import Static
@@ -120,6 +118,7 @@ def _weights(
         return {}
     from lorakit.core.registry import host_of
 
+    found = [find(source, base) for source in sources]
     bases = {one.base for one in found}
     if len(bases) > 1:
         raise CombineError(f"the adapters name several bases, {', '.join(sorted(bases))}; if they are one, give --base")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lorakit.cli.screen import Screen, screen, size, table
-from lorakit.cli.sources import BASE_HELP, Source, find, need_adapter, refuse_full_folder
+from lorakit.cli.sources import BASE_HELP, Source, adapter_in, find, refuse_full_folder
 from lorakit.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -54,20 +54,19 @@ def compress(
     with screen(json) as out:
         from lorakit.combining import compress as compressed
         from lorakit.combining.compress import stored_bytes
-        from lorakit.persist import save
+        from lorakit.persist import load, save
 
         refuse_full_folder(Path(output))
         if within is None and (data, split, limit) != (None, None, None):
             raise RecipeError("--data, --split and --limit say what to score on; give --within too, or leave them out")
         if within is not None and (rank, energy, budget) != (None, None, None):
             raise RecipeError("--within finds the size by itself; leave --rank, --energy and --size out")
-        found = find(source, base)
-        state = need_adapter(found, source)
+        state = load(adapter_in(source))
         before = stored_bytes(state)
-        weights = _weights(found, state)
+        weights = _weights(source, base, state)
         searched = None
         if within is not None:
-            searched = _search(out, found, state, within, data, split, limit, dtype, weights)
+            searched = _search(out, find(source, base), state, within, data, split, limit, dtype, weights)
             made = searched.made
         else:
             most = None if budget is None else _bytes(budget, before)
@@ -91,7 +90,7 @@ def compress(
         })  # fmt: skip
 
 
-def _weights(found: Source, state: AdapterState) -> Mapping[str, Tensor] | None:
+def _weights(source: str, base: str | None, state: AdapterState) -> Mapping[str, Tensor] | None:
     """Return the base's weights where the change of one depends on them, and nothing else."""
     from lorakit.core.method import Static
     from lorakit.core.state import delta_of
@@ -100,6 +99,7 @@ def _weights(found: Source, state: AdapterState) -> Mapping[str, Tensor] | None:
     one = {type(u.method): u for u in state.updates if isinstance(u.method, Static)}
     if all(delta_of(update) is not None for update in one.values()):
         return None
+    found = find(source, base)
     return DenseWeights(
         found.base,
         [update.site for update in state.updates],
