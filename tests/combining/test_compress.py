@@ -177,8 +177,12 @@ def test_what_cannot_be_asked_is_refused() -> None:
     ):
         with pytest.raises(SpecError, match=said):
             compress(state, **asked)  # type: ignore[arg-type]
-    with pytest.raises(CombineError, match="a single direction of one weight takes 48"):
+    with pytest.raises(CombineError, match="40 bytes hold nothing of it: a single direction of a weight takes 48"):
         compress(state, size=40)
+    headed = adapter(LoRA(4, 8.0), trained={"head.weight": torch.zeros(5, 5)})
+    with pytest.raises(CombineError, match="trained whole take 100 of them and stay, and a single direction"):
+        compress(headed, size=120)
+    assert 100 < compress(headed, size=160).bytes <= 160
     with pytest.raises(CombineError, match="no change of a weight"):
         compress(adapter(Mixture(experts=2, rank=2)), rank=1)
     state.updates[0].tensors["up"][0, 0] = float("nan")

@@ -95,8 +95,11 @@ def compress(
         whole = sum(tensor.nbytes for tensor in state.trained.values())
         ranks = _within(parts, size - whole)
         if not any(ranks):
-            least = whole + min(part.cost for part in parts)
-            raise CombineError(f"{size:,} bytes hold nothing of it; a single direction of one weight takes {least:,}")
+            stays = f"tensors trained whole take {whole:,} of them and stay, and " if whole else ""
+            least = min(part.cost for part in parts)
+            raise CombineError(
+                f"{size:,} bytes hold nothing of it: {stays}a single direction of a weight takes {least:,}"
+            )
     else:
         ranks = [part.rank(rank, energy) for part in parts]
     made = {part.key: part.cut(r) for part, r in zip(parts, ranks, strict=True)}
