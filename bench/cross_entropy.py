@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from qlora import peak_bytes
-from record import record
+from record import peak_bytes, record
 from torch import Tensor
 
 VOCABULARY, TOKENS, WIDTH, MASKED = 64_000, 2_048, 1_024, -100

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import RESULTS, record
+from record import RESULTS, peak_bytes, record
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
@@ -217,7 +217,6 @@ def one(name: str) -> None:
     start = time.perf_counter()
     plan(recipe, model=model)
     ended = time.perf_counter()
-    from qlora import peak_bytes
 
     peak = peak_bytes()
     print(json.dumps({"call_seconds": round(ended - start, 2), "since_imports": round(ended - began, 2), "peak": peak}))

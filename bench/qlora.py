@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from record import RESULTS, record
+from record import RESULTS, peak_bytes, record
 
 if TYPE_CHECKING:
     from lorakit.training.recipe import Recipe
@@ -79,12 +79,6 @@ def one(kind: str, folder: Path, rank: int) -> None:
         found["tokens_per_second"] = round(done.tokens_per_second, 1)
     found["peak_bytes"] = peak_bytes()
     print(json.dumps(found))
-
-
-def peak_bytes() -> int:
-    """Return the most this process held: VmHWM, which unlike ru_maxrss remembers nothing of the process before it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def memory() -> dict[str, Any]:

@@ -29,6 +29,18 @@ def record(name: str, question: str, packages: tuple[str, ...], **found: Any) ->
     return file
 
 
+def peak_bytes(process: int | str = "self") -> int:
+    """Return the most a process held: VmHWM, which unlike ru_maxrss remembers nothing of the process before it.
+
+    0 of one that is gone.
+    """
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+
+
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import record
+from record import peak_bytes, record
 
 from lorakit import AdapterSpec, AdapterState, LoRA, save
 from lorakit.core.site import Site
@@ -54,15 +54,6 @@ def spectrum() -> dict[str, Any]:
     assert torch.allclose(fast, dense[:RANK].double(), rtol=1e-4), "the two ways differ"
     middle = statistics.median(seconds)
     return {"factors_seconds": round(middle, 5), "dense_seconds": round(took, 2), "ratio": round(took / middle)}
-
-
-def peak_bytes(pid: int) -> int:
-    """Return the most a process held so far; 0 once it is gone."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def adapter() -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import RESULTS, record
+from record import RESULTS, peak_bytes, record
 
 from lorakit import attach, load
 from lorakit.training.base import load_base
@@ -54,12 +54,6 @@ def recipe(job: str, rows: str, output: str) -> Recipe:
             "output": output,
         }
     )
-
-
-def peak_bytes() -> int:
-    """Return the most this process held."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def lorakit(wanted: Recipe, job: str) -> tuple[float, int, str]:

@@ -53,18 +53,18 @@ def combine(
         refuse_full_folder(Path(output))
         way = _way(how, {"rank": rank, "energy": energy, "density": density})
         states = [load(adapter_in(source)) for source in sources]
-        given = None if weights is None else _numbers(weights)
+        shares = [1.0] * len(states) if weights is None else _numbers(weights)
         rng = torch.Generator().manual_seed(seed)
-        made = combined(states, way, given, base=_weights(sources, base, states, given), rng=rng)
+        made = combined(states, way, shares, base=_weights(sources, base, states, shares), rng=rng)
         save(made.state, output)
+        held = stored_bytes(made.state)
         ranks = [len(update.tensors["down"]) for update in made.state.updates]
         low, high = min(ranks, default=0), max(ranks, default=0)
-        shares = given or [1.0] * len(states)
         out.say(
             " + ".join(f"{share:g} x {source}" for share, source in zip(shares, sources, strict=True)),
             f"{how}: {way.formula}",
             f"{len(ranks)} updates of rank {low if low == high else f'{low} to {high}'}, "
-            f"{size(stored_bytes(made.state))}; {made.error:.2%} from the exact weighted sum (relative, Frobenius)",
+            f"{size(held)}; {made.error:.2%} from the exact weighted sum (relative, Frobenius)",
             *([f"of what {how} made, the rank left out {made.cut:.2%}"] if made.cuts else []),
             f"wrote {output} (peft)",
         )
@@ -78,7 +78,7 @@ def combine(
                 "cut": made.cut if made.cuts else None,
                 "errors": {key: loss.relative for key, loss in made.losses.items()},
                 "ranks": {update.site.key: rank for update, rank in zip(made.state.updates, ranks, strict=True)},
-                "bytes": stored_bytes(made.state),
+                "bytes": held,
             }
         )
 
@@ -104,30 +104,23 @@ def _numbers(text: str) -> list[float]:
 
 
 def _weights(
-    sources: Sequence[str], base: str | None, states: Sequence[AdapterState], given: Sequence[float] | None
+    sources: Sequence[str], base: str | None, states: Sequence[AdapterState], shares: Sequence[float]
 ) -> Mapping[str, Tensor]:
     """Return what the sum asks of the base: weights under a change that leans on them, tensors trained whole."""
+    from lorakit.combining.trained import ROUNDING
     from lorakit.core.method import Static
-    from lorakit.core.state import delta_of
+    from lorakit.core.state import leans_on_weights
+    from lorakit.inject.attach import weight_at
 
-    whole = any(state.trained for state in states) and abs(sum(given or [1.0] * len(states)) - 1) > 1e-6
-    leaning = any(
-        delta_of(update) is None for state in states for update in state.updates if isinstance(update.method, Static)
-    )
-    if not (whole or leaning):
+    whole = any(state.trained for state in states) and abs(sum(shares) - 1) > ROUNDING
+    if not (whole or any(map(leans_on_weights, states))):
         return {}
-    from lorakit.core.registry import host_of
-
     found = [find(source, base) for source in sources]
     bases = {one.base for one in found}
     if len(bases) > 1:
         raise CombineError(f"the adapters name several bases, {', '.join(sorted(bases))}; if they are one, give --base")
     model, _ = found[0].load_base()
     values = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    for state in states:
-        for update in state.updates:
-            module, rows = model.get_submodule(update.site.path), update.site.rows
-            if (host := host_of(module)) is not None:
-                weight = host.store.read(module).detach()
-                values[update.site.key] = weight if rows is None else weight[rows[0] : rows[1]]
+    for update in (update for state in states for update in state.updates if isinstance(update.method, Static)):
+        values[update.site.key] = weight_at(model.get_submodule(update.site.path), update.site)
     return values

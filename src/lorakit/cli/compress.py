@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lorakit.cli.screen import Screen, screen, size, table
-from lorakit.cli.sources import BASE_HELP, Source, adapter_in, find, refuse_full_folder
+from lorakit.cli.sources import BASE_HELP, Source, adapter_in, find, refuse_full_folder, weights_under
 from lorakit.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -75,39 +75,30 @@ def compress(
         written = sum(file.stat().st_size for file in Path(output).glob("adapter*"))
         _show(out, made, before, searched)
         out.say(f"wrote {output} (peft, {size(written)})")
-        out.result({
-            "source": source,
-            "output": output,
-            "bytes_before": before,
-            "bytes": made.bytes,
-            "error": made.error,
-            "ranks": dict(made.ranks),
-            "errors": {key: loss.relative for key, loss in made.losses.items()},
-            "bounds": {key: bound.error for key, bound in made.bounds.items()},
-            "score": None if searched is None else searched.score,
-            "measure": None if searched is None else searched.measure,
-            "tried": [] if searched is None else [asdict(one) for one in searched.tried],
-        })  # fmt: skip
+        out.result({"source": source, "output": output, "bytes_before": before, **_plain(made, searched)})
+
+
+def _plain(made: Compressed, searched: Smallest | None) -> dict[str, object]:
+    return {
+        "bytes": made.bytes,
+        "error": made.error,
+        "ranks": dict(made.ranks),
+        "errors": {key: loss.relative for key, loss in made.losses.items()},
+        "bounds": {key: bound.error for key, bound in made.bounds.items()},
+        "score": None if searched is None else searched.score,
+        "measure": None if searched is None else searched.measure,
+        "tried": [] if searched is None else [asdict(one) for one in searched.tried],
+    }
 
 
 def _weights(source: str, base: str | None, state: AdapterState) -> Mapping[str, Tensor] | None:
     """Return the base's weights where the change of one depends on them, and nothing else."""
-    from lorakit.core.method import Static
-    from lorakit.core.state import delta_of
-    from lorakit.training.dense_weights import DenseWeights
+    from lorakit.core.state import leans_on_weights
 
-    one = {type(u.method): u for u in state.updates if isinstance(u.method, Static)}
-    if all(delta_of(update) is not None for update in one.values()):
+    if not leans_on_weights(state):
         return None
     found = find(source, base)
-    return DenseWeights(
-        found.base,
-        [update.site for update in state.updates],
-        "classification" if found.labels else "causal-lm",
-        found.labels,
-        reader="compress",
-        remedy="name the base it was made of with --base",
-    )
+    return weights_under(state, found.base, found.labels, "compress")
 
 
 def _search(

@@ -114,12 +114,12 @@ def _plain(
 
 
 def _leans_on_base(state: AdapterState) -> bool:
-    """Return whether a change of a weight is not known without the weight, as one update of each method shows."""
+    """Return whether the base is asked for: by a change that leans on its weight, or by a layer of unknown width."""
     from lorakit.core.method import Static
-    from lorakit.core.state import delta_of
+    from lorakit.core.state import leans_on_weights
 
-    one = {type(u.method): u for u in state.updates if isinstance(u.method, Static)}
-    return any(not u.site.in_ or delta_of(u) is None for u in one.values())
+    open_ = any(not u.site.in_ for u in state.updates if isinstance(u.method, Static))
+    return open_ or leans_on_weights(state)
 
 
 def _way(state: AdapterState, asked: Asked) -> str:
@@ -144,7 +144,7 @@ def _on_base(state: AdapterState, base: str) -> tuple[AdapterState, dict[str, Te
     from dataclasses import replace
 
     from lorakit.core.registry import host_of
-    from lorakit.inject.attach import attach
+    from lorakit.inject.attach import attach, weight_at
     from lorakit.inject.attach import state as state_of
     from lorakit.training.base import load_base
 
@@ -152,10 +152,9 @@ def _on_base(state: AdapterState, base: str) -> tuple[AdapterState, dict[str, Te
     model, _ = load_base(base, task="classification" if labels else "causal-lm", labels=labels)
     weights = {}
     for update in state.updates:
-        module, rows = model.get_submodule(update.site.path), update.site.rows
-        if (host := host_of(module)) is not None:
-            weight = host.store.read(module).detach().cpu()
-            weights[update.site.key] = weight if rows is None else weight[rows[0] : rows[1]]
+        module = model.get_submodule(update.site.path)
+        if host_of(module) is not None:
+            weights[update.site.key] = weight_at(module, update.site).cpu()
     attach(model, state)
     here = state_of(model)
     on_cpu = [replace(u, tensors={name: t.cpu() for name, t in u.tensors.items()}) for u in here.updates]

@@ -10,7 +10,7 @@ import typer
 
 from lorakit.cli.pages import refuse_to_overwrite, write_page
 from lorakit.cli.screen import Screen, screen, table
-from lorakit.cli.sources import ALPHA_HELP, ENABLED_HELP, adapter_in, switches
+from lorakit.cli.sources import ALPHA_HELP, ENABLED_HELP, adapter_in, switches, weights_under
 from lorakit.errors import AdapterFileError, RecipeError, SpecError
 
 if TYPE_CHECKING:
@@ -85,17 +85,9 @@ def inspect(
 def _weights(base: str, state: AdapterState) -> DenseWeights:
     """Return the weights of the base under the adapter's layers, which are those it was trained on."""
     from lorakit.inject.attach import check_base
-    from lorakit.training.dense_weights import DenseWeights
 
     labels = state.purpose.labels if state.purpose is not None else ()
-    found = DenseWeights(
-        base,
-        [update.site for update in state.updates],
-        "classification" if labels else "causal-lm",
-        labels,
-        reader="inspect",
-        remedy="name the base it was made of",
-    )
+    found = weights_under(state, base, labels, "inspect")
     check_base(state.base, found.probed(state.base.probes))
     return found
 

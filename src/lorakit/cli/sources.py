@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 from lorakit.errors import AdapterFileError, LorakitError, RecipeError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lorakit.core.state import AdapterState, Purpose
+    from lorakit.training.dense_weights import DenseWeights
     from lorakit.training.recipe import DataSection, Recipe
 
 SOURCE_HELP = "The folder of a run, an adapter (directory or file), or a base model."
@@ -124,6 +127,20 @@ def switches(enabled: str | None) -> tuple[bool, ...] | None:
     if wrong := [word for word in words if word not in ("yes", "no")]:
         raise RecipeError(f"--enabled {enabled!r}: {wrong[0]!r} is neither yes nor no; for q and v write yes,no,yes")
     return tuple(word == "yes" for word in words)
+
+
+def weights_under(state: AdapterState, base: str, labels: Sequence[str], reader: str) -> DenseWeights:
+    """Return the weights of a base under an adapter's layers, read one at a time; `reader` is the verb, for errors."""
+    from lorakit.training.dense_weights import DenseWeights
+
+    return DenseWeights(
+        base,
+        [update.site for update in state.updates],
+        "classification" if labels else "causal-lm",
+        labels,
+        reader=reader,
+        remedy="name the base it was made of with --base",
+    )
 
 
 def need_adapter(source: Source, given: str) -> AdapterState:

@@ -27,6 +27,12 @@ class Pair:
     left: Float[Tensor, "g m r"]
     right: Float[Tensor, "g r n"]
 
+    @classmethod
+    def of(cls, down: Float[Tensor, "gr *in"], up: Float[Tensor, "out r"]) -> Pair:
+        """Return the product of factors as a method stores them: the inverse of `factors`, for any kernel."""
+        groups, rank = len(down) // up.shape[1], up.shape[1]
+        return cls(up.reshape(groups, -1, rank), down.reshape(groups, rank, -1))
+
     @property
     def rank(self) -> int:
         """Return r, of each group."""
@@ -47,9 +53,7 @@ def change_of(update: Update, weight: Tensor | None) -> Change | None:
     """Return the change of a static update on the CPU, factors in fp64; None where it asks for a weight not given."""
     if isinstance(update.method, LowRank):
         wide = {name: tensor.detach().cpu().double() for name, tensor in update.tensors.items()}
-        down, up = update.method.factors(wide)
-        groups = down.shape[0] // up.shape[1]
-        return Pair(up.reshape(groups, -1, up.shape[1]), down.reshape(groups, up.shape[1], -1))
+        return Pair.of(*update.method.factors(wide))
     delta = delta_of(update, weight)
     return None if delta is None else by_group(update.site, delta.detach().cpu())
 

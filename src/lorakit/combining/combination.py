@@ -167,8 +167,7 @@ def _update(place: Place, pair: Pair) -> Update:
 def _loss(update: Update, terms: Sequence[Term]) -> Loss:
     """Return how far an update is from the weighted sum of the terms, as it is stored; rounding in fp64 is none."""
     down, up = (update.tensors[name].cpu().double() for name in ("down", "up"))
-    groups = update.site.groups
-    stored = Pair(up.reshape(groups, -1, up.shape[1]), down.reshape(groups, up.shape[1], -1))
+    stored = Pair.of(down, up)
     changes, weights = [term.change for term in terms], [term.weight for term in terms]
     exact = added(changes, weights)
     error, whole = size(added([*changes, stored], [*weights, -1.0])), size(exact)

@@ -89,8 +89,16 @@ def compress(
     places = lineup([state], [1.0])
     if not places:
         raise CombineError("the adapter changes no weight, so there is nothing to compress")
-    parts = [_Part(place, base or {}, kept_in) for place in places]
-    _raise([f"{part.key}: {part.problem}" for part in parts if part.problem], len(parts))
+    parts, problems = [], []
+    for place in places:
+        try:
+            parts.append(_Part(place, base or {}, kept_in))
+        except CombineError as problem:
+            problems.append(f"{place.site.key}: {problem}")
+    if problems:
+        raise CombineError(
+            f"{len(problems)} of {len(places)} weights cannot be compressed:\n{listing(grouped(problems))}"
+        )
     if size is not None:
         whole = sum(tensor.nbytes for tensor in state.trained.values())
         ranks = _within(parts, size - whole)
@@ -133,13 +141,9 @@ class _Part:
     """One weight while it is decided how many of its directions stay: its change, and the sizes of its directions."""
 
     def __init__(self, place: Place, base: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
-        self.place, self.key, self.problem = place, place.site.key, ""
+        self.place, self.key = place, place.site.key
         self.dtype = place.dtype if dtype is None else dtype
-        try:
-            (term,) = place.terms(base)
-        except CombineError as problem:
-            self.problem = str(problem)
-            return
+        (term,) = place.terms(base)
         self.change: Change = term.change
         self.nothing = rounding(term.change, [term])
         left, right = (term.change.left, term.change.right) if isinstance(term.change, Pair) else (term.change,) * 2
@@ -182,9 +186,7 @@ class _Part:
         down, up = kept
         if not (down.isfinite().all() and up.isfinite().all()):
             raise CombineError(f"{self.key}: its numbers are beyond what {self.dtype} holds; take another dtype")
-        groups = self.groups
-        stored = Pair(scale * up.double().reshape(groups, -1, up.shape[1]),
-                      down.double().reshape(groups, up.shape[1], -1))  # fmt: skip
+        stored = Pair.of(down.double(), scale * up.double())
         method = method_from_json({"name": "lora", "rank": len(down), "alpha": scale * len(down)})
         assert isinstance(method, LowRank)
         tensors = {"down": down.reshape(-1, site.in_, *site.kernel), "up": up}
@@ -236,8 +238,3 @@ def _checked(rank: int | None, energy: float | None, size: int | None, dtype: st
     if dtype is not None and dtype not in STORED:
         raise SpecError(f"unknown dtype {dtype!r}{did_you_mean(dtype, STORED)}; known: {', '.join(STORED)}")
     return None if dtype is None else STORED[dtype]
-
-
-def _raise(problems: Sequence[str], among: int) -> None:
-    if problems:
-        raise CombineError(f"{len(problems)} of {among} weights cannot be compressed:\n{listing(grouped(problems))}")

@@ -54,9 +54,7 @@ class Concat(How):
         """Return the factors side by side."""
         stacked = added(pairs_of(terms), [term.weight for term in terms])
         assert isinstance(stacked, Pair)
-        groups = len(stacked.left)
-        down, up = within_the_weight(*stacked.factors)
-        return Made(Pair(up.reshape(groups, -1, up.shape[1]), down.reshape(groups, up.shape[1], -1)))
+        return Made(Pair.of(*within_the_weight(*stacked.factors)))
 
 
 @dataclass(frozen=True)

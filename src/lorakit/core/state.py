@@ -119,6 +119,12 @@ def delta_of(update: Update, weight: Tensor | None = None) -> Tensor | None:
     return None if unknown and delta.isnan().any() else delta
 
 
+def leans_on_weights(state: AdapterState) -> bool:
+    """Return whether a change of a weight is not known without the weight, as one update of each method shows."""
+    one = {type(u.method): u for u in state.updates if isinstance(u.method, Static)}
+    return any(delta_of(update) is None for update in one.values())
+
+
 def _near(one: tuple[float, ...], other: tuple[float, ...], tolerance: float) -> bool:
     scale = max((abs(v) for v in one), default=0.0)
     return len(one) == len(other) and all(abs(a - b) <= tolerance * scale for a, b in zip(one, other, strict=True))

@@ -106,7 +106,7 @@ def attach(
         if site.key in tensors:
             _copy(adapter, dict(tensors[site.key]))
         else:
-            read = partial(_weight, modules[site.path], site)
+            read = partial(weight_at, modules[site.path], site)
             adapter.init(read, _generator(spec.seed, site.key), (evidence or {}).get(site.key))
     ledger.add(model, name, spec, brought, values, trainable=trained)
     return Handle(model, name, tuple(site.key for site, _ in placed))
@@ -299,7 +299,7 @@ def _check_evidence(
     problems: dict[str, list[str]] = {}
     for site, method in placed:
         init = init_of(method)
-        if init is None or init.needs is None or is_hollow(weight := _weight(modules[site.path], site)):
+        if init is None or init.needs is None or is_hollow(weight := weight_at(modules[site.path], site)):
             continue
         try:
             init.check_evidence(site, weight, evidence.get(site.key))
@@ -350,7 +350,8 @@ def _rehook(module: nn.Module, hook: Any) -> None:
         add_hook_to_module(module, hook)
 
 
-def _weight(module: nn.Module, site: Site) -> Tensor:
+def weight_at(module: nn.Module, site: Site) -> Tensor:
+    """Return the canonical weight of a site, its own rows of a fused one; it may share the module's memory."""
     weight = host_at(site, module).store.read(module).detach()
     return weight if site.rows is None else weight[site.rows[0] : site.rows[1]]
 

@@ -27,6 +27,7 @@ from lorakit.core.site import Site
 from lorakit.core.spec import AdapterSpec
 from lorakit.core.targets import resolve
 from lorakit.errors import SpecError, listing
+from lorakit.inject.attach import weight_at
 from lorakit.inject.sites import sites
 
 IGNORE = -100
@@ -99,7 +100,8 @@ def gather(
             )
     measured = {probe.site.key: probe.result(need_of[probe.site.key], count) for probe in probes}
     if weights is None:
-        weights = {s.key: _weight(modules[s.path], s) for s, need in found if need == "weight"}
+        read = {s.key: weight_at(modules[s.path], s) for s, need in found if need == "weight"}
+        weights = {key: weight.to("cpu", torch.float32, copy=True) for key, weight in read.items()}
     return ChainMap(measured, weights)  # type: ignore[arg-type]  # nothing is written through it
 
 
@@ -207,8 +209,3 @@ def _counted(batch: Any) -> Tensor | None:
 def _input(args: Any, kwargs: Mapping[str, Any]) -> Tensor:
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
     return x
-
-
-def _weight(module: nn.Module, site: Site) -> Tensor:
-    weight = host_at(site, module).store.read(module).detach().to("cpu", torch.float32, copy=True)
-    return weight if site.rows is None else weight[site.rows[0] : site.rows[1]]

@@ -8,13 +8,9 @@ weight per row, several adapters at once, something for autocast to cast) takes 
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -22,6 +18,7 @@ from torch import Tensor, nn
 
 from lorakit.core.adapters import Adapted
 from lorakit.core.fronts import Front, base_class, put_in_front, take_from_front
+from lorakit.inject.statements import statements
 from lorakit.inject.together import Together, resting, takes, why_not
 from lorakit.kernels.attention import DropsInAttention
 from lorakit.kernels.dropout import dropout
@@ -119,7 +116,7 @@ class FusedRMSNorm(_Fused):
         if not self._acts(x):
             return super().forward(x)  # type: ignore[misc,no-any-return]
         eps = getattr(self, "variance_epsilon", None) or self.eps  # type: ignore[attr-defined]
-        return rms_norm(x, self.weight, eps, from_one=_code(base_class(self).forward) == _GEMMA)  # type: ignore[attr-defined,arg-type]
+        return rms_norm(x, self.weight, eps, from_one=statements(base_class(self).forward, "x") == _GEMMA)  # type: ignore[attr-defined,arg-type]
 
 
 class FusedLayerNorm(_Fused):
@@ -234,10 +231,10 @@ def _front_of(module: nn.Module) -> type[_Fused] | None:
     if cls is nn.GELU or cls.__name__ in _NAMED:
         return FusedActivation if _activation(module) is not None else None
     if cls.__name__.endswith("Norm"):
-        code = _code(cls.forward)
-        gemma = code == _GEMMA and _code(getattr(cls, "_norm", None)) == _GEMMA_NORM
+        code = statements(cls.forward, "x")
+        gemma = code == _GEMMA and statements(getattr(cls, "_norm", None), "x") == _GEMMA_NORM
         return FusedRMSNorm if code == _LLAMA or gemma else None
-    if hasattr(module, "gate_proj") and _code(cls.forward) == _MLP and _activation(module.act_fn) is not None:
+    if hasattr(module, "gate_proj") and statements(cls.forward, "x") == _MLP and _activation(module.act_fn) is not None:
         return FusedGatedMLP
     return None
 
@@ -255,21 +252,3 @@ def _activation(module: Any) -> str | None:
         return "gelu-tanh" if module.approximate == "tanh" else "gelu"
     ours = cls.__module__ in ("torch.nn.modules.activation", "transformers.activations")
     return _NAMED.get(cls.__name__) if ours else None
-
-
-@cache
-def _code(function: Any) -> str:
-    """Return the statements of a function of one argument, called `x`, without comments; "" without a source."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):
-        return ""
-    definition = tree.body[0]
-    if not isinstance(definition, ast.FunctionDef) or len(definition.args.args) != 2:
-        return ""
-    given = definition.args.args[1].arg
-    for node in ast.walk(definition):
-        if isinstance(node, ast.Name) and node.id == given:
-            node.id = "x"
-    body = [s for s in definition.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
-    return "\n".join(map(ast.unparse, body))

@@ -8,10 +8,7 @@ logits is shorter.
 
 from __future__ import annotations
 
-import ast
-import inspect
 import math
-import textwrap
 from typing import Any, cast
 
 import torch
@@ -21,12 +18,13 @@ from lorakit.core.fronts import Front, base_class, put_in_front, take_from_front
 from lorakit.core.hollow import is_hollow
 from lorakit.core.modes import evaluating
 from lorakit.core.reading import blocks_of
+from lorakit.inject.statements import statements
 
-_OUTPUT = """hidden_states = self.dense(hidden_states)
-hidden_states = self.dropout(hidden_states)
-hidden_states = self.LayerNorm(hidden_states + input_tensor)
-return hidden_states"""
-_FIRST = ("hidden_states[:, 0]", "features[:, 0, :]", "hidden_states[:, 0, :]")
+_OUTPUT = """x = self.dense(x)
+x = self.dropout(x)
+x = self.LayerNorm(x + y)
+return x"""
+_FIRST = ("x[:, 0]", "x[:, 0, :]")
 
 
 class FirstAlone(Front):
@@ -74,10 +72,12 @@ def _after_attention(model: nn.Module) -> nn.Module | None:
     if not type(model).__name__.endswith("ForSequenceClassification") or not blocks:
         return None
     readers = [module for name, module in model.named_modules() if name.rpartition(".")[2] in ("pooler", "classifier")]
-    if not any(any(part in _source(module) for part in _FIRST) for module in readers):
+    codes = [statements(base_class(module).forward, "x") for module in readers]
+    if not any(part in code for part in _FIRST for code in codes):
         return None
     found = getattr(getattr(blocks[-1], "attention", None), "output", None)
-    return found if isinstance(found, nn.Module) and _statements(found) == _OUTPUT else None
+    known = isinstance(found, nn.Module) and statements(base_class(found).forward, "x", "y") == _OUTPUT
+    return found if known else None
 
 
 def _logits(model: nn.Module) -> Tensor | None:
@@ -98,20 +98,3 @@ def _alike(one: Tensor, other: Tensor, eps: float) -> bool:
     """Return whether logits differ by no more than half the digits of their dtype: far more than rounding leaves."""
     same = one.shape == other.shape
     return same and float((one - other).abs().max()) <= math.sqrt(eps) * (1 + float(one.abs().max()))
-
-
-def _source(module: nn.Module) -> str:
-    try:
-        return inspect.getsource(base_class(module).forward)
-    except (OSError, TypeError):
-        return ""
-
-
-def _statements(module: nn.Module) -> str:
-    """Return the statements of a module's forward without comments; "" without a source."""
-    try:
-        definition: Any = ast.parse(textwrap.dedent(_source(module))).body[0]
-    except (SyntaxError, IndexError):
-        return ""
-    body = [s for s in definition.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
-    return "\n".join(map(ast.unparse, body))

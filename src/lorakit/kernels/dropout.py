@@ -29,8 +29,15 @@ def dropout(x: Tensor, rate: float) -> Tensor:
 
     torch's own keeps its mask, and on a CPU makes it with one lane. Source: Srivastava et al., JMLR 2014, section 4.
     """
-    dropped: Tensor = _Dropout.apply(x, rate, draw_seed(x))  # type: ignore[no-untyped-call]
-    return dropped
+    y: Tensor = _Dropout.apply(x, rate, draw_seed(x))  # type: ignore[no-untyped-call]
+    return y
+
+
+def dropped(x: Tensor, rate: float, seed: int) -> Tensor:
+    """Return `x (..., width)` times the mask of this seed, lifted; no gradient is known for it here."""
+    rows = x.reshape(-1, x.shape[-1])
+    mask, factor = keep_mask(rows, rows.shape[1], rate, seed)
+    return mask.mul_(rows).mul_(factor).view(x.shape)
 
 
 def keep_mask(like: Tensor, width: int, rate: float, seed: int) -> tuple[Tensor, float]:
@@ -70,15 +77,9 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rate: float, seed: int) -> Tensor:
         ctx.rate, ctx.seed = rate, seed
-        return _masked(x, rate, seed)
+        return dropped(x, rate, seed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        return _masked(upstream, ctx.rate, ctx.seed), None, None
-
-
-def _masked(x: Tensor, rate: float, seed: int) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    mask, factor = keep_mask(rows, rows.shape[1], rate, seed)
-    return mask.mul_(rows).mul_(factor).view(x.shape)
+        return dropped(upstream, ctx.rate, ctx.seed), None, None

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakit.kernels.dropout import draw_seed, keep_mask
+from lorakit.kernels.dropout import draw_seed, dropped, keep_mask
 from lorakit.kernels.remade import Remade, remade
 
 
@@ -49,14 +49,8 @@ def low_rank_linear(x: Tensor, layers: Sequence[Layer], dropout: float = 0.0) ->
         if any(t is not None and t.requires_grad for t in (x, *tensors)):
             made: tuple[Tensor, ...] = _LowRankLinear.apply(x, tuple(layers), dropout, seed, remade(x), *tensors)  # type: ignore[no-untyped-call]
             return made
-    thin = _thinned(x, dropout, seed) if dropout else x
+    thin = dropped(x, dropout, seed) if dropout else x
     return tuple([_one(x, thin, layer) for layer in layers])
-
-
-def _thinned(x: Tensor, dropout: float, seed: int) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    mask, factor = keep_mask(rows, rows.shape[1], dropout, seed)
-    return mask.mul_(rows).mul_(factor).view(x.shape)
 
 
 def _one(x: Tensor, thin: Tensor, layer: Layer) -> Tensor:

@@ -17,8 +17,6 @@ Bar = tuple[str, Mapping[str, int], str]
 """A name, bytes by part, and what is said of it beside the total."""
 _NAMED_FROM = 0.18
 """The share of a bar from which a part has room for its own name."""
-
-
 _MAY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 """What a page may load: pictures that are written into it, and nothing else."""
 

@@ -7,20 +7,19 @@ another adapter of the base: how alike the subspaces are, and what the two do to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorakit.core.as_lora import refuse_unknown_widths
-from lorakit.core.state import AdapterState, Update, check_tensors
+from lorakit.core.state import AdapterState, Update
 from lorakit.errors import SpecError, grouped, listing
 from lorakit.spectral.amplification import Projections, amplification, correlation
 from lorakit.spectral.interference import Interference, interference
-from lorakit.spectral.intruder import Intruders, intruders
-from lorakit.spectral.spectrum import Spectrum, refuse_what_has_none, spectrum_of, weight_of
+from lorakit.spectral.intruder import TOP, Intruders, intruders
+from lorakit.spectral.spectrum import Spectrum, refuse_unfit, spectrum_of, weight_of
 from lorakit.spectral.subspace import similarities
 from lorakit.spectral.svd import Svd, matrix_view, svd
 
@@ -106,9 +105,7 @@ def inspect(
         AdapterFileError: tensors with NaN or infinity, missing, or of a wrong shape, all of them.
     """
     for given in (state,) if against is None else (state, against):
-        refuse_what_has_none(given)
-        refuse_unknown_widths(given)
-        check_tensors(given.updates)
+        refuse_unfit(given)
     others = {} if against is None else {update.site.key: update for update in against.updates}
     if against is not None:
         _refuse_other_base(state, against)
@@ -152,7 +149,7 @@ def _module(
 
 def _intruders(matrix: Tensor, own: Svd) -> Intruders:
     delta = (own.u * own.s) @ own.vh
-    return intruders(matrix, delta.to(matrix), top=min(10, *matrix.shape))
+    return intruders(matrix, delta.to(matrix), top=min(TOP, *matrix.shape))
 
 
 def _grid(first: Svd, second: Svd) -> tuple[tuple[float, ...], ...]:
@@ -163,14 +160,14 @@ def _grid(first: Svd, second: Svd) -> tuple[tuple[float, ...], ...]:
 
 def _refuse_other_base(state: AdapterState, against: AdapterState) -> None:
     """Raise `SpecError` for adapters whose bases differ where both remember a weight, or whose layers do."""
-    problems: Iterator[str] = iter(f"{path}: another weight" for path in state.base.unlike(against.base))
+    weights = [f"{path}: another weight" for path in state.base.unlike(against.base)]
     sites = {update.site.key: update.site.shape for update in state.updates}
-    shapes = (
+    shapes = [
         f"{u.site.key}: {sites[u.site.key]} and {u.site.shape}"
         for u in against.updates
         if u.site.key in sites and sites[u.site.key] != u.site.shape
-    )
-    if found := [*problems, *shapes]:
+    ]
+    if found := weights + shapes:
         raise SpecError(f"the adapters sit on different bases, so they cannot be compared:\n{listing(grouped(found))}")
     if not any(update.site.key in sites for update in against.updates):
         raise SpecError("the adapters have no layer in common, so there is nothing to compare")

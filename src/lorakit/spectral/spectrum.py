@@ -137,9 +137,7 @@ def spectrum(state: AdapterState, base: Mapping[str, Tensor] | None = None) -> S
             lacks a weight, or has one of another shape or with NaN in it. Each lists every module.
         AdapterFileError: tensors with NaN or infinity, missing, or of a wrong shape, all of them.
     """
-    refuse_what_has_none(state)
-    refuse_unknown_widths(state)
-    check_tensors(state.updates)
+    refuse_unfit(state)
     modules, problems = [], []
     for update in state.updates:
         try:
@@ -176,8 +174,8 @@ def weight_of(base: Mapping[str, Tensor], site: Site) -> Tensor:
     return weight
 
 
-def refuse_what_has_none(state: AdapterState) -> None:
-    """Raise `SpecError` listing every update that is no change of a weight."""
+def refuse_unfit(state: AdapterState) -> None:
+    """Raise for what has no spectrum: `SpecError`, or `AdapterFileError` for tensors that do not fit; all of a kind."""
     moving = [
         f"{u.site.key}: {u.method.name} "
         + ("acts on what the model reads, not on a weight" if u.site.kind == "model" else "depends on the input")
@@ -188,6 +186,8 @@ def refuse_what_has_none(state: AdapterState) -> None:
         raise SpecError(
             f"{len(moving)} update(s) are no change of a weight, so they have no spectrum:\n{_lines(moving)}"
         )
+    refuse_unknown_widths(state)
+    check_tensors(state.updates)
 
 
 def _lines(problems: list[str]) -> str:

@@ -24,7 +24,7 @@ from lorakit.errors import LorakitError
 from lorakit.inject.attach import attach
 from lorakit.inject.fuse import fuse
 from lorakit.inject.penalty import penalty
-from lorakit.inject.pooled import reads_first_alone
+from lorakit.inject.pooled import compute_first_alone
 from lorakit.planning.memory import Parts, optimizer_bytes
 from lorakit.training.arguments import widen
 from lorakit.training.groups import param_groups
@@ -81,7 +81,7 @@ def forecast(model: PreTrainedModel, spec: AdapterSpec, load: Load, evaluation: 
             found = rehearse(scene(model, spec, load), evaluate=evaluation is None)
         else:
             asked, cached = evaluation is None, _narrows(spec, load)  # autocast keeps what it narrowed of each block
-            few = 3 if _is_uneven(model, spec, load) else 2
+            few = 3 if load.fused and pools_first(spec, model) else 2
             one = rehearse(scene(model, spec, load, few), evaluate=asked)
             other = rehearse(scene(model, spec, load, few + 1), evaluate=asked and cached)
             found = one.continued(other if cached else other.evaluated_as(one), depth - few)
@@ -117,7 +117,8 @@ def scene(
         attach(made, spec)
         if load.fused:
             fuse(made)
-            pools_first(spec, made)
+            if pools_first(spec, made):
+                compute_first_alone(made)
         widen(made)
         recompute(made, load.checkpointing)  # type: ignore[arg-type]
 
@@ -135,13 +136,8 @@ def scene(
         state_tensors,
         partial(torch.autocast, "cpu", load.dtype) if _narrows(spec, load) else nullcontext,
         partial(optimizer_bytes, optimizer=load.optimizer),
-        _is_uneven(model, spec, load),
+        load.fused and pools_first(spec, model),
     )
-
-
-def _is_uneven(model: nn.Module, spec: AdapterSpec, load: Load) -> bool:
-    """Return whether the last block computes less than the others."""
-    return load.fused and not isinstance(spec.method, Context) and reads_first_alone(model)
 
 
 def _narrows(spec: AdapterSpec, load: Load) -> bool:

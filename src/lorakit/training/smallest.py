@@ -92,6 +92,7 @@ def smallest(
         finally:
             detach(model, handle.name)
 
+    compress(state, rank=1, dtype=dtype, base=base)  # what has no smaller form for another reason than its size says so
     whole = _score(scored(state))
     high = stored_bytes(state)
     low, best, tried = LEAST * high, None, []
@@ -100,8 +101,6 @@ def smallest(
         try:
             made = compress(state, size=size, dtype=dtype, base=base)
         except CombineError:  # smaller than any form of it
-            if size >= stored_bytes(state):
-                raise
             low = size
             continue
         score = _score(scored(made.state))

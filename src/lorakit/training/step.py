@@ -23,7 +23,7 @@ from lorakit.core.method import Context
 from lorakit.core.reading import blocks_of
 from lorakit.errors import DeviceError, LorakitError
 from lorakit.inject.fuse import fuse
-from lorakit.inject.pooled import compute_first_alone
+from lorakit.inject.pooled import compute_first_alone, reads_first_alone
 from lorakit.training import processes
 from lorakit.training.head import head_of
 
@@ -58,14 +58,14 @@ def prepare_step(stage: Stage, train: TrainSection) -> dict[str, dict[str, Any]]
     if not train.fused:
         return {}
     counts = fuse(model).counts()
-    if not train.cache_frozen and pools_first(stage.spec, model):
+    if not train.cache_frozen and pools_first(stage.spec, model) and compute_first_alone(model):
         counts["runs"]["a last block at its first position"] = 1
     return {"fused": counts}
 
 
 def pools_first(spec: AdapterSpec, model: nn.Module) -> bool:
-    """Let a classifier compute no more of its last block than it reads; virtual positions would move what is first."""
-    return not isinstance(spec.method, Context) and compute_first_alone(model)
+    """Return whether a model with this adapter reads its first position alone; virtual ones would move the first."""
+    return not isinstance(spec.method, Context) and reads_first_alone(model)
 
 
 def refuse_step(train: TrainSection, device: torch.device) -> None:
