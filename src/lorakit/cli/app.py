@@ -21,6 +21,7 @@ from lorakit.cli.combine import combine
 from lorakit.cli.compress import compress
 from lorakit.cli.convert import convert
 from lorakit.cli.evaluate import evaluate
+from lorakit.cli.extract import extract
 from lorakit.cli.generate import generate
 from lorakit.cli.inspect import inspect
 from lorakit.cli.merge import merge
@@ -94,7 +95,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (quickstart, plan, train, evaluate, generate, inspect, compress, combine, merge, convert, quantize,
+for verb in (quickstart, plan, train, evaluate, generate, inspect, compress, combine, extract, merge, convert, quantize,
              methods):  # fmt: skip
     app.command()(verb)
 

@@ -14,9 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lorakit.core.as_lora import plain_lora
 from lorakit.core.factored import factored, factored_values
 from lorakit.core.init import by_group, leading
 from lorakit.core.method import LowRank
+from lorakit.core.site import Site
 from lorakit.core.state import Update, delta_of
 
 
@@ -56,6 +58,12 @@ def change_of(update: Update, weight: Tensor | None) -> Change | None:
         return Pair.of(*update.method.factors(wide))
     delta = delta_of(update, weight)
     return None if delta is None else by_group(update.site, delta.detach().cpu())
+
+
+def update_of(site: Site, pair: Pair, dtype: torch.dtype) -> Update:
+    """Return a product as the plain LoRA of a site, stored in this dtype."""
+    down, up = (factor.to(dtype).contiguous() for factor in pair.factors)
+    return Update(site, plain_lora(len(down)), {"down": down.reshape(-1, site.in_, *site.kernel), "up": up})
 
 
 def dense(change: Change, dtype: torch.dtype) -> Float[Tensor, "g m n"]:

@@ -7,19 +7,18 @@ measured is what is returned, rounding included.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lorakit.combining.change import Pair, added, size
+from lorakit.combining.change import Pair, added, size, update_of
 from lorakit.combining.how import How, Term, rounding
 from lorakit.combining.lineup import Place, checked_weights, lineup
 from lorakit.combining.sparse import Dare, Ties
 from lorakit.combining.summary import summary
 from lorakit.combining.sums import Concat, Factorwise, Linear, Svd
 from lorakit.combining.trained import combined_whole
-from lorakit.core.as_lora import plain_lora
 from lorakit.core.nearest_lora import Loss, total
 from lorakit.core.state import AdapterState, Update
 from lorakit.errors import CombineError, SpecError, did_you_mean, grouped, listing
@@ -156,12 +155,10 @@ def _refuse_adapted_and_whole(places: Sequence[Place], trained: Mapping[str, Ten
 
 def _update(place: Place, pair: Pair) -> Update:
     """Return the product as a plain LoRA where the place's first update is kept, in its dtype or fp32."""
-    site = place.site
-    down, up = (t.to(place.device, place.dtype).contiguous() for t in pair.factors)
-    if not (down.isfinite().all() and up.isfinite().all()):
+    update = update_of(place.site, pair, place.dtype)
+    if not all(tensor.isfinite().all() for tensor in update.tensors.values()):
         raise CombineError(f"the sum is beyond what {place.dtype} holds; lower the weights")
-    tensors = {"down": down.reshape(-1, site.in_, *site.kernel), "up": up}
-    return Update(site, plain_lora(len(down)), tensors)
+    return replace(update, tensors={name: tensor.to(place.device) for name, tensor in update.tensors.items()})
 
 
 def _loss(update: Update, terms: Sequence[Term]) -> Loss:

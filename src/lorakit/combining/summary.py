@@ -34,11 +34,16 @@ def _spec(specs: Sequence[AdapterSpec], keys: Sequence[set[str]], updates: tuple
     targets = _agreed([spec.targets for spec in specs], None)
     if targets is None or any(own != _keys(updates) for own in keys):
         layers = _agreed([spec.targets.layers for spec in specs], None)
-        targets = Targets([_exact(update.site) for update in updates] or ("all-linear",), (), layers)
+        targets = exactly(updates, layers)
     train = tuple(dict.fromkeys(word for spec in specs for word in spec.train))
     dropout, seed = _agreed([spec.dropout for spec in specs], 0.0), _agreed([spec.seed for spec in specs], 0)
     spec = replace(specs[0], targets=targets, train=train, dropout=dropout, seed=seed)
     return plain_spec(spec, updates) if updates else spec
+
+
+def exactly(updates: Iterable[Update], layers: str | None = None) -> Targets:
+    """Return the targets that mean the sites of these updates and no other."""
+    return Targets([_exact(update.site) for update in updates] or ("all-linear",), (), layers)
 
 
 def _base(states: Sequence[AdapterState]) -> Base:

@@ -32,6 +32,9 @@ from lorakit.inject.ledger import Ledger, ledger_of, parameters_of
 from lorakit.inject.sites import sites
 from lorakit.inject.together import resting
 
+PROBES = 8
+"""Of how many layers an adapter remembers weights, to know its base by."""
+
 
 @dataclass(frozen=True)
 class Handle:
@@ -161,7 +164,7 @@ def adapters_named(model: nn.Module, name: str) -> list[Adapter]:
     return [adapter for key, adapter in attached(model) if key == name]
 
 
-def base_of(model: nn.Module, most: int = 8) -> Base:
+def base_of(model: nn.Module, most: int = PROBES) -> Base:
     """Return the base's name and probes: a few evenly spaced weights of the first adaptable layers.
 
     Left out are layers that an adapter trains whole, which are no longer the base's, embeddings and heads, which are
@@ -173,8 +176,7 @@ def base_of(model: nn.Module, most: int = 8) -> Base:
     named, trained = parameters_of(model), [key for keys in ledger_of(model).trained.values() for key in keys]
     moved = {id(named[key]) for key in trained}
     probes: dict[str, tuple[float, ...]] = {}
-    skeleton = sites(model)
-    for site in (s for s in skeleton.sites if s.kind != "embedding" and s.path not in skeleton.heads):
+    for site in known_by(sites(model)):
         if len(probes) == most:
             break
         weight = named.get(f"{site.path}.weight")
@@ -183,6 +185,11 @@ def base_of(model: nn.Module, most: int = 8) -> Base:
         if weight is not None and readable:
             probes[site.path] = probe(weight)
     return Base(getattr(config, "_name_or_path", None) or None, probes)
+
+
+def known_by(skeleton: Skeleton) -> list[Site]:
+    """Return the layers whose weights tell one base from another: no embedding and no head, which may be resized."""
+    return [site for site in skeleton.sites if site.kind != "embedding" and site.path not in skeleton.heads]
 
 
 def probe(weight: Tensor, values: int = 4) -> tuple[float, ...]:

@@ -12,12 +12,17 @@ from lorakit.core.state import Base
 from lorakit.errors import RecipeError, listing
 from lorakit.inject.attach import probe
 from lorakit.training.base import Task, build_empty
-from lorakit.training.base_files import open_tensors, place_of
-from lorakit.training.quantised import settings_of
-from lorakit.training.tensor_names import checkpoint_of
+from lorakit.training.stored_parameters import StoredParameters
 
 LYING = ("transposed-linear", "embedding")
 """Kinds whose modules keep their weight `(in, out)`."""
+
+
+def canonical(site: Site, stored: Tensor) -> Tensor:
+    """Return a layer's weight as a site has it: `(out, in, *kernel)` in fp32, its own rows of a fused one."""
+    weight = stored.to(torch.float32)
+    weight = weight.T if site.kind in LYING else weight
+    return weight if site.rows is None else weight[site.rows[0] : site.rows[1]]
 
 
 class DenseWeights(Mapping[str, Tensor]):
@@ -39,21 +44,15 @@ class DenseWeights(Mapping[str, Tensor]):
         Raises:
             RecipeError: a base whose files are packed, or in which a site has no tensor of its own.
         """
-        self._base, self._place, self._sites = base, place_of(base), {site.key: site for site in sites}
+        self._base, self._sites = base, {site.key: site for site in sites}
         model = build_empty(base, task=task, labels=labels)
-        if settings_of(model.config) is not None:
-            raise RecipeError(f"{reader} reads dense weights, and {base} holds packed ones; {remedy}")
-        with open_tensors(self._place) as stored:
-            sources = checkpoint_of(model, stored).sources
-        self._names = {path: names[0] for path, names in sources.items() if len(names) == 1}
-        if absent := [key for key, site in self._sites.items() if f"{site.path}.weight" not in self._names]:
+        self._stored = StoredParameters(base, model, reader=reader, remedy=remedy)
+        if absent := [key for key, site in self._sites.items() if f"{site.path}.weight" not in self._stored]:
             raise RecipeError(f"{reader}: {base} has no tensor of its own for\n{listing(absent)}")
 
     def __getitem__(self, key: str) -> Tensor:
         site = self._sites[key]
-        weight = self._read(site.path).to(torch.float32)
-        weight = weight.T if site.kind in LYING else weight
-        return weight if site.rows is None else weight[site.rows[0] : site.rows[1]]
+        return canonical(site, self._stored[f"{site.path}.weight"])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sites)
@@ -63,8 +62,5 @@ class DenseWeights(Mapping[str, Tensor]):
 
     def probed(self, paths: Iterable[str]) -> Base:
         """Return the base with its own values at the probes of an adapter, those of its tensors that are here."""
-        return Base(self._base, {path: probe(self._read(path)) for path in paths if f"{path}.weight" in self._names})
-
-    def _read(self, path: str) -> Tensor:
-        with open_tensors(self._place) as stored:
-            return stored[self._names[f"{path}.weight"]][...]
+        here = {path: f"{path}.weight" for path in paths}
+        return Base(self._base, {p: probe(self._stored[name]) for p, name in here.items() if name in self._stored})
