@@ -92,6 +92,19 @@ def test_clients_that_share_one_factor_lose_nothing(name: str) -> None:
     assert average_factors([one, two], [0.3, 0.7]).error < 1e-7
 
 
+def test_padded_factors_are_0_where_a_client_has_none() -> None:
+    """Products diag(4, 0) of rank 1 and diag(4, 4) of rank 2: the mean is diag(4, 2), that of factors diag(4, 1)."""
+    one, two = pair([[2.0], [0.0]], [[2.0, 0.0]]), pair([[2.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 2.0]])
+    with pytest.raises(CombineError, match="factors of ranks 1, 2 cannot be added"):
+        average_factors([one, two])
+    averaged = average_factors([one, two], padded=True)
+    assert_close(delta(averaged.state), torch.diag(torch.tensor([4.0, 1.0])), dtype=torch.float32)
+    assert averaged.losses["layer"].error == pytest.approx(1.0)
+    alike = [adapter(LoRA(3)) for _ in range(2)]
+    for one_, other in zip(*(average_factors(alike, padded=way).state.updates for way in (True, False)), strict=True):
+        assert all(torch.equal(one_.tensors[name], other.tensors[name]) for name in ("down", "up"))
+
+
 def test_random_clients_lose_most_of_it() -> None:
     states = [adapter(LoRA(4), sites=[Q]) for _ in range(10)]
     assert average_factors(states).error > 0.5

@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from lorakit.cli.combine import combine
 from lorakit.cli.compress import compress
 from lorakit.cli.convert import convert
+from lorakit.cli.diff import diff
 from lorakit.cli.evaluate import evaluate
 from lorakit.cli.extract import extract
 from lorakit.cli.generate import generate
@@ -95,8 +96,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (quickstart, plan, train, evaluate, generate, inspect, compress, combine, extract, merge, convert, quantize,
-             methods):  # fmt: skip
+for verb in (quickstart, plan, train, evaluate, generate, inspect, diff, compress, combine, extract, merge, convert,
+             quantize, methods):  # fmt: skip
     app.command()(verb)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lorakit.cli.screen import Screen, screen, size, table
-from lorakit.cli.sources import BASE_HELP, Source, adapter_in, find, refuse_full_folder, weights_under
+from lorakit.cli.sources import BASE_HELP, Source, adapter_in, find, refuse_full_folder, weights_if_asked
 from lorakit.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def compress(
             raise RecipeError("--within finds the size by itself; leave --rank, --energy and --size out")
         state = load(adapter_in(source))
         before = stored_bytes(state)
-        weights = _weights(source, base, state)
+        weights = weights_if_asked(source, base, state, "compress")
         searched = None
         if within is not None:
             searched = _search(out, find(source, base), state, within, data, split, limit, dtype, weights)
@@ -89,16 +89,6 @@ def _plain(made: Compressed, searched: Smallest | None) -> dict[str, object]:
         "measure": None if searched is None else searched.measure,
         "tried": [] if searched is None else [asdict(one) for one in searched.tried],
     }
-
-
-def _weights(source: str, base: str | None, state: AdapterState) -> Mapping[str, Tensor] | None:
-    """Return the base's weights where the change of one depends on them, and nothing else."""
-    from lorakit.core.state import leans_on_weights
-
-    if not leans_on_weights(state):
-        return None
-    found = find(source, base)
-    return weights_under(state, found.base, found.labels, "compress")
 
 
 def _search(

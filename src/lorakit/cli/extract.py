@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lorakit.cli.screen import bar, screen, size
+from lorakit.cli.screen import bar, few, screen, size
 from lorakit.cli.sources import find, refuse_full_folder
 from lorakit.errors import RecipeError
 
@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lorakit.training.extraction import Extracted
-
-_SHOWN = 3
-"""How many of the tensors that were left out are named."""
 
 
 def extract(
@@ -47,8 +44,8 @@ def extract(
         found = find(tuned)
         if found.state is not None and found.state.updates:
             raise RecipeError(
-                f"{tuned} is an adapter with updates already, and no model that was tuned whole; lorakit compress makes "
-                "it smaller, lorakit convert --as-lora writes other methods as LoRA"
+                f"{tuned} is an adapter with updates already, and no model that was tuned whole; lorakit compress "
+                "makes it smaller, lorakit convert --as-lora writes other methods as LoRA"
             )
         start = base or (found.base if found.state is not None else None)
         if start is None:
@@ -96,7 +93,7 @@ def _lines(made: Extracted, whole: bool) -> Iterator[str]:
         f"{made.losses[worst].relative:.2%}"
     )
     if made.state.trained:
-        yield f"{len(made.state.trained)} tensors kept whole: {_some(sorted(made.state.trained))}"
+        yield f"{len(made.state.trained)} tensors kept whole: {few(sorted(made.state.trained))}"
     if made.left:
         largest = sorted(made.left, key=lambda name: -made.left[name])
         way = (
@@ -105,11 +102,6 @@ def _lines(made: Extracted, whole: bool) -> Iterator[str]:
             else "--whole keeps them, biases of adapted layers apart"
         )
         yield (
-            f"{len(largest)} other tensors changed and are left out: {_some(largest)}; with them "
+            f"{len(largest)} other tensors changed and are left out: {few(largest)}; with them "
             f"{made.missing:.2%} of the whole change is missing ({way})"
         )
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{', '.join(names[:_SHOWN])}{more}"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.report.words import duration as duration  # the words of pages and of the terminal are one
+from lorakit.report.words import few as few
 from lorakit.report.words import size as size
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from lorakit.errors import AdapterFileError, LorakitError, RecipeError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lorakit.core.state import AdapterState, Purpose
@@ -141,6 +142,16 @@ def weights_under(state: AdapterState, base: str, labels: Sequence[str], reader:
         reader=reader,
         remedy="name the base it was made of with --base",
     )
+
+
+def weights_if_asked(given: str, base: str | None, state: AdapterState, reader: str) -> Mapping[str, Tensor] | None:
+    """Return the weights of the base of an adapter where a change of one depends on them, else None."""
+    from lorakit.core.state import leans_on_weights
+
+    if not leans_on_weights(state):
+        return None
+    found = find(given, base)
+    return weights_under(state, found.base, found.labels, reader)
 
 
 def need_adapter(source: Source, given: str) -> AdapterState:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lorakit.combining.combination import HOWS, Combined, combine, negate, truncate
 from lorakit.combining.compress import STORED, Compressed, compress
+from lorakit.combining.difference import Difference, Gap, difference
 from lorakit.combining.federated import average_factors, stack
 from lorakit.combining.how import How
 from lorakit.combining.sparse import Dare, Ties
@@ -16,7 +17,9 @@ __all__ = [
     "Compressed",
     "Concat",
     "Dare",
+    "Difference",
     "Factorwise",
+    "Gap",
     "How",
     "Linear",
     "Svd",
@@ -24,6 +27,7 @@ __all__ = [
     "average_factors",
     "combine",
     "compress",
+    "difference",
     "negate",
     "stack",
     "truncate",

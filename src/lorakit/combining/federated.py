@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 
+from lorakit.combining.change import Pair
 from lorakit.combining.combination import Combined, combine
 from lorakit.combining.how import How, Made, Term, pairs_of
 from lorakit.combining.lineup import checked_weights
@@ -27,7 +29,9 @@ from lorakit.errors import CombineError, listing
 
 @dataclass(frozen=True)
 class _Average(How):
-    """`(sum_k p_k s_k B_k) (sum_k p_k A_k)`."""
+    """`(sum_k p_k s_k B_k) (sum_k p_k A_k)`; padded, a factor is 0 in the directions that it has not."""
+
+    padded: bool = False
 
     name: ClassVar[str] = "average-factors"
     paper: ClassVar[str] = "arXiv 1602.05629 (FedAvg), on factors as FedIT does (2305.05644)"
@@ -35,19 +39,24 @@ class _Average(How):
 
     def made(self, terms: Sequence[Term], dtype: torch.dtype, rng: torch.Generator | None) -> Made:
         """Return the product of the mean factors."""
-        shares = [term.weight for term in terms]
-        return Made(factors_summed(pairs_of(terms), shares, shares))
+        shares, pairs = [term.weight for term in terms], pairs_of(terms)
+        most = max(pair.rank for pair in pairs)
+        return Made(factors_summed([_padded(pair, most) if self.padded else pair for pair in pairs], shares, shares))
 
 
-def average_factors(states: Sequence[AdapterState], weights: Sequence[float] | None = None) -> Combined:
+def average_factors(
+    states: Sequence[AdapterState], weights: Sequence[float] | None = None, *, padded: bool = False
+) -> Combined:
     """Return the adapter of the mean factors (FedAvg): `B = sum_k p_k s_k B_k`, `A = sum_k p_k A_k`, and its error.
 
-    Its error is the size of the covariance `sum_k p_k (s_k B_k - B) (A_k - A)`. Every client must have the same layers
-    at the same ranks; tensors trained whole are averaged.
+    Its error is the size of the covariance `sum_k p_k (s_k B_k - B) (A_k - A)`. Every client must have the same layers,
+    and without `padded` the same ranks; tensors trained whole are averaged.
 
     Args:
         states: the clients' adapters, of one base.
         weights: the share p_k of each client, such as its part of the rows; above 0, summing to 1. Equal unless given.
+        padded: let factors of lower ranks be 0 in the directions they lack (HetLoRA, arXiv 2401.06432, section 3.2),
+            which shrinks what the clients of high rank have there.
 
     Raises:
         CombineError: shares that do not sum to 1, clients with other layers or ranks; else as `combine`.
@@ -57,7 +66,7 @@ def average_factors(states: Sequence[AdapterState], weights: Sequence[float] | N
     every = sorted(set().union(*sets))
     if missing := [f"{key}: client {i} has none" for i, own in enumerate(sets, 1) for key in every if key not in own]:
         raise CombineError(f"clients lack layers of others, so factors have no mean; stack them:\n{listing(missing)}")
-    return combine(states, _Average(), shares)
+    return combine(states, _Average(padded), shares)
 
 
 def stack(states: Sequence[AdapterState], weights: Sequence[float] | None = None) -> Combined:
@@ -74,6 +83,12 @@ def stack(states: Sequence[AdapterState], weights: Sequence[float] | None = None
         CombineError: shares that do not sum to 1; else as `combine`.
     """
     return combine(states, Concat(), _shares(states, weights))
+
+
+def _padded(pair: Pair, rank: int) -> Pair:
+    """Return the same product as one of this rank, whose last directions are 0."""
+    more = rank - pair.rank
+    return Pair(F.pad(pair.left, (0, more)), F.pad(pair.right, (0, 0, 0, more)))
 
 
 def _shares(states: Sequence[AdapterState], weights: Sequence[float] | None) -> list[float]:

@@ -12,7 +12,7 @@ from typing import Any
 from lorakit import __version__
 from lorakit.core.site import layer_of
 from lorakit.report.html import NOTHING, Html, heat, items, note, page, section, table, tag
-from lorakit.report.words import size
+from lorakit.report.words import few, size
 
 Values = Mapping[str, Any]
 Number = Callable[[Values], float | None]
@@ -27,7 +27,6 @@ EACH = ("module", "shape", "rank", "needs", "entropy", "stable", "|dW|", "|dW| /
 """The columns of `each`."""
 WORDS = ("module", "shape", "forecast")
 """Columns that hold no numbers."""
-SAID_FEW = 4
 
 
 def inspect_page(found: Values) -> str:
@@ -58,12 +57,12 @@ def findings(found: Values) -> list[str]:
     modules, lines = found["modules"], []
     dead = [module["key"] for module in modules if module["dead"]]
     if dead:
-        lines.append(f"{len(dead)} of {len(modules)} updates are exactly 0, so they do nothing: {_few(dead)}")
+        lines.append(f"{len(dead)} of {len(modules)} updates are exactly 0, so they do nothing: {few(dead)}")
     full = [module["key"] for module in modules if module["saturated"]]
     if full:
         lines.append(
             f"{len(full)} of {len(modules)} updates spread over nearly all directions they have, so more rank might be "
-            f"used there (it need not help): {_few(full)}"
+            f"used there (it need not help): {few(full)}"
         )
     needs, ranks = (sum(module[word] for module in modules) for word in ("needs", "rank"))
     if needs and needs < ranks:
@@ -76,7 +75,7 @@ def findings(found: Values) -> list[str]:
         count = sum(module["intruders"] for module in intruding)
         lines.append(
             f"{count} intruder dimension(s) in {len(intruding)} weights: strong directions of W + dW that W has "
-            f"nothing like, which go with forgetting (arXiv 2410.21228): {_few([m['key'] for m in intruding])}"
+            f"nothing like, which go with forgetting (arXiv 2410.21228): {few([m['key'] for m in intruding])}"
         )
     if found["against"]:
         lines.append(forecast(found))
@@ -308,7 +307,3 @@ def _middle_grid(grids: Sequence[Sequence[Sequence[float]]]) -> list[list[float]
     """Return the median of grids, place by place, where all of them have a value."""
     height, width = min(map(len, grids)), min(len(one[0]) for one in grids)
     return [[statistics.median(one[i][j] for one in grids) for j in range(width)] for i in range(height)]
-
-
-def _few(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:SAID_FEW]) + (f" and {len(keys) - SAID_FEW} more" if len(keys) > SAID_FEW else "")
