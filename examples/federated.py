@@ -24,7 +24,7 @@ import torch
 
 from lorakit import AdapterSpec, AdapterState, attach, detach, load, merge, save, state, train, use
 from lorakit.combining import average_factors, combine, stack
-from lorakit.training.base import load_base
+from lorakit.training.base import load_base, quiet
 from lorakit.training.evaluate import evaluate
 from lorakit.training.recipe import DataSection, make_recipe
 
@@ -70,8 +70,9 @@ def local_round(job: Job, known: AdapterState, rows: Path, rank: int, epochs: in
     model, tokenizer = load_base(job.base, task="classification", labels=LABELS)
     attach(model, known)
     merge(model)
-    for part in (model, tokenizer):
-        part.save_pretrained(folder / "base")
+    with quiet():
+        model.save_pretrained(folder / "base")
+        tokenizer.save_pretrained(folder / "base")
     done = train(
         make_recipe(
             {

@@ -89,6 +89,7 @@ def test_an_adapter_travels_as_its_file(learned: list[AdapterState]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Flower and Ray, about each other
 @pytest.mark.skipif(find_spec("flwr") is None, reason="pip install 'flwr[simulation]' to let Flower run the rounds")
 def test_flower_runs_the_rounds(job: Job, tmp_path: Path) -> None:
     files = [write(tmp_path / f"{i}.jsonl", list(map(dict, part))) for i, part in enumerate(shared_out(ROWS, job))]
