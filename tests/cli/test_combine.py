@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -99,3 +101,45 @@ def test_what_cannot_be_asked_is_refused(
     assert refused.exit_code == 2, refused.stdout
     assert said in refused.stderr
     assert not (tmp_path / "none").exists()
+
+
+def test_tensors_trained_whole_read_the_base_where_their_weights_do_not_sum_to_1(
+    base: Path, two: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model = load_base(str(base))[0]
+    attach(model, AdapterSpec(None, train=("norms",)))
+    start = model.model.norm.weight.detach().clone()
+    with torch.no_grad():
+        model.model.norm.weight.add_(1.0)
+    save(state(model), tmp_path / "norms", "native")
+    said = answer("combine", two[0], tmp_path / "norms", "--weights", "0.5,0.5", "--output", tmp_path / "sum")
+    assert said["weights"] == [0.5, 0.5]
+    torch.testing.assert_close(load(tmp_path / "sum").trained["model.norm.weight"], start + 0.5)
+
+
+def test_an_adapter_less_itself_is_nothing(two: tuple[Path, Path], tmp_path: Path) -> None:
+    answer("combine", two[0], two[0], "--weights", "1,-1", "--output", tmp_path / "none")
+    assert not any(tensor.any() for update in load(tmp_path / "none").updates for tensor in update.tensors.values())
+
+
+def test_bases_of_other_names_are_one_where_the_user_says_so(
+    base: Path, two: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for i, name in enumerate(("a/base", "b/base")):
+        shutil.copytree(two[i], tmp_path / f"{i}")
+        (tmp_path / f"{i}" / "lorakit.json").unlink()
+        config = tmp_path / f"{i}" / "adapter_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": name}))
+    pair = (tmp_path / "0", tmp_path / "1")
+    assert "if they are, name it with --base" in invoke("combine", *pair, "--output", tmp_path / "sum").stderr
+    assert answer("combine", *pair, "--base", base, "--output", tmp_path / "sum")["error"] < 1e-6
+
+
+def test_errors_speak_of_options(base: Path, tmp_path: Path) -> None:
+    model = load_base(str(base))[0]
+    attach(model, AdapterSpec(DoRA(LoRA(2, 4.0))))
+    save(state(model), tmp_path / "dora")
+    dora = tmp_path / "dora"
+    assert "--how svd --rank N comes as near" in invoke("combine", dora, dora, "--output", tmp_path / "x").stderr
+    assert "give --rank or --energy" in invoke("combine", dora, dora, "--how", "svd", "--output", tmp_path / "x").stderr
+    assert invoke("combine", dora, dora, "--how", "dare", "--seed", 10**20, "--output", tmp_path / "x").exit_code == 2

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from lorakit import AdapterSpec, LoRA, attach
 from lorakit.combining import compress
-from lorakit.persist import load
+from lorakit.combining.compress import STORED
+from lorakit.core.method import Static
+from lorakit.inject.attach import state
+from lorakit.methods.dora import DoRA
+from lorakit.methods.ia3 import IA3
+from lorakit.persist import load, save
+from lorakit.training.base import load_base
 from tests.cli.conftest import answer, invoke
 
 
@@ -26,7 +36,12 @@ def test_a_budget_is_kept_and_its_error_is_the_library_s(run: Path, tmp_path: Pa
 def test_it_says_what_was_lost(run: Path, tmp_path: Path) -> None:
     said = invoke("compress", run, "--output", tmp_path / "small", "--rank", 1, "--dtype", "int8")
     assert said.exit_code == 0, said.stderr
-    for words in ("14 updates of rank 1", "of all weights together", "an output moves by at most", f"wrote {tmp_path}"):
+    for words in (
+        "14 updates of rank 1",
+        "of all weights together",
+        "the output of a layer moves by",
+        f"wrote {tmp_path}",
+    ):
         assert words in said.stdout
 
 
@@ -49,7 +64,7 @@ def test_the_smallest_within_a_score_was_scored(run: Path, tmp_path: Path) -> No
         (["--size", "half"], "is no size"),
         (["--size", "1B"], "bytes hold nothing of it"),
         (["--rank", 2, "--data", "x.jsonl"], "give --within too"),
-        (["--within", 0.1, "--rank", 2], "--within finds the size by itself"),
+        (["--within", 0.1, "--rank", 2], "--rank and --within each say how much to keep"),
         (["--within", 2], "above 0 and below 1"),
     ],
 )
@@ -73,3 +88,80 @@ def test_an_adapter_that_names_no_base_needs_none(tmp_path: Path) -> None:
     assert both["error"] < 1e-6
     refused = invoke("compress", tmp_path / "peft", "--output", tmp_path / "no", "--within", 0.1, "--data", "x.jsonl")
     assert "does not say which base" in refused.stderr
+
+
+def dora_on(base: Path, place: Path, method: Static | None = None) -> Path:
+    """Write an adapter whose change depends on the base's weights."""
+    model = load_base(str(base))[0]
+    handle = attach(model, AdapterSpec(method or DoRA(LoRA(2, 4.0))))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    save(state(model), place)
+    return place
+
+
+def test_another_base_is_refused_by_its_weights_and_by_its_shapes(base: Path, tmp_path: Path) -> None:
+    dora = dora_on(base, tmp_path / "dora")
+    model = load_base(str(base))[0]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    for place in ("other", "wide"):
+        shutil.copytree(base, tmp_path / place)
+    model.save_pretrained(tmp_path / "other")
+    wide = LlamaConfig(**{**model.config.to_dict(), "intermediate_size": 64})
+    AutoModelForCausalLM.from_config(wide).save_pretrained(tmp_path / "wide")
+    together = ["combine", dora, dora, "--how", "svd", "--rank", 2]
+    for verb in (["compress", dora, "--rank", 2], together, ["diff", dora, dora], ["inspect", dora]):
+        out = ["--output", tmp_path / "none"] if verb[0] in ("compress", "combine") else []
+        refused = invoke(*verb, "--base", tmp_path / "other", *out)
+        assert refused.exit_code == 2, refused.stdout
+        assert "was trained on another base" in refused.stderr
+        refused = invoke(*verb, "--base", tmp_path / "wide", *out)
+        assert refused.exit_code == 2, f"{verb}: {refused.exception!r}"
+        assert "gate_proj" in refused.stderr
+        assert "48" in refused.stderr, "what the adapter is for"
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "fp8"])
+def test_what_is_kept_in_fewer_bits_stays_in_them(run: Path, tmp_path: Path, dtype: str) -> None:
+    first = answer("compress", run, "--output", tmp_path / "first", "--rank", 4, "--dtype", dtype)
+    again = answer("compress", tmp_path / "first", "--output", tmp_path / "again", "--size", "50%")
+    assert again["bytes_before"] == first["bytes"]
+    assert again["bytes"] <= first["bytes"] / 2
+    sizes = [(tmp_path / name / "adapter_model.safetensors").stat().st_size for name in ("first", "again")]
+    assert sizes[1] < sizes[0]
+    stored = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {STORED[dtype]}
+
+
+def test_a_larger_lora_is_not_written(base: Path, tmp_path: Path) -> None:
+    ia3 = dora_on(base, tmp_path / "ia3", IA3())
+    refused = invoke("compress", ia3, "--energy", 0.99, "--output", tmp_path / "x")
+    assert refused.exit_code == 2
+    assert "nothing was written: as a LoRA of that rank it would take" in refused.stderr
+    assert not (tmp_path / "x").exists()
+    assert "lorakit compress" not in invoke("inspect", ia3, "--base", base).stdout, "no advice that makes it larger"
+
+
+def test_the_bound_that_is_said_holds_for_every_layer(run: Path, tmp_path: Path) -> None:
+    said = invoke("compress", run, "--output", tmp_path / "a", "--rank", 1).stdout
+    bounds = answer("compress", run, "--output", tmp_path / "b", "--rank", 1)["bounds"]
+    assert f"moves by at most {max(bounds.values()):.3g} |x|" in said
+
+
+def test_a_size_may_be_a_number_of_bytes(run: Path, tmp_path: Path) -> None:
+    for i, size in enumerate(("3000", "3 kb", "0.003MB")):
+        assert answer("compress", run, "--output", tmp_path / f"{i}", "--size", size)["bytes"] <= 3000
+
+
+def test_a_file_of_loralib_is_to_be_converted_first(run: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old.bin"
+    torch.save({"layer.q.lora_A": torch.randn(2, 8), "layer.q.lora_B": torch.randn(8, 2)}, old)
+    for asked in (["compress", old, "--rank", 1], ["combine", old, run]):
+        said = invoke(*asked, "--output", tmp_path / "none").stderr
+        assert f"lorakit convert {old} --to peft --alpha ALPHA" in said
+    assert "--alpha ALPHA" in invoke("diff", run, old).stderr

@@ -66,7 +66,7 @@ def test_what_cannot_be_looked_at_says_what_to_do(run: Path, base: Path, tmp_pat
 
     assert "is a base without an adapter" in refused(base)
     assert "--intruders compares W + dW with W" in refused(run, "--intruders")
-    assert "share must be above 0" in refused(run, "--energy", 0)
+    assert "--energy is a share above 0" in refused(run, "--energy", 0)
     other = tmp_path / "other"
     shutil.copytree(base, other)
     weights = load_file(other / "model.safetensors")

@@ -75,7 +75,7 @@ def test_every_number_is_that_of_its_own_function() -> None:
         assert module.met == interference(own, second)
         assert module.grid is not None
         assert torch.allclose(torch.tensor(module.grid, dtype=torch.float64), similarities(own.vh[:4], second.vh[:6]))
-    assert json.loads(json.dumps(found.to_json()))["modules"][0]["interference"]["forecast"] == "disturb"
+    assert json.loads(json.dumps(found.to_json()))["modules"][0]["interference"]["forecast"] == "disturbed"
 
 
 def test_correlation_by_hand() -> None:

@@ -99,7 +99,7 @@ def test_saturated_is_spread_over_nearly_all_directions() -> None:
     assert not is_saturated(torch.tensor([1.0] * 6 + [0.0] * 2)), "6 of 8 are below 0.9"
     assert is_saturated(torch.tensor([1.0] * 6 + [0.0] * 2), share=0.7)
     assert not is_saturated(HAND), "2.83 of 4"
-    assert is_saturated(torch.ones(1)), "a rank of 1 is all it has"
+    assert not is_saturated(torch.ones(1)), "one direction tells nothing of others"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

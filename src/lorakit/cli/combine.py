@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lorakit.cli.screen import screen, size
-from lorakit.cli.sources import BASE_HELP, adapter_in, find, refuse_full_folder
+from lorakit.cli.screen import in_options, screen, size
+from lorakit.cli.sources import BASE_HELP, find, load_adapter, refuse_full_folder, renamed
 from lorakit.errors import CombineError, RecipeError
 
 if TYPE_CHECKING:
@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 
     from lorakit.combining import How
     from lorakit.core.state import AdapterState
+
+_ADVICE = {
+    "how=Svd(rank=...) comes": "--how svd --rank N comes",
+    "give rank or energy": "give --rank or --energy",
+    "; if they are, say so: replace(state, base=other.base)": "; if they are, name it with --base",
+    "give it, base={key: weight}": "name the base with --base",
+    ", or base={name: value}, or leave it out, replace(state, trained={})": ", or name the base with --base",
+}
+"""What the user of the command does, for what the caller of the function does."""
 
 
 def combine(
@@ -38,7 +47,7 @@ def combine(
     density: Annotated[
         float | None, typer.Option(help="The share of entries that ties and dare keep; 0.2 and 0.5 by default.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of what dare drops.")] = 0,
     base: Annotated[str | None, typer.Option(help=BASE_HELP)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -48,14 +57,17 @@ def combine(
 
         from lorakit.combining import combine as combined
         from lorakit.combining.compress import stored_bytes
-        from lorakit.persist import load, save
+        from lorakit.combining.lineup import checked_weights
+        from lorakit.persist import save
 
         refuse_full_folder(Path(output))
         way = _way(how, {"rank": rank, "energy": energy, "density": density})
-        states = [load(adapter_in(source)) for source in sources]
-        shares = [1.0] * len(states) if weights is None else _numbers(weights)
+        states = [renamed(load_adapter(source), base) for source in sources]
+        shares = checked_weights(states, None if weights is None else _numbers(weights))
         rng = torch.Generator().manual_seed(seed)
-        made = combined(states, way, shares, base=_weights(sources, base, states, shares), rng=rng)
+        with in_options(_ADVICE):
+            values = _weights(sources, base, states, shares, way.averages)
+            made = combined(states, way, shares, base=values, rng=rng)
         save(made.state, output)
         held = stored_bytes(made.state)
         ranks = [len(update.tensors["down"]) for update in made.state.updates]
@@ -104,22 +116,25 @@ def _numbers(text: str) -> list[float]:
 
 
 def _weights(
-    sources: Sequence[str], base: str | None, states: Sequence[AdapterState], shares: Sequence[float]
+    sources: Sequence[str], base: str | None, states: Sequence[AdapterState], shares: Sequence[float], averages: bool
 ) -> Mapping[str, Tensor]:
     """Return what the sum asks of the base: weights under a change that leans on them, tensors trained whole."""
-    from lorakit.combining.trained import ROUNDING
+    from lorakit.combining.trained import leans_on_base
     from lorakit.core.method import Static
-    from lorakit.core.state import leans_on_weights
-    from lorakit.inject.attach import weight_at
+    from lorakit.core.state import check_tensors, leans_on_weights
+    from lorakit.inject.attach import base_of, check_base, fitted, weight_at
+    from lorakit.inject.sites import sites
 
-    whole = any(state.trained for state in states) and abs(sum(shares) - 1) > ROUNDING
-    if not (whole or any(map(leans_on_weights, states))):
+    if not (leans_on_base(states, shares, averages) or any(map(leans_on_weights, states))):
         return {}
     found = [find(source, base) for source in sources]
     bases = {one.base for one in found}
     if len(bases) > 1:
         raise CombineError(f"the adapters name several bases, {', '.join(sorted(bases))}; if they are one, give --base")
     model, _ = found[0].load_base()
+    for state in states:
+        check_tensors(fitted(state, sites(model)))
+        check_base(state.base, base_of(model))
     values = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for update in (update for state in states for update in state.updates if isinstance(update.method, Static)):
         values[update.site.key] = weight_at(model.get_submodule(update.site.path), update.site)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lorakit.cli.screen import Screen, screen, size, table
-from lorakit.cli.sources import BASE_HELP, Source, adapter_in, find, refuse_full_folder, weights_if_asked
-from lorakit.errors import RecipeError
+from lorakit.cli.sources import BASE_HELP, Source, adapter_in, find, load_adapter, refuse_full_folder, weights_if_asked
+from lorakit.errors import CombineError, RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from lorakit.core.state import AdapterState
     from lorakit.training.smallest import Smallest
 
-_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(%|B|[kMG]B)")
-_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(%|b|[kmg]b)?")
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 def compress(
@@ -34,7 +34,8 @@ def compress(
         float | None, typer.Option(help="The share of each update's squared size to keep, 0.99 for one.")
     ] = None,
     budget: Annotated[
-        str | None, typer.Option("--size", help="The most bytes, shared out among all weights: 50%, 800kB, 1.5MB.")
+        str | None,
+        typer.Option("--size", help="The most bytes its tensors may take in all: 50%, 800kB, 1.5MB."),
     ] = None,
     within: Annotated[
         float | None, typer.Option(help="The share of the score on --data that may be lost, 0.01 for one.")
@@ -50,19 +51,19 @@ def compress(
     base: Annotated[str | None, typer.Option(help=BASE_HELP)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Write a smaller adapter, and say what it lost."""
+    """Write a smaller adapter, and say what it lost. One of --rank, --energy, --size and --within says how small."""
     with screen(json) as out:
         from lorakit.combining import compress as compressed
-        from lorakit.combining.compress import stored_bytes
-        from lorakit.persist import load, save
+        from lorakit.combining.compress import STORED, stored_bytes
+        from lorakit.persist import kept_in_8_bits, save
 
         refuse_full_folder(Path(output))
         if within is None and (data, split, limit) != (None, None, None):
             raise RecipeError("--data, --split and --limit say what to score on; give --within too, or leave them out")
-        if within is not None and (rank, energy, budget) != (None, None, None):
-            raise RecipeError("--within finds the size by itself; leave --rank, --energy and --size out")
-        state = load(adapter_in(source))
-        before = stored_bytes(state)
+        _refuse_unclear(rank, energy, budget, within, dtype)
+        state, eight = load_adapter(source), kept_in_8_bits(adapter_in(source))
+        dtype = dtype or eight
+        before = stored_bytes(state, None if eight is None else STORED[eight])
         weights = weights_if_asked(source, base, state, "compress")
         searched = None
         if within is not None:
@@ -71,11 +72,28 @@ def compress(
         else:
             most = None if budget is None else _bytes(budget, before)
             made = compressed(state, rank=rank, energy=energy, size=most, dtype=dtype, base=weights)
+        if made.bytes > before:
+            raise CombineError(
+                f"nothing was written: as a LoRA of that rank it would take {size(made.bytes)}, more than the "
+                f"{size(before)} that {state.spec.name} takes; ask for less, as --size 50% does, or keep it"
+            )
         save(made.state, output, dtype=made.dtype)
         written = sum(file.stat().st_size for file in Path(output).glob("adapter*"))
         _show(out, made, before, searched)
         out.say(f"wrote {output} (peft, {size(written)})")
         out.result({"source": source, "output": output, "bytes_before": before, **_plain(made, searched)})
+
+
+def _refuse_unclear(
+    rank: int | None, energy: float | None, budget: str | None, within: float | None, dtype: str | None
+) -> None:
+    """Raise `RecipeError` unless exactly one option says how much to keep, or only --dtype is given."""
+    said = {"--rank": rank, "--energy": energy, "--size": budget, "--within": within}
+    given = [name for name, value in said.items() if value is not None]
+    if len(given) > 1:
+        raise RecipeError(f"{' and '.join(given)} each say how much to keep; give one of them")
+    if not given and dtype is None:
+        raise RecipeError(f"compress to what? give one of {', '.join(said)}, or --dtype")
 
 
 def _plain(made: Compressed, searched: Smallest | None) -> dict[str, object]:
@@ -121,14 +139,14 @@ def _show(out: Screen, made: Compressed, before: int, searched: Smallest | None)
     gone = len(made.ranks) - len(ranks)
     left = f"{min(ranks)}" if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}"
     worst = max(made.losses, key=lambda key: made.losses[key].relative)
-    moved = max(made.bounds, key=lambda key: made.bounds[key].relative)
+    moved = max(made.bounds, key=lambda key: made.bounds[key].error)
     out.say(
         f"{size(before)} became {size(made.bytes)} ({made.bytes / before:.0%}): {len(ranks)} updates of rank {left}"
         + (f", {gone} left out" if gone else ""),
         f"error {made.error:.2%} of all weights together (relative, Frobenius), most in {worst}: "
         f"{made.losses[worst].relative:.2%}",
-        f"on any input x an output moves by at most {made.bounds[moved].error:.3g} |x|, where the update moves it by "
-        f"up to {made.bounds[moved].size:.3g} |x| ({moved})",
+        f"on any input x the output of a layer moves by at most {made.bounds[moved].error:.3g} |x| ({moved}, where the "
+        f"update moves it by up to {made.bounds[moved].size:.3g} |x|)",
     )
     if searched is not None:
         rows = [
@@ -141,8 +159,8 @@ def _show(out: Screen, made: Compressed, before: int, searched: Smallest | None)
 
 def _bytes(text: str, whole: int) -> int:
     """Return `50%` of the whole, or `1.5MB`, as bytes."""
-    found = _AMOUNT.fullmatch(text.strip())
+    found = _AMOUNT.fullmatch(text.strip().lower())
     if found is None:
         raise RecipeError(f"--size {text!r} is no size; write 50%, 800kB or 1.5MB")
     amount = float(found[1])
-    return round(amount / 100 * whole if found[2] == "%" else amount * _UNITS[found[2]])
+    return round(amount / 100 * whole if found[2] == "%" else amount * _UNITS[found[2] or "b"])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorakit.cli.screen import Screen, few, screen, table
-from lorakit.cli.sources import BASE_HELP, adapter_in, weights_if_asked
+from lorakit.cli.sources import BASE_HELP, load_adapter, renamed, weights_if_asked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -32,9 +32,8 @@ def diff(
     """Say how two adapters differ: what they were set to, and what they do to each weight."""
     with screen(json) as out:
         from lorakit.combining import difference
-        from lorakit.persist import load
 
-        states = {given: load(adapter_in(given)) for given in (first, second)}
+        states = {given: renamed(load_adapter(given), base) for given in (first, second)}
         weights = [weights_if_asked(given, base, state, "diff") or {} for given, state in states.items()]
         found = difference(states[first], states[second], ChainMap(*weights))  # type: ignore[arg-type]  # read only
         out.say(f"A: {first}", f"B: {second}", "")

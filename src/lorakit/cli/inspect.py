@@ -42,7 +42,7 @@ def inspect(
 ) -> None:
     """Say what an adapter learned, and how much of its rank it used."""
     with screen(json) as out:
-        from lorakit.persist import load
+        from lorakit.persist import LORALIB, load
         from lorakit.report.inspect import inspect_page
         from lorakit.report.plots import need_plots
         from lorakit.spectral.inspection import inspect as looked_at
@@ -52,16 +52,26 @@ def inspect(
             refuse_to_overwrite(Path(html))
         if intruders and base is None:
             raise RecipeError("--intruders compares W + dW with W; name the base with --base, or leave it out")
-        place = adapter_in(source)
-        state = load(place, alpha=alpha, enabled=switches(enabled))
-        other = None if against is None else load(adapter_in(against), alpha=alpha, enabled=switches(enabled))
+        if not 0 < energy <= 1:
+            raise RecipeError(f"--energy is a share above 0 and up to 1, not {energy:g}; 0.9 is the usual")
+        told: dict[str, Any] = {"alpha": alpha, "enabled": switches(enabled)}
+        places = [adapter_in(given) for given in ((source,) if against is None else (source, against))]
+        old = [place for place in places if place.suffix in LORALIB] or places[:1]  # who the two options are for
+        state, *others = (load(place, **(told if place in old else {})) for place in places)
+        other = others[0] if others else None
         if not state.updates:
             raise AdapterFileError(f"{source} trained tensors of the base whole and has no update to look at")
         weights = None if base is None else _weights(base, state)
-        try:
-            found = looked_at(state, weights, other, energy=energy, count_intruders=intruders)
-        except SpecError as error:
-            raise SpecError(f"{error}{_advice(source, base, state)}") from error
+        more = {
+            "--base": state.base.name or "BASE",
+            "--against": against,
+            "--alpha": alpha,
+            "--enabled": enabled,
+        }
+        again = ["lorakit", "inspect", source, *(f"{word}" for option in more.items() if option[1] for word in option)]
+        for given, one in zip((source, against), (state, *others), strict=False):
+            _refuse_unfit(str(given), one, base, shlex.join(again))
+        found = looked_at(state, weights, other, energy=energy, count_intruders=intruders)
         values: dict[str, Any] = {
             "adapter": source,
             "base": base,
@@ -69,6 +79,7 @@ def inspect(
             "method": state.spec.name,
             "parameters": state.parameters,
             "bytes": sum(t.nbytes for u in state.updates for t in u.tensors.values()),
+            "update_parameters": state.parameters - sum(t.numel() for t in state.trained.values()),
             "trained_whole": sorted(state.trained),
             **found.to_json(),
         }
@@ -84,21 +95,23 @@ def inspect(
 
 def _weights(base: str, state: AdapterState) -> DenseWeights:
     """Return the weights of the base under the adapter's layers, which are those it was trained on."""
-    from lorakit.inject.attach import check_base
-
     labels = state.purpose.labels if state.purpose is not None else ()
-    found = weights_under(state, base, labels, "inspect")
-    check_base(state.base, found.probed(state.base.probes))
-    return found
+    return weights_under(state, base, labels, "inspect")
 
 
-def _advice(source: str, base: str | None, state: AdapterState) -> str:
-    """Return what to do about updates that cannot be looked at: name the base where none is named, else nothing."""
-    from lorakit.core.method import Static
+def _refuse_unfit(given: str, state: AdapterState, base: str | None, again: str) -> None:
+    """Raise `SpecError` for an adapter that has no spectrum, or none without a base: `again` names it."""
+    from lorakit.core.state import leans_on_weights
+    from lorakit.spectral.spectrum import refuse_unfit
 
-    if base is not None or not all(isinstance(update.method, Static) for update in state.updates):
-        return ""
-    return f"\nwith its base: {shlex.join(['lorakit', 'inspect', source, '--base', state.base.name or 'BASE'])}"
+    try:
+        refuse_unfit(state)
+    except SpecError as error:
+        raise SpecError(f"{given}: {error}") from error
+    if base is None and leans_on_weights(state):
+        raise SpecError(
+            f"{given}: what {state.spec.name} changes depends on the weights of the base; name it:\n  {again}"
+        )
 
 
 def _show(out: Screen, values: dict[str, Any], every: bool) -> None:

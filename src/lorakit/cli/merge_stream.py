@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import json as jsonlib
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lorakit.cli.merge import MARK, loader
-from lorakit.cli.screen import Screen, bar, duration, size
+from lorakit.cli.screen import Screen, bar, duration, in_options, size
 from lorakit.cli.sources import Source
-from lorakit.errors import MergeError
 
 if TYPE_CHECKING:
     from lorakit.core.state import AdapterState
@@ -47,7 +44,7 @@ def merge_stream(found: Source, state: AdapterState, source: str, output: str, d
     task: Literal["classification", "causal-lm"] = "classification" if found.labels else "causal-lm"
     kept = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype)
     with (
-        _advised(),
+        in_options(_ADVICE),
         merging_files(found.base, state, task=task, labels=found.labels, dtype=kept) as merge,
         atomic_directory(output, clean=True) as draft,
     ):
@@ -79,14 +76,3 @@ def merge_stream(found: Source, state: AdapterState, source: str, output: str, d
         f"{duration(seconds)}; it loads with {loader(found)}.from_pretrained",
     )
     out.result({**result, "bytes": written})
-
-
-@contextmanager
-def _advised() -> Iterator[None]:
-    try:
-        yield
-    except MergeError as refused:
-        said = str(refused)
-        for ours, theirs in _ADVICE.items():
-            said = said.replace(ours, theirs)
-        raise MergeError(said) from refused

@@ -16,6 +16,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorakit.errors import LorakitError
 from lorakit.report.words import duration as duration  # the words of pages and of the terminal are one
 from lorakit.report.words import few as few
 from lorakit.report.words import size as size
@@ -73,6 +74,18 @@ def screen(as_json: bool) -> Iterator[Screen]:
     with redirect_stdout(sys.stderr):
         yield made
     print_json(made._values)
+
+
+@contextmanager
+def in_options(words: Mapping[str, str]) -> Iterator[None]:
+    """Say what the caller of a function is told to do as what the user of the command does: phrases by phrases."""
+    try:
+        yield
+    except LorakitError as refused:
+        said = str(refused)
+        for ours, theirs in words.items():
+            said = said.replace(ours, theirs)
+        raise type(refused)(said) from refused
 
 
 def print_json(values: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,14 +84,7 @@ def find(given: str, base: str | None = None) -> Source:
     if run is not None:
         return _from_run(run, base)
     if place.is_file() or (place.is_dir() and not (place / "config.json").is_file()) or _is_adapter(place):
-        from lorakit.persist import LORALIB, load
-
-        if place.is_file() and place.suffix in LORALIB:
-            raise AdapterFileError(
-                f"{given} is an adapter of the original loralib, which stores neither its alpha nor its base; convert "
-                f"it first:\n  lorakit convert {given} --to peft --alpha ALPHA --output DIR"
-            )
-        state = load(place)
+        state = load_adapter(given)
         if not (base or state.base.name):
             raise LorakitError(f"{given} does not say which base it was trained on; name it with --base")
         return Source(base or str(state.base.name), state, purpose=state.purpose)
@@ -114,6 +107,29 @@ def adapter_in(given: str) -> Path:
     return place
 
 
+def load_adapter(given: str) -> AdapterState:
+    """Return the adapter of a run, or at a place, for a verb that is not told an alpha.
+
+    Raises:
+        AdapterFileError: a base, a file of loralib, an adapter that cannot be read.
+    """
+    from lorakit.persist import LORALIB, load
+
+    place = adapter_in(given)
+    if place.is_file() and place.suffix in LORALIB:
+        way = shlex.join(["lorakit", "convert", given, "--to", "peft", "--alpha", "ALPHA", "--output", "DIR"])
+        raise AdapterFileError(
+            f"{given} is an adapter of the original loralib, which stores neither its alpha nor its base; convert it "
+            f"first:\n  {way}"
+        )
+    return load(place)
+
+
+def renamed(state: AdapterState, base: str | None) -> AdapterState:
+    """Return an adapter whose base goes by the name that was given, for one that moved; its weights tell it still."""
+    return state if base is None else replace(state, base=replace(state.base, name=base))
+
+
 def refuse_full_folder(output: Path) -> None:
     """Raise `AdapterFileError` for a folder with something in it: an adapter is written beside nothing."""
     if output.is_dir() and any(output.iterdir()):
@@ -131,10 +147,16 @@ def switches(enabled: str | None) -> tuple[bool, ...] | None:
 
 
 def weights_under(state: AdapterState, base: str, labels: Sequence[str], reader: str) -> DenseWeights:
-    """Return the weights of a base under an adapter's layers, read one at a time; `reader` is the verb, for errors."""
+    """Return the weights of a base under an adapter's layers, read one at a time; `reader` is the verb, for errors.
+
+    Raises:
+        RecipeError: a base whose weights cannot be read, or have other shapes.
+        AdapterFileError: another base than the adapter's.
+    """
+    from lorakit.inject.attach import check_base
     from lorakit.training.dense_weights import DenseWeights
 
-    return DenseWeights(
+    found = DenseWeights(
         base,
         [update.site for update in state.updates],
         "classification" if labels else "causal-lm",
@@ -142,6 +164,8 @@ def weights_under(state: AdapterState, base: str, labels: Sequence[str], reader:
         reader=reader,
         remedy="name the base it was made of with --base",
     )
+    check_base(state.base, found.probed(state.base.probes))
+    return found
 
 
 def weights_if_asked(given: str, base: str | None, state: AdapterState, reader: str) -> Mapping[str, Tensor] | None:

@@ -88,7 +88,8 @@ def compress(
     kept_in = _checked(rank, energy, size, dtype)
     places = lineup([state], [1.0])
     if not places:
-        raise CombineError("the adapter changes no weight, so there is nothing to compress")
+        kept = f" but {len(state.trained)} tensors trained whole: lorakit extract makes a LoRA of them"
+        raise CombineError(f"the adapter has no update to compress{kept if state.trained else ''}")
     parts, problems = [], []
     for place in places:
         try:
@@ -142,7 +143,7 @@ class _Part:
 
     def __init__(self, place: Place, base: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
         self.place, self.key = place, place.site.key
-        self.dtype = place.dtype if dtype is None else dtype
+        self.dtype = place.kept_in if dtype is None else dtype
         (term,) = place.terms(base)
         self.change: Change = term.change
         self.nothing = rounding(term.change, [term])
@@ -233,8 +234,8 @@ def _checked(rank: int | None, energy: float | None, size: int | None, dtype: st
     if not given and dtype is None:
         raise SpecError("compress to what? give rank, energy, size, or dtype")
     check_rank(rank, energy)
-    if size is not None and size <= 0:
+    if size is not None and (not isinstance(size, int) or size <= 0):
         raise SpecError(f"size is a number of bytes above 0, not {size!r}")
     if dtype is not None and dtype not in STORED:
-        raise SpecError(f"unknown dtype {dtype!r}{did_you_mean(dtype, STORED)}; known: {', '.join(STORED)}")
+        raise SpecError(f"unknown dtype {dtype!r}{did_you_mean(str(dtype), STORED)}; known: {', '.join(STORED)}")
     return None if dtype is None else STORED[dtype]

@@ -98,7 +98,9 @@ def cut_to(change: Change, terms: Sequence[Term], rank: int | None, energy: floa
     (Eckart and Young 1936). Directions beyond the change's own rank are left out, whatever rank was asked for.
     """
     u, s, vh = triplets(change)
-    own = own_rank(s, rounding(change, terms))
+    nothing = rounding(change, terms)
+    s = s.where(s > nothing, 0)
+    own = own_rank(s, nothing)
     if energy is not None:
         kept = rank_for(s, energy)
     elif rank is not None:
@@ -117,7 +119,9 @@ def cut_to(change: Change, terms: Sequence[Term], rank: int | None, energy: floa
 def whole(change: Change, terms: Sequence[Term]) -> Made:
     """Return the product equal to `change` of the lowest rank."""
     u, s, vh = triplets(change)
-    return Made(balanced(u, s, vh, own_rank(s, rounding(change, terms))))
+    nothing = rounding(change, terms)
+    s = s.where(s > nothing, 0)  # where the terms cancel, what is left is no change
+    return Made(balanced(u, s, vh, own_rank(s, nothing)))
 
 
 def rounding(change: Change, terms: Sequence[Term]) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import combinations, pairwise
 
 import torch
@@ -31,13 +32,15 @@ class Place:
     parts: tuple[tuple[float, Update], ...]
 
     @property
+    def kept_in(self) -> torch.dtype:
+        """Return the widest dtype of the updates' tensors."""
+        found = [tensor.dtype for _, update in self.parts for tensor in update.tensors.values()]
+        return reduce(torch.promote_types, found)
+
+    @property
     def dtype(self) -> torch.dtype:
-        """Return fp32, or the widest dtype the updates are kept in."""
-        dtype = torch.float32
-        for _, update in self.parts:
-            for tensor in update.tensors.values():
-                dtype = torch.promote_types(dtype, tensor.dtype)
-        return dtype
+        """Return what a sum of the updates is kept in: fp32 or wider."""
+        return torch.promote_types(self.kept_in, torch.float32)
 
     @property
     def device(self) -> torch.device:
@@ -125,9 +128,10 @@ def _refuse_unfit(states: Sequence[AdapterState]) -> None:
         of = f"adapter {i}" if len(states) > 1 else "the adapter"
         moving = [f"{u.site.key}: {u.method.name}" for u in state.updates if not isinstance(u.method, Static)]
         if moving:
+            way = "; attach the adapters together and weigh them with use()" if len(states) > 1 else ""
             problems.append(
-                f"{of} has {len(moving)} update(s) that are no change of a weight, so none equals their sum; "
-                f"attach the adapters together and weigh them with use():\n{listing(moving)}"
+                f"{of} has {len(moving)} update(s) that depend on the input and are no change of a weight{way}:\n"
+                f"{listing(grouped(moving))}"
             )
             continue
         try:
@@ -177,4 +181,6 @@ def _own_weight(site: Site, base: Mapping[str, Tensor]) -> Tensor | None:
     weight = base.get(site.key)
     if weight is None and site.rows is not None and site.path in base:
         weight = base[site.path][site.rows[0] : site.rows[1]]
+    if weight is not None and tuple(weight.shape) != site.shape:
+        raise CombineError(f"the base's weight is {tuple(weight.shape)}, and the adapter is for {site.shape}")
     return None if weight is None else weight.cpu()

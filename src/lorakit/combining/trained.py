@@ -44,6 +44,16 @@ def combined_whole(
     return made
 
 
+def leans_on_base(states: Sequence[AdapterState], weights: Sequence[float], averages: bool) -> bool:
+    """Return whether a tensor trained whole has weights that do not sum to 1, so that the base's own value is asked."""
+    shares: dict[str, list[float]] = {}
+    for state, weight in zip(states, weights, strict=True):
+        for name in state.trained if weight else ():
+            shares.setdefault(name, []).append(weight)
+    sums = (sum(own) / (len(own) if averages else 1) for own in shares.values())
+    return any(abs(total - 1) > ROUNDING for total in sums)
+
+
 def _mean(parts: Sequence[tuple[float, Tensor]], start: Tensor | None, averages: bool) -> Tensor:
     shapes = {tuple(tensor.shape) for _, tensor in parts} | ({tuple(start.shape)} if start is not None else set())
     if len(shapes) > 1:

@@ -204,7 +204,7 @@ def check_base(wanted: Base, here: Base) -> None:
     if differing := [f"{p}: expected {wanted.probes[p]}, found {here.probes[p]}" for p in wanted.unlike(here)]:
         raise AdapterFileError(
             f"the adapter was trained on another base ({wanted.name or 'unnamed'}) than this model "
-            f"({here.name or 'unnamed'}): the shapes fit but the weights differ; load the base it was trained on\n"
+            f"({here.name or 'unnamed'}): the weights differ; load the base it was trained on\n"
             f"{listing(differing, 4)}"
         )
 

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
     from lorakit.core.state import AdapterState
 
-__all__ = ["LORALIB", "load", "peft_refusal", "save"]
+__all__ = ["LORALIB", "kept_in_8_bits", "load", "peft_refusal", "save"]
 
 LORALIB = (".bin", ".pt", ".pth", ".ckpt")
 """Names of files that are read as the original loralib's."""
+_ADAPTERS = ("adapter_model.safetensors", "adapter.lorakit.safetensors")
 
 
 def save(
@@ -60,6 +61,16 @@ def peft_refusal(state: AdapterState) -> str | None:
     except AdapterFileError as why:
         return str(why)
     return None
+
+
+def kept_in_8_bits(path: str | Path) -> Literal["int8", "fp8"] | None:
+    """Return which numbers of 8 bits an adapter is kept in on disk, if in any; `load` widens them."""
+    from lorakit.persist.files import stored_as
+
+    place = Path(path)
+    files = [place] if place.is_file() else [f for f in place.rglob("adapter*.safetensors") if f.name in _ADAPTERS]
+    dtypes = stored_as(files[0]) if len(files) == 1 and files[0].suffix == ".safetensors" else set()
+    return "int8" if "I8" in dtypes else "fp8" if "F8_E4M3" in dtypes else None
 
 
 def load(path: str | Path, *, alpha: float | None = None, enabled: Sequence[bool] | None = None) -> AdapterState:

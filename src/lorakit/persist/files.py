@@ -55,6 +55,13 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     return wide, dict(_header(data).get("__metadata__", {}))
 
 
+def stored_as(file: Path) -> set[str]:
+    """Return safetensors' names of the dtypes in a file that can be read, from its header alone."""
+    size = int.from_bytes(_read(file, 8), "little")
+    header = _header(_read(file, 8 + size))
+    return {entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
+
+
 def narrowed(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, but: Collection[str] = ()) -> dict[str, Tensor]:
     """Return tensors in another dtype, save those named in `but`; as they are without one.
 

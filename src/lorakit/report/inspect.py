@@ -66,9 +66,12 @@ def findings(found: Values) -> list[str]:
         )
     needs, ranks = (sum(module[word] for module in modules) for word in ("needs", "rank"))
     if needs and needs < ranks:
+        kept = sum(module["needs"] * sum(module["shape"]) for module in modules)
+        command = f"lorakit compress {found['adapter']} --energy {found['energy']:g} --output DIR"
         lines.append(
             f"{needs:,} of {ranks:,} directions hold {found['energy']:.0%} of each update's energy; the others, "
-            f"{1 - needs / ranks:.0%} of them, hold the rest (lorakit compress --energy {found['energy']:g})"
+            f"{1 - needs / ranks:.0%} of them, hold the rest"
+            + (f" ({command})" if kept < found["update_parameters"] else "")
         )
     intruding = [module for module in modules if module["intruders"]]
     if intruding:
@@ -89,6 +92,8 @@ def forecast(found: Values) -> str:
         "repeat": "repeat each other",
         "cancel": "cancel each other",
         "disturb": "disturb each other",
+        "disturbed": "are disturbed by it",
+        "disturbs": "disturb it",
         "apart": "leave each other alone",
     }
     counts = {said: sum(one["forecast"] == word for one in met) for word, said in words.items()}

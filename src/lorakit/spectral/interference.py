@@ -44,10 +44,15 @@ class Interference:
 
     @property
     def forecast(self) -> str:
-        """Return it in one word: "repeat", "cancel", "disturb" or "apart"."""
+        """Return it in one word: "repeat", "cancel", "apart", or who drowns whom.
+
+        "disturb" each other, "disturbs": the first drowns the second, "disturbed": the second the first.
+        """
         if abs(self.alignment) >= ALIGNED:
             return "repeat" if self.alignment > 0 else "cancel"
-        return "disturb" if max(self.disturbed, self.disturbs) >= LOUD else "apart"
+        if self.disturbed >= LOUD:
+            return "disturb" if self.disturbs >= LOUD else "disturbed"
+        return "disturbs" if self.disturbs >= LOUD else "apart"
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields and the forecast as plain values."""

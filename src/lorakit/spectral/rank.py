@@ -96,8 +96,10 @@ def is_saturated(sigma: Float[Tensor, " k"], share: float = SATURATED) -> bool:
     """Return whether the update spreads over nearly all the directions it has, so that more rank might be used.
 
     `entropy rank >= share * k`. A product of random factors does so too: it says that rank is used, not that it helps.
+    Of one direction it says nothing, so that is not saturated.
     """
-    return entropy_rank(sigma) >= share * len(sigma)
+    used = entropy_rank(sigma)
+    return len(sigma) > 1 and used >= share * len(sigma)
 
 
 def _ratio(above: Tensor, below: Tensor) -> float:

@@ -42,13 +42,18 @@ class DenseWeights(Mapping[str, Tensor]):
             remedy: what to do about a base with packed weights, for errors.
 
         Raises:
-            RecipeError: a base whose files are packed, or in which a site has no tensor of its own.
+            RecipeError: a base whose files are packed, or in which a site has no tensor of its own, or a smaller one.
         """
         self._base, self._sites = base, {site.key: site for site in sites}
         model = build_empty(base, task=task, labels=labels)
         self._stored = StoredParameters(base, model, reader=reader, remedy=remedy)
         if absent := [key for key, site in self._sites.items() if f"{site.path}.weight" not in self._stored]:
             raise RecipeError(f"{reader}: {base} has no tensor of its own for\n{listing(absent)}")
+        if wrong := [line for site in sites if (line := self._misfit(site)) is not None]:
+            raise RecipeError(
+                f"{reader}: the adapter was made for another model than {base}; these weights have other shapes:\n"
+                f"{listing(wrong)}"
+            )
 
     def __getitem__(self, key: str) -> Tensor:
         site = self._sites[key]
@@ -59,6 +64,15 @@ class DenseWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._sites)
+
+    def _misfit(self, site: Site) -> str | None:
+        """Return what is wrong with the shape of a site's weight, or None; a width of 0 is not known."""
+        stored = self._stored.shapes[f"{site.path}.weight"]
+        here = (stored[1], stored[0]) if site.kind in LYING else stored
+        wanted = (site.height, *site.shape[1:])
+        if here == wanted or (not site.in_ and here[0] == wanted[0]):
+            return None
+        return f"{site.key}: {here}, the adapter is for {wanted}"
 
     def probed(self, paths: Iterable[str]) -> Base:
         """Return the base with its own values at the probes of an adapter, those of its tensors that are here."""
