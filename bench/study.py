@@ -201,7 +201,8 @@ def amplified(model: str) -> Iterator[dict[str, Any]]:
         for count in sorted({min(4, own.rank), own.rank}):
             held = amplification(own, weight, count)
             yield {"model": model, "rank": rank, "directions": count, "factor": held.factor, "of_dW": held.update,
-                   "of_W": held.weight, "random": held.random, "dW": held.update_norm, "W": held.weight_norm}  # fmt: skip
+                   "of_W": held.weight, "random": held.random, "dW": held.update_norm,
+                   "W": held.weight_norm}  # fmt: skip
 
 
 def known() -> dict[str, Any]:
