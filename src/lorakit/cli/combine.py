@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lorakit.cli.screen import in_options, screen, size
+from lorakit.cli.screen import in_options, screen, size, span
 from lorakit.cli.sources import BASE_HELP, find, load_adapter, refuse_full_folder, renamed
 from lorakit.errors import CombineError, RecipeError
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lorakit.combining import How
+    from lorakit.combining import Combined, How
     from lorakit.core.state import AdapterState
 
 _ADVICE = {
@@ -56,7 +56,6 @@ def combine(
         import torch
 
         from lorakit.combining import combine as combined
-        from lorakit.combining.compress import stored_bytes
         from lorakit.combining.lineup import checked_weights
         from lorakit.persist import save
 
@@ -69,30 +68,30 @@ def combine(
             values = _weights(sources, base, states, shares, way.averages)
             made = combined(states, way, shares, base=values, rng=rng)
         save(made.state, output)
-        held = stored_bytes(made.state)
-        ranks = [len(update.tensors["down"]) for update in made.state.updates]
-        low, high = min(ranks, default=0), max(ranks, default=0)
+        said = _plain(made, shares)
         out.say(
             " + ".join(f"{share:g} x {source}" for share, source in zip(shares, sources, strict=True)),
             f"{how}: {way.formula}",
-            f"{len(ranks)} updates of rank {low if low == high else f'{low} to {high}'}, "
-            f"{size(held)}; {made.error:.2%} from the exact weighted sum (relative, Frobenius)",
+            f"{len(said['ranks'])} updates of rank {span(said['ranks'].values())}, {size(said['bytes'])}; "
+            f"{made.error:.2%} from the exact weighted sum (relative, Frobenius)",
             *([f"of what {how} made, the rank left out {made.cut:.2%}"] if made.cuts else []),
             f"wrote {output} (peft)",
         )
-        out.result(
-            {
-                "sources": list(sources),
-                "weights": shares,
-                "how": how,
-                "output": output,
-                "error": made.error,
-                "cut": made.cut if made.cuts else None,
-                "errors": {key: loss.relative for key, loss in made.losses.items()},
-                "ranks": {update.site.key: rank for update, rank in zip(made.state.updates, ranks, strict=True)},
-                "bytes": held,
-            }
-        )
+        out.result({"sources": list(sources), "how": how, "output": output, **said})
+
+
+def _plain(made: Combined, shares: Sequence[float]) -> dict[str, Any]:
+    """Return what was made as plain values."""
+    from lorakit.combining.compress import stored_bytes
+
+    return {
+        "weights": list(shares),
+        "error": made.error,
+        "cut": made.cut if made.cuts else None,
+        "errors": {key: loss.relative for key, loss in made.losses.items()},
+        "ranks": {update.site.key: len(update.tensors["down"]) for update in made.state.updates},
+        "bytes": stored_bytes(made.state),
+    }
 
 
 def _way(name: str, asked: Mapping[str, Any]) -> How:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lorakit.cli.screen import Screen, screen, size, table
+from lorakit.cli.screen import Screen, screen, size, span, table
 from lorakit.cli.sources import BASE_HELP, Source, adapter_in, find, load_adapter, refuse_full_folder, weights_if_asked
 from lorakit.errors import CombineError, RecipeError
 
@@ -137,11 +137,10 @@ def _search(
 def _show(out: Screen, made: Compressed, before: int, searched: Smallest | None) -> None:
     ranks = [rank for rank in made.ranks.values() if rank]
     gone = len(made.ranks) - len(ranks)
-    left = f"{min(ranks)}" if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}"
     worst = max(made.losses, key=lambda key: made.losses[key].relative)
     moved = max(made.bounds, key=lambda key: made.bounds[key].error)
     out.say(
-        f"{size(before)} became {size(made.bytes)} ({made.bytes / before:.0%}): {len(ranks)} updates of rank {left}"
+        f"{size(before)} became {size(made.bytes)} ({made.bytes / before:.0%}): {len(ranks)} updates of rank {span(ranks)}"
         + (f", {gone} left out" if gone else ""),
         f"error {made.error:.2%} of all weights together (relative, Frobenius), most in {worst}: "
         f"{made.losses[worst].relative:.2%}",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lorakit.cli.screen import bar, few, screen, size
+from lorakit.cli.screen import bar, few, screen, size, span
 from lorakit.cli.sources import find, refuse_full_folder
 from lorakit.errors import RecipeError
 
@@ -66,29 +66,27 @@ def extract(
         save(made.state, output)
         written = sum(file.stat().st_size for file in Path(output).glob("adapter*"))
         out.say(*_lines(made, whole), f"wrote {output} (peft, {size(written)})")
-        out.result(
-            {
-                "tuned": tuned,
-                "base": start,
-                "output": output,
-                "error": made.error,
-                "missing": made.missing,
-                "errors": {key: loss.relative for key, loss in made.losses.items()},
-                "ranks": {update.site.key: len(update.tensors["down"]) for update in made.state.updates},
-                "kept_whole": sorted(made.state.trained),
-                "left_out": dict(made.left),
-                "bytes": written,
-            }
-        )
+        out.result({"tuned": tuned, "base": start, "output": output, "bytes": written, **_plain(made)})
+
+
+def _plain(made: Extracted) -> dict[str, object]:
+    """Return what was made as plain values."""
+    return {
+        "error": made.error,
+        "missing": made.missing,
+        "errors": {key: loss.relative for key, loss in made.losses.items()},
+        "ranks": {update.site.key: len(update.tensors["down"]) for update in made.state.updates},
+        "kept_whole": sorted(made.state.trained),
+        "left_out": dict(made.left),
+    }
 
 
 def _lines(made: Extracted, whole: bool) -> Iterator[str]:
     """Yield what is in the adapter, what is lost, and what is left out."""
-    ranks = sorted(len(update.tensors["down"]) for update in made.state.updates)
-    rank = f"{ranks[0]}" if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
+    ranks = [len(update.tensors["down"]) for update in made.state.updates]
     worst = max(made.losses, key=lambda key: made.losses[key].relative)
     yield (
-        f"{len(ranks)} updates of rank {rank}: {made.error:.2%} from the change of their weights together (relative, "
+        f"{len(ranks)} updates of rank {span(ranks)}: {made.error:.2%} from the change of their weights together (relative, "
         f"Frobenius), so {1 - made.error**2:.1%} of its squared size is kept; most lost in {worst}, "
         f"{made.losses[worst].relative:.2%}"
     )

@@ -42,7 +42,6 @@ def inspect(
 ) -> None:
     """Say what an adapter learned, and how much of its rank it used."""
     with screen(json) as out:
-        from lorakit.persist import LORALIB, load
         from lorakit.report.inspect import inspect_page
         from lorakit.report.plots import need_plots
         from lorakit.spectral.inspection import inspect as looked_at
@@ -54,23 +53,14 @@ def inspect(
             raise RecipeError("--intruders compares W + dW with W; name the base with --base, or leave it out")
         if not 0 < energy <= 1:
             raise RecipeError(f"--energy is a share above 0 and up to 1, not {energy:g}; 0.9 is the usual")
-        told: dict[str, Any] = {"alpha": alpha, "enabled": switches(enabled)}
-        places = [adapter_in(given) for given in ((source,) if against is None else (source, against))]
-        old = [place for place in places if place.suffix in LORALIB] or places[:1]  # who the two options are for
-        state, *others = (load(place, **(told if place in old else {})) for place in places)
-        other = others[0] if others else None
-        if not state.updates:
-            raise AdapterFileError(f"{source} trained tensors of the base whole and has no update to look at")
+        state, other = _adapters(source, against, alpha, enabled)
+        more = {"--against": against, "--alpha": alpha, "--enabled": enabled}
+        given = [str(word) for option in more.items() if option[1] is not None for word in option]
+        again = shlex.join(["lorakit", "inspect", source, "--base", state.base.name or "BASE", *given])
+        for name, one in ((source, state), (against, other)):
+            if one is not None:
+                _refuse_unfit(str(name), one, base, again)
         weights = None if base is None else _weights(base, state)
-        more = {
-            "--base": state.base.name or "BASE",
-            "--against": against,
-            "--alpha": alpha,
-            "--enabled": enabled,
-        }
-        again = ["lorakit", "inspect", source, *(f"{word}" for option in more.items() if option[1] for word in option)]
-        for given, one in zip((source, against), (state, *others), strict=False):
-            _refuse_unfit(str(given), one, base, shlex.join(again))
         found = looked_at(state, weights, other, energy=energy, count_intruders=intruders)
         values: dict[str, Any] = {
             "adapter": source,
@@ -85,12 +75,26 @@ def inspect(
         }
         _show(out, values, modules)
         if base is None:
-            named = state.base.name or "BASE"
-            out.say("", f"what it amplifies: {shlex.join(['lorakit', 'inspect', source, '--base', named])}")
+            out.say("", f"what it amplifies: {again}")
         if html is not None:
             write_page(Path(html), inspect_page(values))
             out.say("", f"wrote {html}")
         out.result(values)
+
+
+def _adapters(
+    source: str, against: str | None, alpha: float | None, enabled: str | None
+) -> tuple[AdapterState, AdapterState | None]:
+    """Return both adapters; what is told beside them is for those of loralib, which do not say it themselves."""
+    from lorakit.persist import LORALIB, load
+
+    told: dict[str, Any] = {"alpha": alpha, "enabled": switches(enabled)}
+    places = [adapter_in(given) for given in (source, against) if given is not None]
+    old = [place for place in places if place.suffix in LORALIB] or places[:1]
+    state, *others = (load(place, **(told if place in old else {})) for place in places)
+    if not state.updates:
+        raise AdapterFileError(f"{source} trained tensors of the base whole and has no update to look at")
+    return state, others[0] if others else None
 
 
 def _weights(base: str, state: AdapterState) -> DenseWeights:

@@ -20,6 +20,7 @@ from lorakit.errors import LorakitError
 from lorakit.report.words import duration as duration  # the words of pages and of the terminal are one
 from lorakit.report.words import few as few
 from lorakit.report.words import size as size
+from lorakit.report.words import span as span
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

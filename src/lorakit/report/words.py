@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
 def size(count: float) -> str:
@@ -33,6 +33,12 @@ def amount(value: float) -> str:
 def few(names: Sequence[str], most: int = 4) -> str:
     """Return the first names with commas between, and how many more there are: `a, b, c, d and 3 more`."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def span(numbers: Collection[int]) -> str:
+    """Return `4` where all are 4, `2 to 8` where they lie between, `0` where there are none."""
+    low, high = min(numbers, default=0), max(numbers, default=0)
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def _scaled(value: float, unit: str, form: str, most: float) -> str:

@@ -73,14 +73,9 @@ def _named(path: str, skipped: tuple[str, ...]) -> bool:
     return any(path == name or path.endswith(f".{name}") or path.startswith(f"{name}.") for name in skipped)
 
 
-@cache
-def config_class() -> Any:
-    """Make transformers know the quantisation, and return what carries a `Packing` through it."""
-    need("transformers", "train")
+def _operations() -> tuple[Any, Any]:
+    """Return what transformers does to a tensor on its way into a layer: packing it, and taking what is packed."""
     from transformers.core_model_loading import ConversionOps
-    from transformers.quantizers.auto import register_quantization_config, register_quantizer
-    from transformers.quantizers.base import HfQuantizer
-    from transformers.utils.quantization_config import QuantizationConfigMixin
 
     class Pack(ConversionOps):
         """A dense tensor becomes packed bytes."""
@@ -120,6 +115,19 @@ def config_class() -> Any:
                 layer.take(from_tensors(state, full_layer_name))
             return {"weight": layer.weight}
 
+    return Pack, Unpack
+
+
+@cache
+def config_class() -> Any:
+    """Make transformers know the quantisation, and return what carries a `Packing` through it."""
+    need("transformers", "train")
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    pack, unpack = _operations()
+
     @register_quantization_config(METHOD)
     class FourBitConfig(QuantizationConfigMixin):
         """What transformers carries from the call to the quantizer."""
@@ -151,10 +159,10 @@ def config_class() -> Any:
             return name == "weight" and isinstance(model.get_submodule(path), Linear4bit)
 
         def get_quantize_ops(self) -> Any:
-            return Pack(self)
+            return pack(self)
 
         def get_load_operations(self) -> dict[str, Any]:
-            return {"deserialize": Unpack}
+            return {"deserialize": unpack}
 
         def is_serializable(self) -> bool:
             return True
