@@ -140,8 +140,8 @@ def _show(out: Screen, made: Compressed, before: int, searched: Smallest | None)
     worst = max(made.losses, key=lambda key: made.losses[key].relative)
     moved = max(made.bounds, key=lambda key: made.bounds[key].error)
     out.say(
-        f"{size(before)} became {size(made.bytes)} ({made.bytes / before:.0%}): {len(ranks)} updates of rank {span(ranks)}"
-        + (f", {gone} left out" if gone else ""),
+        f"{size(before)} became {size(made.bytes)} ({made.bytes / before:.0%}): {len(ranks)} updates of rank "
+        f"{span(ranks)}" + (f", {gone} left out" if gone else ""),
         f"error {made.error:.2%} of all weights together (relative, Frobenius), most in {worst}: "
         f"{made.losses[worst].relative:.2%}",
         f"on any input x the output of a layer moves by at most {made.bounds[moved].error:.3g} |x| ({moved}, where the "

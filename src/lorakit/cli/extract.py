@@ -86,8 +86,8 @@ def _lines(made: Extracted, whole: bool) -> Iterator[str]:
     ranks = [len(update.tensors["down"]) for update in made.state.updates]
     worst = max(made.losses, key=lambda key: made.losses[key].relative)
     yield (
-        f"{len(ranks)} updates of rank {span(ranks)}: {made.error:.2%} from the change of their weights together (relative, "
-        f"Frobenius), so {1 - made.error**2:.1%} of its squared size is kept; most lost in {worst}, "
+        f"{len(ranks)} updates of rank {span(ranks)}: {made.error:.2%} from the change of their weights together "
+        f"(relative, Frobenius), so {1 - made.error**2:.1%} of its squared size is kept; most lost in {worst}, "
         f"{made.losses[worst].relative:.2%}"
     )
     if made.state.trained:
