@@ -30,6 +30,8 @@ from lorakit.training.recipe import DataSection, make_recipe
 
 LABELS = ("0", "1")
 WAYS = ("average", "stack")
+DRAWS = 100
+"""How often a split is drawn anew that leaves a client without rows."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,17 @@ class Job:
 def shared_out(rows: Sequence[Mapping[str, Any]], job: Job) -> list[list[Mapping[str, Any]]]:
     """Return each client's rows: of each class the shares are drawn from Dirichlet(skew), so clients are not alike."""
     torch.manual_seed(job.seed)
-    parts: list[list[Mapping[str, Any]]] = [[] for _ in job.ranks]
-    for label in sorted({str(row["label"]) for row in rows}):
-        own = [row for row in rows if str(row["label"]) == label]
-        shares = torch.distributions.Dirichlet(torch.full((len(parts),), job.skew)).sample().cumsum(0)
-        ends = [round(float(share) * len(own)) for share in shares]
-        for part, begin, end in zip(parts, [0, *ends[:-1]], ends, strict=True):
-            part += own[begin:end]
-    return parts
+    for _ in range(DRAWS):
+        parts: list[list[Mapping[str, Any]]] = [[] for _ in job.ranks]
+        for label in sorted({str(row["label"]) for row in rows}):
+            own = [row for row in rows if str(row["label"]) == label]
+            shares = torch.distributions.Dirichlet(torch.full((len(parts),), job.skew)).sample().cumsum(0)
+            ends = [round(float(share) * len(own)) for share in shares]
+            for part, begin, end in zip(parts, [0, *ends[:-1]], ends, strict=True):
+                part += own[begin:end]
+        if all(parts):
+            return parts
+    raise SystemExit(f"{len(rows)} rows of so skew a split leave a client without any; give more rows")
 
 
 def beginning(job: Job) -> AdapterState:

@@ -34,7 +34,7 @@ def test_it_says_what_is_lost_and_left_out(base: Path, tuned: Path, tmp_path: Pa
     assert "14 updates of rank 4: " in said.stdout
     assert "from the change of their weights together (relative, Frobenius), so " in said.stdout
     assert "other tensors changed and are left out: " in said.stdout
-    assert "--whole keeps them" in said.stdout
+    assert "--whole keeps those" in said.stdout
     found = answer("extract", tuned, "--base", base, "--rank", 4, "--output", tmp_path / "again")
     assert found["missing"] > found["error"] > 0.5, "a random change has no low rank"
     assert set(found["ranks"].values()) == {4}

@@ -5,22 +5,42 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    GemmaConfig,
+    GPT2Config,
+    MambaConfig,
+    MixtralConfig,
+)
 
 from lorakit import AdapterSpec, LoRA, attach, load, save
+from lorakit.core.init import leading
 from lorakit.core.site import Site
 from lorakit.core.spec import Targets
 from lorakit.core.state import AdapterState, Base, Purpose, delta_of
-from lorakit.errors import CombineError, RecipeError, SpecError
+from lorakit.errors import AdapterFileError, CombineError, RecipeError, SpecError
 from lorakit.inject.attach import state
 from lorakit.inject.merge import merge
+from lorakit.training import extraction
 from lorakit.training.base import load_base
-from lorakit.training.extraction import EXACT, _Changes, extract
+from lorakit.training.extraction import EXACT, ITERATIONS, extract
+from lorakit.training.tuned import Twin
 from tests.training import samples
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 67,
+}
 
 IDS = torch.arange(3, 15)[None]
 GATE = "model.layers.0.mlp.gate_proj"
@@ -147,14 +167,22 @@ def test_a_classifier_keeps_its_head(tmp_path: Path) -> None:
     assert [len(update.tensors["down"]) for update in found.state.updates] == [1]
 
 
-def test_a_wide_weight_is_decomposed_at_random_and_measured() -> None:
+def test_a_wide_weight_is_decomposed_at_random_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int | None] = []
+
+    def watched(matrix: Tensor, rank: int, iterations: int | None, rng: torch.Generator) -> tuple[Tensor, ...]:
+        asked.append(iterations)
+        return leading(matrix, rank, iterations, rng)
+
+    monkeypatch.setattr(extraction, "leading", watched)
     torch.manual_seed(0)
-    size = EXACT + 8
-    change = torch.randn(size, 4) @ torch.randn(4, size) + 1e-3 * torch.randn(size, size)
-    changes = _Changes(4, None, torch.float32, whole=False)
-    changes.add("w.weight", change, torch.zeros(size, size), [Site("w", size, size)])
-    exact = torch.linalg.svdvals(change)[4:].norm()
-    assert changes.losses["w"].error == pytest.approx(float(exact), rel=1e-3)
+    for size in (EXACT, EXACT + 8):
+        change = torch.randn(size, 4) @ torch.randn(4, size) + 1e-3 * torch.randn(size, size)
+        changes = extraction._Changes(4, None, torch.float32, whole=False)
+        changes.add(Twin("w.weight", torch.zeros(size, size), change, parameter=True), [Site("w", size, size)])
+        exact = torch.linalg.svdvals(change)[4:].norm()
+        assert changes.losses["w"].error == pytest.approx(float(exact), rel=1e-3)
+    assert asked == [None, ITERATIONS]
 
 
 def test_the_dtype_that_is_stored_is_the_one_that_is_measured(base: Path, tmp_path: Path) -> None:
@@ -220,3 +248,117 @@ def test_packed_models_are_refused(base: Path, tmp_path: Path) -> None:
     config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": packed}))
     with pytest.raises(RecipeError, match="holds packed ones; name the one in 16 bits"):
         extract(str(tmp_path / "packed"), str(base), rank=1)
+
+
+FAMILIES = {
+    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=67, n_positions=32),
+    "mixtral": MixtralConfig(num_local_experts=2, num_experts_per_tok=2, num_key_value_heads=2, **SIZES),
+    "gemma": GemmaConfig(head_dim=8, num_key_value_heads=2, **SIZES),
+    "mamba": MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=67, state_size=4, intermediate_size=64),
+}
+"""Transposed layers in one tensor for q, k and v; stacked experts; a tied head; parameters of a module with layers."""
+
+
+def family(name: str, folder: Path) -> str:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(FAMILIES[name]).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_with_every_direction_it_is_the_tuned_model_or_says_what_is_missing(name: str, tmp_path: Path) -> None:
+    base = family(name, tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "tuned")
+    found = extract(str(tmp_path / "tuned"), base, energy=1.0, whole=True)
+    assert found.error < 1e-5
+    other = AutoModelForCausalLM.from_pretrained(base)
+    attach(other, found.state)
+    with torch.no_grad():
+        apart = float((other(IDS).logits - model(IDS).logits).abs().max())
+    assert (apart < 1e-4) == (found.missing < 1e-4), f"{apart} apart, and {found.missing} is said to be missing"
+    assert bool(found.left) == (name in ("gpt2", "mixtral", "mamba")), "biases, experts, what a layer's parent holds"
+
+
+def test_rows_outside_the_targets_are_left_out_by_their_size(tmp_path: Path) -> None:
+    base = family("gpt2", tmp_path / "base")
+    name = "transformer.h.0.attn.c_attn.weight"
+    change = torch.zeros(32, 96)
+    change[:, :32], change[:, 32:64] = 0.01, 1.0  # q a little, k much
+    tuned = changed(Path(base), tmp_path / "tuned", **{name.replace(".", "__"): change})
+    found = extract(tuned, base, rank=1, targets=Targets(("c_attn[q,v]",)))
+    assert [update.site.rows for update in found.state.updates] == [(0, 32)]
+    assert found.left == {name: pytest.approx(32.0, rel=1e-4)}
+    assert found.missing == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_tied_head_is_one_tensor_with_the_embedding(tmp_path: Path) -> None:
+    base = family("gemma", tmp_path / "base")
+    with pytest.raises(RecipeError, match="is lm_head.weight too, and an update would act on one of them"):
+        extract(base, base, rank=2, targets=Targets(("embed_tokens",)))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.add_(0.1)
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 1.0)
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path / "parted")
+    with pytest.raises(CombineError, match="are one tensor in .* and differ in .*parted"):
+        extract(str(tmp_path / "parted"), base, rank=2)
+    with torch.no_grad():
+        model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.clone())
+    model.save_pretrained(tmp_path / "copied")
+    for tuned, start in ((str(tmp_path / "copied"), base), (base, str(tmp_path / "copied"))):
+        found = extract(tuned, start, rank=2)
+        assert not found.left
+        assert not found.state.trained
+
+
+def test_16_bits_of_another_kind_are_compared_to_their_rounding(tmp_path: Path) -> None:
+    base = family("gpt2", tmp_path / "base")
+    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        model = AutoModelForCausalLM.from_pretrained(base)
+        with torch.no_grad():
+            model.transformer.h[0].mlp.c_fc.weight.add_(0.1 * (name == "bf16"))
+        model.to(dtype).save_pretrained(tmp_path / name)
+    found = extract(str(tmp_path / "bf16"), str(tmp_path / "fp16"), rank=1)
+    assert [update.site.path for update in found.state.updates] == ["transformer.h.0.mlp.c_fc"]
+    assert not found.left
+
+
+def test_a_model_for_another_task_is_refused_by_what_has_no_place(tmp_path: Path) -> None:
+    base = samples.save_encoder(tmp_path / "bert")
+    model = AutoModelForTokenClassification.from_pretrained(base, num_labels=3)
+    model.save_pretrained(tmp_path / "tokens")
+    with pytest.raises(RecipeError, match=r"classifier.weight: .* has no place for it"):
+        extract(str(tmp_path / "tokens"), str(base), rank=2)
+
+
+def test_a_head_for_other_classes_is_a_new_one(tmp_path: Path) -> None:
+    base = samples.save_encoder(tmp_path / "bert")
+    for name, labels in (("three", ("a", "b", "c")), ("two", ("no", "yes"))):
+        model, tokenizer = load_base(str(base), task="classification", labels=labels)
+        with torch.no_grad():
+            model.bert.encoder.layer[1].output.dense.weight.add_(0.1 * (name == "two"))
+        for part in (model, tokenizer):
+            part.save_pretrained(tmp_path / name)
+    purpose = Purpose("classification", "classification", None, ("no", "yes"))
+    found = extract(str(tmp_path / "two"), str(tmp_path / "three"), rank=2, purpose=purpose)
+    assert set(found.state.trained) == {"classifier.weight", "classifier.bias"}
+
+
+def test_a_run_on_another_base_and_an_adapter_are_refused(base: Path, tmp_path: Path) -> None:
+    other = samples.save_base(tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: tensor + 0.1 for name, tensor in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    model = load_base(str(base))[0]
+    attach(model, AdapterSpec(None, train=(GATE,)))
+    with pytest.raises(AdapterFileError, match="trained on another base"):
+        extract(state(model), str(other), rank=1)
+    adapted = load_base(str(base))[0]
+    attach(adapted, AdapterSpec(LoRA(2)))
+    with pytest.raises(CombineError, match="has updates already"):
+        extract(state(adapted), str(base), rank=1)

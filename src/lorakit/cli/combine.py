@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lorakit.cli.screen import in_options, screen, size, span
-from lorakit.cli.sources import BASE_HELP, find, load_adapter, refuse_full_folder, renamed
+from lorakit.cli.sources import BASE_HELP, find, load_adapter, refuse_full_folder
 from lorakit.errors import CombineError, RecipeError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lorakit.combining import Combined, How
     from lorakit.core.state import AdapterState
 
-_ADVICE = {
+ADVICE = {
     "how=Svd(rank=...) comes": "--how svd --rank N comes",
     "give rank or energy": "give --rank or --energy",
     "; if they are, say so: replace(state, base=other.base)": "; if they are, name it with --base",
@@ -61,10 +61,10 @@ def combine(
 
         refuse_full_folder(Path(output))
         way = _way(how, {"rank": rank, "energy": energy, "density": density})
-        states = [renamed(load_adapter(source), base) for source in sources]
+        states = [load_adapter(source, base) for source in sources]
         shares = checked_weights(states, None if weights is None else _numbers(weights))
         rng = torch.Generator().manual_seed(seed)
-        with in_options(_ADVICE):
+        with in_options(ADVICE):
             values = _weights(sources, base, states, shares, way.averages)
             made = combined(states, way, shares, base=values, rng=rng)
         save(made.state, output)

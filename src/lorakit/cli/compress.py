@@ -61,7 +61,7 @@ def compress(
         if within is None and (data, split, limit) != (None, None, None):
             raise RecipeError("--data, --split and --limit say what to score on; give --within too, or leave them out")
         _refuse_unclear(rank, energy, budget, within, dtype)
-        state, eight = load_adapter(source), kept_in_8_bits(adapter_in(source))
+        state, eight = load_adapter(source, base), kept_in_8_bits(adapter_in(source))
         dtype = dtype or eight
         before = stored_bytes(state, None if eight is None else STORED[eight])
         weights = weights_if_asked(source, base, state, "compress")

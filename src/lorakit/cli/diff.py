@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorakit.cli.screen import Screen, few, screen, table
-from lorakit.cli.sources import BASE_HELP, load_adapter, renamed, weights_if_asked
+from lorakit.cli.combine import ADVICE
+from lorakit.cli.screen import Screen, few, in_options, screen, table
+from lorakit.cli.sources import BASE_HELP, load_adapter, weights_if_asked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -33,9 +34,10 @@ def diff(
     with screen(json) as out:
         from lorakit.combining import difference
 
-        states = {given: renamed(load_adapter(given), base) for given in (first, second)}
+        states = {given: load_adapter(given, base) for given in (first, second)}
         weights = [weights_if_asked(given, base, state, "diff") or {} for given, state in states.items()]
-        found = difference(states[first], states[second], ChainMap(*weights))  # type: ignore[arg-type]  # read only
+        with in_options(ADVICE):
+            found = difference(states[first], states[second], ChainMap(*weights))  # type: ignore[arg-type]  # read only
         out.say(f"A: {first}", f"B: {second}", "")
         _show(out, found, modules)
         out.say(*(f"- {line}" for line in _findings(found)))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lorakit.cli.screen import bar, few, screen, size, span
-from lorakit.cli.sources import find, refuse_full_folder
+from lorakit.cli.sources import classifier_in, find, refuse_full_folder
 from lorakit.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -37,12 +37,15 @@ def extract(
         from lorakit.combining.compress import STORED
         from lorakit.core.spec import Targets
         from lorakit.persist import save
-        from lorakit.training.base_files import checkpoint
+        from lorakit.training.base_files import checkpoint, place_of
         from lorakit.training.extraction import extract as extracted
 
         refuse_full_folder(Path(output))
         found = find(tuned)
-        if found.state is not None and found.state.updates:
+        purpose = found.purpose
+        if found.state is None:
+            purpose = classifier_in(place_of(tuned))
+        elif found.state.updates:
             raise RecipeError(
                 f"{tuned} is an adapter with updates already, and no model that was tuned whole; lorakit compress "
                 "makes it smaller, lorakit convert --as-lora writes other methods as LoRA"
@@ -60,7 +63,7 @@ def extract(
                 targets=Targets(tuple(word.strip() for word in targets.split(","))),
                 whole=whole,
                 dtype=STORED[dtype],
-                purpose=found.purpose,
+                purpose=purpose,
                 done=lambda name: step(),
             )
         save(made.state, output)
@@ -94,11 +97,7 @@ def _lines(made: Extracted, whole: bool) -> Iterator[str]:
         yield f"{len(made.state.trained)} tensors kept whole: {few(sorted(made.state.trained))}"
     if made.left:
         largest = sorted(made.left, key=lambda name: -made.left[name])
-        way = (
-            "a bias of an adapted layer cannot be kept"
-            if whole
-            else "--whole keeps them, biases of adapted layers apart"
-        )
+        way = "no adapter can hold these" if whole else "--whole keeps those that an adapter can hold"
         yield (
             f"{len(largest)} other tensors changed and are left out: {few(largest)}; with them "
             f"{made.missing:.2%} of the whole change is missing ({way})"

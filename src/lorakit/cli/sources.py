@@ -84,13 +84,13 @@ def find(given: str, base: str | None = None) -> Source:
     if run is not None:
         return _from_run(run, base)
     if place.is_file() or (place.is_dir() and not (place / "config.json").is_file()) or _is_adapter(place):
-        state = load_adapter(given)
+        state = _read(given)
         if not (base or state.base.name):
             raise LorakitError(f"{given} does not say which base it was trained on; name it with --base")
         return Source(base or str(state.base.name), state, purpose=state.purpose)
     if base is not None:
         raise AdapterFileError(f"{given} is a base, so it cannot sit on --base {base}; give an adapter or a run")
-    return Source(given, purpose=_classifier(place))
+    return Source(given, purpose=classifier_in(place))
 
 
 def adapter_in(given: str) -> Path:
@@ -107,27 +107,29 @@ def adapter_in(given: str) -> Path:
     return place
 
 
-def load_adapter(given: str) -> AdapterState:
-    """Return the adapter of a run, or at a place, for a verb that is not told an alpha.
+def load_adapter(given: str, base: str | None = None) -> AdapterState:
+    """Return the adapter of a run, or at a place, for a verb that is not told an alpha; `base` names its base anew.
 
     Raises:
-        AdapterFileError: a base, a file of loralib, an adapter that cannot be read.
+        AdapterFileError: a base, a file of loralib, an adapter that cannot be read, or one for another base.
     """
-    from lorakit.persist import LORALIB, load
-
-    place = adapter_in(given)
-    if place.is_file() and place.suffix in LORALIB:
-        way = shlex.join(["lorakit", "convert", given, "--to", "peft", "--alpha", "ALPHA", "--output", "DIR"])
-        raise AdapterFileError(
-            f"{given} is an adapter of the original loralib, which stores neither its alpha nor its base; convert it "
-            f"first:\n  {way}"
-        )
-    return load(place)
+    state = _read(given)
+    if base is not None:  # its weights tell still whether it is the one
+        state = replace(state, base=replace(state.base, name=base))
+    return with_widths(state)
 
 
-def renamed(state: AdapterState, base: str | None) -> AdapterState:
-    """Return an adapter whose base goes by the name that was given, for one that moved; its weights tell it still."""
-    return state if base is None else replace(state, base=replace(state.base, name=base))
+def with_widths(state: AdapterState) -> AdapterState:
+    """Return an adapter with the widths of its layers, from its base where its file does not tell them (PEFT's IA3)."""
+    if all(update.site.in_ for update in state.updates) or state.base.name is None:
+        return state
+    from lorakit.inject.attach import fitted
+    from lorakit.inject.sites import sites
+    from lorakit.training.base import build_empty
+
+    labels = state.purpose.labels if state.purpose is not None else ()
+    model = build_empty(state.base.name, task="classification" if labels else "causal-lm", labels=labels)
+    return replace(state, updates=fitted(state, sites(model)))
 
 
 def refuse_full_folder(output: Path) -> None:
@@ -187,6 +189,19 @@ def need_adapter(source: Source, given: str) -> AdapterState:
     return source.state
 
 
+def _read(given: str) -> AdapterState:
+    from lorakit.persist import LORALIB, load
+
+    place = adapter_in(given)
+    if place.is_file() and place.suffix in LORALIB:
+        way = shlex.join(["lorakit", "convert", given, "--to", "peft", "--alpha", "ALPHA", "--output", "DIR"])
+        raise AdapterFileError(
+            f"{given} is an adapter of the original loralib, which stores neither its alpha nor its base; convert it "
+            f"first:\n  {way}"
+        )
+    return load(place)
+
+
 def is_base(place: Path) -> bool:
     """Return whether a place is a bundled base, or a directory with a model and no adapter."""
     from lorakit.training.base import bundled
@@ -214,7 +229,7 @@ def _from_run(run: Path, base: str | None) -> Source:
     return Source(base or recipe.model, state, recipe, state.purpose)
 
 
-def _classifier(base: Path) -> Purpose | None:
+def classifier_in(base: Path) -> Purpose | None:
     """Return the purpose of a base that is a classifier with its head, as a merge writes one; else nothing."""
     from lorakit.core.state import Purpose
     from lorakit.persist.files import read_json

@@ -10,12 +10,13 @@ NeurIPS 2024; not the FLoRA of 2312.05677) stacks them instead, which is exact a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from lorakit.combining.change import Pair
 from lorakit.combining.combination import Combined, combine
@@ -45,7 +46,11 @@ class _Average(How):
 
 
 def average_factors(
-    states: Sequence[AdapterState], weights: Sequence[float] | None = None, *, padded: bool = False
+    states: Sequence[AdapterState],
+    weights: Sequence[float] | None = None,
+    *,
+    padded: bool = False,
+    base: Mapping[str, Tensor] | None = None,
 ) -> Combined:
     """Return the adapter of the mean factors (FedAvg): `B = sum_k p_k s_k B_k`, `A = sum_k p_k A_k`, and its error.
 
@@ -57,6 +62,7 @@ def average_factors(
         weights: the share p_k of each client, such as its part of the rows; above 0, summing to 1. Equal unless given.
         padded: let factors of lower ranks be 0 in the directions they lack (HetLoRA, arXiv 2401.06432, section 3.2),
             which shrinks what the clients of high rank have there.
+        base: the base's own values where they are asked for, as `combine` takes them.
 
     Raises:
         CombineError: shares that do not sum to 1, clients with other layers or ranks; else as `combine`.
@@ -66,10 +72,15 @@ def average_factors(
     every = sorted(set().union(*sets))
     if missing := [f"{key}: client {i} has none" for i, own in enumerate(sets, 1) for key in every if key not in own]:
         raise CombineError(f"clients lack layers of others, so factors have no mean; stack them:\n{listing(missing)}")
-    return combine(states, _Average(padded), shares)
+    return combine(states, _Average(padded), shares, base=base)
 
 
-def stack(states: Sequence[AdapterState], weights: Sequence[float] | None = None) -> Combined:
+def stack(
+    states: Sequence[AdapterState],
+    weights: Sequence[float] | None = None,
+    *,
+    base: Mapping[str, Tensor] | None = None,
+) -> Combined:
     """Return the exact mean of the clients' updates (FLoRA): `B = [B_1, ...]`, `A = [p_1 A_1; ...]`, rank `sum_k r_k`.
 
     Ranks and scales may differ by client and layer; a layer that a client lacks changes by 0 there. The server merges
@@ -78,11 +89,12 @@ def stack(states: Sequence[AdapterState], weights: Sequence[float] | None = None
     Args:
         states: the clients' adapters, of one base.
         weights: the share p_k of each client; above 0, summing to 1. Equal unless given.
+        base: the base's own values where they are asked for, as `combine` takes them.
 
     Raises:
         CombineError: shares that do not sum to 1; else as `combine`.
     """
-    return combine(states, Concat(), _shares(states, weights))
+    return combine(states, Concat(), _shares(states, weights), base=base)
 
 
 def _padded(pair: Pair, rank: int) -> Pair:

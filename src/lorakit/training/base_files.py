@@ -18,14 +18,15 @@ INDEX = "model.safetensors.index.json"
 
 def place_of(name: str) -> Path:
     """Return the directory with the files of a base, fetched from the hub if it is not here."""
-    from lorakit.training.base import check_place, resolve
+    from lorakit.training.base import check_place, explained, resolve
 
     check_place(name, "config.json")
     place = Path(resolve(name))
     if place.is_dir():
         return place
     files = ["*.safetensors*", "*.json", "*.model", "*.txt", "*.jinja"]
-    return Path(need("huggingface_hub", "train").snapshot_download(name, allow_patterns=files))
+    with explained(name):
+        return Path(need("huggingface_hub", "train").snapshot_download(name, allow_patterns=files))
 
 
 def shards(place: Path) -> list[Path]:
@@ -85,6 +86,22 @@ def open_shards(
             file: {name: Later(name, opened.get_slice(name), done) for name in opened.keys()}  # noqa: SIM118
             for file, opened in files.items()
         }
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """Return one tensor of a file that was opened before.
+
+    Raises:
+        LorakitError: a file that was taken away or changed since.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt", backend="pread") as opened:
+            tensor: Tensor = opened.get_tensor(name)
+            return tensor
+    except (SafetensorError, OSError) as bad:
+        raise LorakitError(f"{file}: {name} cannot be read any more: {bad}") from bad
 
 
 class Later:

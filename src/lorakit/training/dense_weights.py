@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,15 +12,19 @@ from lorakit.core.site import Site
 from lorakit.core.state import Base
 from lorakit.errors import RecipeError, listing
 from lorakit.inject.attach import probe
+from lorakit.inject.sites import sites as sites_of
 from lorakit.training.base import Task, build_empty
-from lorakit.training.stored_parameters import StoredParameters
+from lorakit.training.stored_tensors import StoredTensors
 
 LYING = ("transposed-linear", "embedding")
 """Kinds whose modules keep their weight `(in, out)`."""
 
 
 def canonical(site: Site, stored: Tensor) -> Tensor:
-    """Return a layer's weight as a site has it: `(out, in, *kernel)` in fp32, its own rows of a fused one."""
+    """Return a layer's weight as a site has it: `(out, in, *kernel)` in fp32, its own rows of a fused one.
+
+    The kind of the site must be its model's: files of other tools call every layer linear.
+    """
     weight = stored.to(torch.float32)
     weight = weight.T if site.kind in LYING else weight
     return weight if site.rows is None else weight[site.rows[0] : site.rows[1]]
@@ -44,12 +49,14 @@ class DenseWeights(Mapping[str, Tensor]):
         Raises:
             RecipeError: a base whose files are packed, or in which a site has no tensor of its own, or a smaller one.
         """
-        self._base, self._sites = base, {site.key: site for site in sites}
         model = build_empty(base, task=task, labels=labels)
-        self._stored = StoredParameters(base, model, reader=reader, remedy=remedy)
+        kinds = {path: own.kind for path, own in sites_of(model).by_path.items()}
+        told = [replace(site, kind=kinds.get(site.path, site.kind)) for site in sites]
+        self._base, self._sites = base, {site.key: site for site in told}
+        self._stored = StoredTensors(base, model, reader=reader, remedy=remedy)
         if absent := [key for key, site in self._sites.items() if f"{site.path}.weight" not in self._stored]:
             raise RecipeError(f"{reader}: {base} has no tensor of its own for\n{listing(absent)}")
-        if wrong := [line for site in sites if (line := self._misfit(site)) is not None]:
+        if wrong := [line for site in told if (line := self._misfit(site)) is not None]:
             raise RecipeError(
                 f"{reader}: the adapter was made for another model than {base}; these weights have other shapes:\n"
                 f"{listing(wrong)}"
@@ -76,5 +83,10 @@ class DenseWeights(Mapping[str, Tensor]):
 
     def probed(self, paths: Iterable[str]) -> Base:
         """Return the base with its own values at the probes of an adapter, those of its tensors that are here."""
-        here = {path: f"{path}.weight" for path in paths}
-        return Base(self._base, {p: probe(self._stored[name]) for p, name in here.items() if name in self._stored})
+        return probed(self._base, self._stored, paths)
+
+
+def probed(base: str, stored: Mapping[str, Tensor], paths: Iterable[str]) -> Base:
+    """Return a base with values of the weights at these paths, those of its tensors that are stored."""
+    here = {path: f"{path}.weight" for path in paths}
+    return Base(base, {path: probe(stored[name]) for path, name in here.items() if name in stored})

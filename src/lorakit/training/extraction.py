@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -24,18 +23,14 @@ from lorakit.core.init import by_group, leading
 from lorakit.core.nearest_lora import Loss, total
 from lorakit.core.site import Site, Skeleton
 from lorakit.core.spec import AdapterSpec, Targets
-from lorakit.core.state import AdapterState, Base, Purpose, Update
+from lorakit.core.state import AdapterState, Purpose, Update
 from lorakit.core.targets import resolve
 from lorakit.errors import CombineError, RecipeError, SpecError, grouped, listing
-from lorakit.inject.attach import PROBES, known_by, probe
-from lorakit.inject.ledger import parameters_of
+from lorakit.inject.attach import PROBES, known_by
 from lorakit.inject.sites import sites
-from lorakit.training.base import build_empty
-from lorakit.training.dense_weights import canonical
-from lorakit.training.stored_parameters import StoredParameters
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from lorakit.training.dense_weights import LYING, canonical, probed
+from lorakit.training.stored_tensors import StoredTensors
+from lorakit.training.tuned import Twin, Twins, empty
 
 EXACT, ITERATIONS = 1024, 8
 """The shorter side up to which a weight's SVD is exact, and the rounds of a randomised one beyond it."""
@@ -46,7 +41,7 @@ class Extracted:
     """The adapter, and what it is not.
 
     `losses` is `|D - B A|_F` beside `|D|_F`, `D = W' - W`, by key of each site, of what is stored. `left` has the size
-    of the change of every tensor that changed and is not in the adapter, and `tensors` is how many both models hold.
+    of the change of every other tensor that changed, by its name: what the adapter has not.
     """
 
     state: AdapterState
@@ -90,37 +85,38 @@ def extract(
         rank: the most directions of each weight.
         energy: the share of the squared size of each weight's change to keep, with the fewest directions.
         targets: which layers; every linear layer but the head by default.
-        whole: also keep every other tensor that changed as it is. A bias of an adapted layer cannot be kept.
+        whole: also keep every other parameter that changed as it is. A bias of an adapted layer cannot be kept, nor a
+            buffer, nor a part of a stacked parameter: those are always in `left`.
         dtype: what the factors are stored in.
         purpose: what the tuned model is for; a classifier's head, which the base has not, is always kept.
         done: called with the name of each tensor that was compared.
 
     Raises:
-        SpecError: neither rank nor energy, both, or one that cannot be.
-        RecipeError: models of other architectures, packed ones, layers whose weight lies in no tensor of its own.
-        CombineError: a tuned model that is its base, or that holds NaN or infinity.
+        SpecError: neither rank nor energy, both, or one that cannot be; a rank that groups do not divide.
+        RecipeError: models of other architectures or tasks, packed ones; layers whose weight lies in no tensor of its
+            own, or is tied to another.
+        AdapterFileError: a run on another base.
+        CombineError: a tuned model that is its base, that has parted tied weights, or that holds NaN or infinity; an
+            adapter with updates; factors beyond what `dtype` holds.
     """
     check_rank(rank, energy)
     if rank is None and energy is None:
         raise SpecError("extract how much? give rank, or energy, the share of the squared size to keep, 0.9 for one")
     labels = purpose.labels if purpose is not None else ()
-    model = _empty(base, labels)
-    before = _stored(base, model)
-    after = tuned.trained if isinstance(tuned, AdapterState) else _stored(tuned, _empty(tuned, labels))
-    _refuse_other_architecture(tuned, base, model, before, after)
+    model = empty(base, labels)
     skeleton, wanted = sites(model), targets or Targets()
-    adapted = _layers(wanted, skeleton, before, base)
+    pairs = Twins(tuned, base, labels, skeleton.heads, model)
+    adapted = _layers(wanted, skeleton, pairs.before, base, rank)
     found = _Changes(rank, energy, dtype, whole)
-    for name, new in after.items():
-        found.add(name, new, before.get(name), adapted.get(name, ()))
-        done(name)
+    for twin in pairs:
+        found.add(twin, adapted.get(twin.name, ()))
+        done(twin.name)
     updates = found.settled(base, wanted)
     spec = AdapterSpec(plain_lora(1), wanted, train=_modules(found.kept))
     if len(updates) < sum(map(len, adapted.values())):
         spec = replace(spec, targets=exactly(updates))
-    known = [site.path for site in known_by(skeleton) if f"{site.path}.weight" in before][:PROBES]
-    probes = {path: probe(before[f"{path}.weight"]) for path in known}
-    state = AdapterState(plain_spec(spec, updates), updates, found.kept, Base(base, probes), purpose)
+    known = [site.path for site in known_by(skeleton) if f"{site.path}.weight" in pairs.before][:PROBES]
+    state = AdapterState(plain_spec(spec, updates), updates, found.kept, probed(base, pairs.before, known), purpose)
     return Extracted(state, found.losses, found.left)
 
 
@@ -137,21 +133,25 @@ class _Changes:
         self.kept: dict[str, Tensor] = {}
         self.left: dict[str, float] = {}
 
-    def add(self, name: str, new: Tensor, old: Tensor | None, own: Sequence[Site]) -> None:
-        """Compare one parameter with the base's, which has none for a new head."""
+    def add(self, twin: Twin, own: Sequence[Site]) -> None:
+        """Take what a tensor changed by: as updates at its sites, as it is, or as the size of what is left out."""
+        new, old = twin.new, twin.old
         if not new.is_floating_point():
             return
         if not (new.isfinite().all() and (old is None or old.isfinite().all())):
-            self._problems.append(f"{name}: holds NaN or infinity")
+            self._problems.append(f"{twin.name}: holds NaN or infinity")
         elif old is None:
-            self.kept[name] = new
+            self.kept[twin.name] = new
         elif not _same(old, new):
+            left = new.double() - old.double()
             for site in own:
                 self._update(site, canonical(site, new) - canonical(site, old))
-            if not own:
-                self.left[name] = float(torch.linalg.vector_norm(new.double() - old.double()))
-                if self._whole:
-                    self._others[name] = new
+                at = slice(None) if site.rows is None else slice(*site.rows)
+                (left.T if site.kind in LYING else left)[at] = 0
+            if size := float(torch.linalg.vector_norm(left)):
+                self.left[twin.name] = size
+                if self._whole and not own and twin.parameter:
+                    self._others[twin.name] = new
 
     def settled(self, base: str, wanted: Targets) -> tuple[Update, ...]:
         """Return the updates, once what is kept whole is no longer left out, or raise `CombineError` without any."""
@@ -163,9 +163,10 @@ class _Changes:
                 f"none of the layers that {', '.join(wanted.include)} means differs from {base}: "
                 f"{'what changed lies elsewhere' if elsewhere else 'the models are the same'}"
             )
-        paths = {update.site.path for update in self._updates}
+        paths = [update.site.path for update in self._updates]
         for name, value in self._others.items():
-            if name.rpartition(".")[0] not in paths:
+            module = name.rpartition(".")[0]
+            if not any(f"{path}.".startswith(f"{module}.") for path in paths):  # else `train` would mean the layer too
                 self.kept[name] = value
                 del self.left[name]
         return tuple(self._updates)
@@ -176,8 +177,6 @@ class _Changes:
         if not size:  # rows of a fused layer that stayed
             return
         most = min(matrices.shape[1:])
-        if self._rank is not None and self._rank % site.groups:
-            raise CombineError(f"{site.key}: rank {self._rank} is not a multiple of its {site.groups} groups")
         rank = most if self._rank is None else min(self._rank // site.groups, most)
         near = self._rank is not None and most > EXACT
         u, s, vh = leading(matrices, rank, ITERATIONS if near else None, self._rng)
@@ -185,7 +184,8 @@ class _Changes:
         pair = balanced(u, s, vh, min(kept, own_rank(s, 0.0)))
         update = update_of(site, pair, self._dtype)
         if not all(tensor.isfinite().all() for tensor in update.tensors.values()):
-            raise CombineError(f"{site.key}: its factors are beyond what {self._dtype} holds; take another dtype")
+            self._problems.append(f"{site.key}: its factors are beyond what {self._dtype} holds; take another dtype")
+            return
         stored = Pair.of(*(update.tensors[name].to(matrices) for name in ("down", "up")))
         lost = torch.linalg.vector_norm(matrices - stored.left @ stored.right, dtype=torch.float64)
         self._updates.append(update)
@@ -193,50 +193,39 @@ class _Changes:
 
 
 def _same(old: Tensor, new: Tensor) -> bool:
-    """Return whether two tensors are equal, as far as the narrower of their dtypes tells."""
-    narrow = min((old.dtype, new.dtype), key=lambda dtype: torch.finfo(dtype).bits)
-    return torch.equal(old.to(narrow), new.to(narrow))
+    """Return whether two tensors are equal; in other dtypes, as far as rounding to the coarser one tells."""
+    if old.dtype == new.dtype:
+        return torch.equal(old, new)
+    coarse = max(torch.finfo(old.dtype).eps, torch.finfo(new.dtype).eps)
+    return torch.allclose(old.double(), new.double(), rtol=coarse, atol=torch.finfo(torch.float16).smallest_normal)
 
 
-def _empty(name: str, labels: Sequence[str]) -> PreTrainedModel:
-    return build_empty(name, task="classification" if labels else "causal-lm", labels=labels)
+def _layers(
+    wanted: Targets, skeleton: Skeleton, before: StoredTensors, base: str, rank: int | None
+) -> dict[str, list[Site]]:
+    """Return the sites that are wanted by the parameter their weight is.
 
-
-def _layers(wanted: Targets, skeleton: Skeleton, before: StoredParameters, base: str) -> dict[str, list[Site]]:
-    """Return the sites that are wanted by the parameter their weight is, which the base must hold as one tensor."""
+    Raises:
+        RecipeError: weights that lie in no tensor of their own, or that another module shares: an update would act on
+            one of the two.
+        SpecError: a rank that groups of a convolution do not divide.
+    """
     found: dict[str, list[Site]] = {}
+    problems, uneven = [], []
     for match in resolve(AdapterSpec(plain_lora(1), wanted), skeleton):
-        found.setdefault(f"{match.site.path}.weight", []).append(match.site)
-    if absent := [name for name in found if name not in before]:
-        raise RecipeError(f"extract: {base} has no tensor of its own for\n{listing(absent)}")
+        name = f"{match.site.path}.weight"
+        if name not in before:
+            problems.append(f"{name}: no tensor of its own")
+        elif others := [alias for alias in before.aliases[name] if alias != name]:
+            problems.append(f"{name}: is {others[0]} too, and an update would act on one of them")
+        if rank is not None and rank % match.site.groups:
+            uneven.append(f"{match.site.key}: {match.site.groups} groups")
+        found.setdefault(name, []).append(match.site)
+    if problems:
+        raise RecipeError(f"extract: layers of {base} whose weight no update says; name others:\n{listing(problems)}")
+    if uneven:
+        raise SpecError(f"rank {rank} is not a multiple of the groups of these layers:\n{listing(grouped(uneven))}")
     return found
-
-
-def _stored(name: str, model: PreTrainedModel) -> StoredParameters:
-    return StoredParameters(name, model, reader="extract", remedy="name the one in 16 bits that it was made of")
-
-
-def _refuse_other_architecture(
-    tuned: str | AdapterState,
-    base: str,
-    model: PreTrainedModel,
-    before: StoredParameters,
-    after: Mapping[str, Tensor] | StoredParameters,
-) -> None:
-    """Raise `RecipeError` where a parameter of the base is missing from the tuned model, or has another shape there."""
-    shapes = after.shapes if isinstance(after, StoredParameters) else {k: tuple(v.shape) for k, v in after.items()}
-    partial = isinstance(tuned, AdapterState)
-    known = parameters_of(model)
-    wrong = [f"{name}: not in {base}" for name in shapes if name not in known]
-    wrong += [f"{name}: missing" for name in before if name not in shapes and not partial]
-    wrong += [
-        f"{name}: {shapes[name]}, and {tuple(known[name].shape)} in {base}"
-        for name in shapes
-        if name in known and shapes[name] != tuple(known[name].shape)
-    ]
-    if wrong:
-        given = "the adapter" if partial else tuned
-        raise RecipeError(f"{given} was not tuned from {base}: {len(wrong)} tensor(s) differ in kind\n{listing(wrong)}")
 
 
 def _modules(kept: Mapping[str, Tensor]) -> list[str]:
