@@ -87,8 +87,8 @@ def _plain(
     state: AdapterState, rank: int | None, base: str | None, asked: Asked
 ) -> tuple[AdapterState, dict[str, Any]]:
     """Return the adapter as plain LoRA, and how far from it that is: exactly it without a rank."""
-    from lorakit.core.as_lora import as_lora
-    from lorakit.core.nearest_lora import nearest_lora, total
+    from lorakit.combining import truncate
+    from lorakit.core.as_lora import as_lora, refuse_moving
 
     weights: dict[str, Tensor] = {}
     if base is None and rank is not None and _leans_on_base(state):
@@ -103,11 +103,12 @@ def _plain(
             return as_lora(state), {"rank": None, "total_error": 0.0, "max_error": 0.0, "errors": {}}
         except SpecError as unequal:
             raise SpecError(f"{unequal}{_way(state, asked)}") from unequal
-    near, losses = nearest_lora(state, rank, weights)
-    errors = {key: loss.relative for key, loss in losses.items()}
-    return near, {
+    refuse_moving(state)
+    near = truncate(state, rank, base=weights)
+    errors = {key: loss.relative for key, loss in near.losses.items()}
+    return near.state, {
         "rank": rank,
-        "total_error": total(losses),
+        "total_error": near.error,
         "max_error": max(errors.values(), default=0.0),
         "errors": errors,
     }

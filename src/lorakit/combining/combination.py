@@ -19,7 +19,7 @@ from lorakit.combining.sparse import Dare, Ties
 from lorakit.combining.summary import summary
 from lorakit.combining.sums import Concat, Factorwise, Linear, Svd
 from lorakit.combining.trained import combined_whole
-from lorakit.core.nearest_lora import Loss, total
+from lorakit.core.approximation import Loss, total
 from lorakit.core.state import AdapterState, Update
 from lorakit.errors import CombineError, SpecError, did_you_mean, grouped, listing
 

@@ -21,9 +21,9 @@ from lorakit.combining.change import Change, Pair, added, dense, triplets
 from lorakit.combining.how import balanced, check_rank, own_rank, rank_for, rounding
 from lorakit.combining.lineup import Place, lineup
 from lorakit.combining.summary import summary
+from lorakit.core.approximation import Loss, total
 from lorakit.core.factored import factored_values
 from lorakit.core.method import LowRank
-from lorakit.core.nearest_lora import Loss, total
 from lorakit.core.spec import method_from_json
 from lorakit.core.state import AdapterState, Update
 from lorakit.errors import CombineError, SpecError, did_you_mean, grouped, listing

@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorakit.combining.change import Change, Pair, size, triplets
+from lorakit.core.approximation import Loss
 from lorakit.core.checks import check_whole
-from lorakit.core.nearest_lora import Loss
 from lorakit.errors import CombineError, SpecError
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from lorakit.combining.change import Pair, update_of
 from lorakit.combining.how import balanced, check_rank, own_rank, rank_for
 from lorakit.combining.summary import exactly
+from lorakit.core.approximation import Loss, total
 from lorakit.core.as_lora import plain_lora, plain_spec
 from lorakit.core.init import by_group, leading
-from lorakit.core.nearest_lora import Loss, total
 from lorakit.core.site import Site, Skeleton
 from lorakit.core.spec import AdapterSpec, Targets
 from lorakit.core.state import AdapterState, Purpose, Update

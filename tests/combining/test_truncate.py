@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lorakit.combining import truncate
+from lorakit.core.approximation import Loss, total
 from lorakit.core.method import LowRank
-from lorakit.core.nearest_lora import Loss, nearest_lora, total
 from lorakit.core.spec import AdapterSpec, Targets
 from lorakit.core.state import AdapterState, check_tensors
-from lorakit.errors import SpecError
+from lorakit.errors import CombineError, SpecError
 from lorakit.inject.attach import adapters_named, attach, state
 from lorakit.methods.dora import DoRA
 from lorakit.methods.ia3 import IA3
@@ -33,7 +34,8 @@ def given(kind: str, name: str) -> tuple[Net, AdapterState, torch.Tensor]:
 @pytest.mark.parametrize(("kind", "name"), STATIC)
 def test_a_rank_as_high_as_the_weight_s_is_exact(kind: str, name: str) -> None:
     model, before, delta = given(kind, name)
-    near, losses = nearest_lora(before, 12 * GROUPS.get(kind, 1) * 3, {"layer": weight_of(model)})
+    made = truncate(before, 12 * GROUPS.get(kind, 1) * 3, base={"layer": weight_of(model)})
+    near, losses = made.state, made.losses
     check_tensors(near.updates)
     (update,) = near.updates
     assert isinstance(update.method, LoRA)
@@ -46,7 +48,8 @@ def test_a_rank_as_high_as_the_weight_s_is_exact(kind: str, name: str) -> None:
 @pytest.mark.parametrize("rank", [1, 3])
 def test_the_error_is_that_of_the_singular_values_left_out(kind: str, rank: int) -> None:
     model, before, delta = given(kind, "ia3")
-    near, losses = nearest_lora(before, rank, {"layer": weight_of(model)})
+    made = truncate(before, rank, base={"layer": weight_of(model)})
+    near, losses = made.state, made.losses
     values = torch.linalg.svdvals(delta.flatten(1))
     assert losses["layer"].error == pytest.approx(values[rank:].norm().item(), rel=1e-4)
     assert losses["layer"].size == pytest.approx(values.norm().item(), rel=1e-4)
@@ -64,7 +67,7 @@ def test_by_hand() -> None:
     attach(model, AdapterSpec(IA3(), Targets("layer")))
     with torch.no_grad():
         adapters_named(model, "default")[0].get_parameter("gain").copy_(torch.tensor([4.0, 5.0]))
-    _, losses = nearest_lora(state(model), 1, {"layer": model.layer.weight.detach()})  # type: ignore[union-attr]
+    losses = truncate(state(model), 1, base={"layer": model.layer.weight.detach()}).losses  # type: ignore[union-attr]
     assert losses["layer"].relative == pytest.approx(3 / 5)
     assert total({"a": Loss(3.0, 5.0), "b": Loss(4.0, 12.0)}) == pytest.approx(5 / 13)
     assert Loss(0.0, 0.0).relative == 0
@@ -75,23 +78,23 @@ def test_by_hand() -> None:
 def test_a_change_that_depends_on_the_weight_asks_for_it(method: DoRA | IA3) -> None:
     model = Net(KINDS["linear"].layer())
     attach(model, AdapterSpec(method, Targets("layer")))
-    with pytest.raises(SpecError, match=f"depends on the weights; name the base:\n  - layer: {method.name}"):
-        nearest_lora(state(model), 2)
+    with pytest.raises(CombineError, match=f"layer: {method.name}'s change of this weight depends on the weight"):
+        truncate(state(model), 2)
 
 
 def test_what_is_no_change_of_a_weight_is_refused_by_its_type() -> None:
     model = Net(KINDS["linear"].layer())
     attach(model, AdapterSpec(Mixture(2, 2), Targets("layer")))
-    with pytest.raises(SpecError, match="no change of a weight, so no LoRA comes near .*\n  - layer: mixture"):
-        nearest_lora(state(model), 2)
+    with pytest.raises(CombineError, match="are no change of a weight:\n  - layer: mixture"):
+        truncate(state(model), 2)
 
 
 def test_a_rank_that_cannot_be_is_refused() -> None:
     _, before, _ = given("conv2d, grouped, reflected", "lora")
-    with pytest.raises(SpecError, match="layer: rank 3 is not a multiple of its 2 groups"):
-        nearest_lora(before, 3)
+    with pytest.raises(CombineError, match="layer: rank 3 is not a multiple of its 2 groups"):
+        truncate(before, 3)
     with pytest.raises(SpecError, match="rank must be a whole number of at least 1, not 0"):
-        nearest_lora(before, 0)
+        truncate(before, 0)
     unknown = replace(before.updates[0], site=replace(before.updates[0].site, in_=0))
-    with pytest.raises(SpecError, match="does not tell how wide these layers are; name the base:\n  - layer"):
-        nearest_lora(replace(before, updates=(unknown,)), 2)
+    with pytest.raises(CombineError, match="does not tell how wide these layers are; name the base:\n  - layer"):
+        truncate(replace(before, updates=(unknown,)), 2)
