@@ -214,7 +214,8 @@ def main() -> None:
     files = [(given.output / f"client{i}.jsonl").resolve() for i in range(len(parts))]
     for file, part in zip(files, parts, strict=True):
         file.write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
-    found: dict[str, Any] = {"job": asdict(job), "rows": [len(part) for part in parts]}
+    asked = {name: value for name, value in asdict(job).items() if name != "base"}
+    found: dict[str, Any] = {**asked, "rows": [len(part) for part in parts]}
     for way in WAYS:
         found[way] = {"rounds": []}
         simulate(job, way, given.data.resolve(), files, found[way])
