@@ -16,8 +16,8 @@ from lorakit.cli import app as room
 from lorakit.errors import MissingExtraError
 from tests.cli.conftest import invoke
 
-VERBS = ("quickstart", "plan", "train", "evaluate", "generate", "inspect", "compress", "combine", "merge", "convert",
-         "quantize", "methods")  # fmt: skip
+VERBS = ("quickstart", "plan", "train", "evaluate", "generate", "inspect", "diff", "compress", "combine", "extract",
+         "merge", "convert", "quantize", "methods")  # fmt: skip
 
 
 def test_help_lists_the_verbs_in_the_order_of_use() -> None:

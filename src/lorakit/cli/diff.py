@@ -30,7 +30,10 @@ def diff(
     modules: Annotated[bool, typer.Option("--modules", help="List every weight.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say how two adapters differ: what they were set to, and what they do to each weight."""
+    """Say how two adapters differ.
+
+    What they were set to, and what they do to each weight.
+    """
     with screen(json) as out:
         from lorakit.combining import difference
 

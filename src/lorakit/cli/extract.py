@@ -32,7 +32,10 @@ def extract(
     dtype: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="What its numbers are kept in.")] = "fp32",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Write the LoRA nearest to what full fine-tuning did, and say what it left out."""
+    """Make a LoRA of a model that was tuned whole.
+
+    It is the one nearest to what full fine-tuning did; what it leaves out is said.
+    """
     with screen(json) as out:
         from lorakit.combining.compress import STORED
         from lorakit.core.spec import Targets
