@@ -244,10 +244,12 @@ def test_another_architecture_is_refused_by_its_tensors(base: Path, tmp_path: Pa
 def test_packed_models_are_refused(base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "packed")
     config = tmp_path / "packed" / "config.json"
-    packed = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": packed}))
-    with pytest.raises(RecipeError, match="holds packed ones; name the one in 16 bits"):
-        extract(str(tmp_path / "packed"), str(base), rank=1)
+    plain = json.loads(config.read_text())
+    nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    for packed in (nf4, {"quant_method": "fp8"}):
+        config.write_text(json.dumps({**plain, "quantization_config": packed}))
+        with pytest.raises(RecipeError, match="holds packed ones; name the one in 16 bits"):
+            extract(str(tmp_path / "packed"), str(base), rank=1)
 
 
 FAMILIES = {
@@ -362,3 +364,19 @@ def test_a_run_on_another_base_and_an_adapter_are_refused(base: Path, tmp_path: 
     attach(adapted, AdapterSpec(LoRA(2)))
     with pytest.raises(CombineError, match="has updates already"):
         extract(state(adapted), str(base), rank=1)
+
+
+def test_experts_of_another_width_and_whole_numbers_that_differ_are_refused(tmp_path: Path) -> None:
+    base = family("mixtral", tmp_path / "base")
+    shutil.copytree(base, tmp_path / "wide")
+    file = tmp_path / "wide" / "model.safetensors"
+    tensors = load_file(file)
+    expert = next(name for name in tensors if "experts" in name)
+    save_file({**tensors, expert: torch.zeros(3, 3)}, file, {"format": "pt"})
+    with pytest.raises(RecipeError, match=rf"{expert}: \(3, 3\), and"):
+        extract(str(tmp_path / "wide"), base, rank=1)
+    for name, count in (("one", 1), ("two", 2)):
+        shutil.copytree(base, tmp_path / name)
+        save_file({**tensors, "counts": torch.tensor([count])}, tmp_path / name / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CombineError, match="counts: whole numbers, which differ"):
+        extract(str(tmp_path / "two"), str(tmp_path / "one"), rank=1)

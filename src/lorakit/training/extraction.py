@@ -137,8 +137,9 @@ class _Changes:
         """Take what a tensor changed by: as updates at its sites, as it is, or as the size of what is left out."""
         new, old = twin.new, twin.old
         if not new.is_floating_point():
-            return
-        if not (new.isfinite().all() and (old is None or old.isfinite().all())):
+            if old is not None and not torch.equal(old, new):
+                self._problems.append(f"{twin.name}: whole numbers, which differ")
+        elif not (new.isfinite().all() and (old is None or old.isfinite().all())):
             self._problems.append(f"{twin.name}: holds NaN or infinity")
         elif old is None:
             self.kept[twin.name] = new

@@ -46,6 +46,11 @@ def settings_of(config: Any) -> QuantSection | None:
     )
 
 
+def holds_packed(config: Any) -> bool:
+    """Return whether a checkpoint's configuration says that weights are kept in any form of fewer bits."""
+    return bool(_quantization(config))
+
+
 def skipped_by(config: Any) -> tuple[str, ...]:
     """Return the modules a packed checkpoint keeps dense, as its configuration names them."""
     return tuple(_quantization(config).get("llm_int8_skip_modules") or ())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lorakit.errors import RecipeError
 from lorakit.training.base_files import open_shards, place_of, read_tensor
-from lorakit.training.quantised import settings_of
+from lorakit.training.quantised import holds_packed
 from lorakit.training.tensor_names import checkpoint_of
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ class StoredTensors(Mapping[str, Tensor]):
 
     aliases: for each name of the model all names of that tensor, those that are tied to it too.
     shapes: of what is stored, by the same names as the values.
-    rest: stored tensors by their own names that are no one tensor of the model: they become part of another, such as
-        the experts of a mixture, or have no place in it. `read` returns them.
+    rest: the shapes of stored tensors, by their own names, that are no one tensor of the model: they become part of
+        another, such as the experts of a mixture, or have no place in it. `read` returns them.
     """
 
     def __init__(self, base: str, model: PreTrainedModel, *, reader: str, remedy: str) -> None:
@@ -39,7 +39,7 @@ class StoredTensors(Mapping[str, Tensor]):
         Raises:
             RecipeError: a base whose files are packed.
         """
-        if settings_of(model.config) is not None:
+        if holds_packed(model.config):
             raise RecipeError(f"{reader} reads dense weights, and {base} holds packed ones; {remedy}")
         self._files: dict[str, Path] = {}
         with open_shards(place_of(base)) as files:
@@ -48,13 +48,13 @@ class StoredTensors(Mapping[str, Tensor]):
             places = checkpoint_of(model, stored).destinations
             self._names = {to.name: name for name, to in places.items() if to.name is not None}
             self.shapes = {name: tuple(stored[own].get_shape()) for name, own in self._names.items()}
-        unused = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-        taken = set(self._names.values())
-        self.rest = {
-            name: bool(places[name].names)
-            for name in stored
-            if name not in taken and not any(pattern.search(name) for pattern in unused)
-        }
+            taken = set(self._names.values())
+            unused = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+            self.rest = {
+                name: tuple(tensor.get_shape())
+                for name, tensor in stored.items()
+                if name not in taken and not any(pattern.search(name) for pattern in unused)
+            }
         by_id: dict[int, list[str]] = {}
         for name, value in model.state_dict(keep_vars=True).items():
             by_id.setdefault(id(value), []).append(name)

@@ -73,7 +73,7 @@ class Twins:
             check_base(tuned.base, probed(base, self.before, tuned.base.probes))
             self._after: Mapping[str, Tensor] = tuned.trained
             self._shapes = {name: tuple(value.shape) for name, value in tuned.trained.items()}
-            self._rest: Mapping[str, bool] = {}
+            self._rest: Mapping[str, tuple[int, ...]] = {}
         else:
             after = stored(tuned, empty(tuned, labels))
             self._after, self._shapes, self._rest = after, after.shapes, after.rest
@@ -127,6 +127,11 @@ class Twins:
         here = self._model.state_dict()
         wrong = [f"{name}: not in {self._base}" for name in self._shapes if name not in here]
         wrong += [f"{name}: {self._base} has no place for it" for name in self._rest if name not in self.before.rest]
+        wrong += [
+            f"{name}: {self._rest[name]}, and {self.before.rest[name]} in {self._base}"
+            for name in self._raw()
+            if self._rest[name] != self.before.rest[name]
+        ]
         if not wrong and not self._partial:
             found = self._found()
             wrong += [f"{name}: missing" for name in self.before if self.before.aliases[name][0] not in found]
