@@ -44,6 +44,8 @@ def extract(
         from lorakit.training.extraction import extract as extracted
 
         refuse_full_folder(Path(output))
+        if (rank is None) == (energy is None):
+            raise RecipeError("extract how much? give one of --rank 16 and --energy 0.9")
         found = find(tuned)
         purpose = found.purpose
         if found.state is None:
