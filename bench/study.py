@@ -176,7 +176,7 @@ def middle(state: AdapterState, model: str, letter: str) -> Update:
 
 
 def subspaces(model: str) -> Iterator[dict[str, Any]]:
-    """Yield the grids of figures 3 and 4, of the input directions of q and v in the middle layer."""
+    """Yield the grids of figures 3 and 4, of the input directions of q and v in the middle layer, a line a row."""
     eight, sixty, other = (adapter(model, "qv", rank, seed) for rank, seed in ((8, 0), (64, 0), (64, 1)))
     for letter in "qv":
         small, large, again = (directions(middle(s, model, letter).tensors["down"]) for s in (eight, sixty, other))
@@ -185,7 +185,7 @@ def subspaces(model: str) -> Iterator[dict[str, Any]]:
         for name, one, two in (("r8-r64", small, large), ("seeds", large, again), ("random", *noise)):
             grid = similarities(one, two)
             yield {"model": model, "matrix": letter, "grid": name, "width": n,
-                   "values": [[round(value, 3) for value in row] for row in grid.tolist()],
+                   "values": [" ".join(f"{value:.3f}" for value in row) for row in grid.tolist()],
                    "first": round(float(grid[0, 0]), 3), "chance_of_first": round(chance(1, 1, n), 4)}  # fmt: skip
 
 
