@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lorakit.cli.screen import Screen, screen, size, span, table
-from lorakit.cli.sources import BASE_HELP, Source, adapter_in, find, load_adapter, refuse_full_folder, weights_if_asked
+from lorakit.cli.sources import (
+    BASE_HELP,
+    Source,
+    adapter_bytes,
+    adapter_in,
+    find,
+    load_adapter,
+    refuse_full_folder,
+    weights_if_asked,
+)
 from lorakit.errors import CombineError, RecipeError
 
 if TYPE_CHECKING:
@@ -64,7 +73,7 @@ def compress(
         state, eight = load_adapter(source, base), kept_in_8_bits(adapter_in(source))
         dtype = dtype or eight
         before = stored_bytes(state, None if eight is None else STORED[eight])
-        weights = weights_if_asked(source, base, state, "compress")
+        weights = weights_if_asked(source, state, "compress")
         searched = None
         if within is not None:
             searched = _search(out, find(source, base), state, within, data, split, limit, dtype, weights)
@@ -78,7 +87,7 @@ def compress(
                 f"{size(before)} that {state.spec.name} takes; ask for less, as --size 50% does, or keep it"
             )
         save(made.state, output, dtype=made.dtype)
-        written = sum(file.stat().st_size for file in Path(output).glob("adapter*"))
+        written = adapter_bytes(output)
         _show(out, made, before, searched)
         out.say(f"wrote {output} (peft, {size(written)})")
         out.result({"source": source, "output": output, "bytes_before": before, **_plain(made, searched)})

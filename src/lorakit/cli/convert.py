@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lorakit.cli.screen import screen, size
-from lorakit.cli.sources import ALPHA_HELP, BASE_HELP, ENABLED_HELP, adapter_in, refuse_full_folder, switches
+from lorakit.cli.sources import (
+    ALPHA_HELP,
+    BASE_HELP,
+    ENABLED_HELP,
+    adapter_bytes,
+    adapter_in,
+    refuse_full_folder,
+    switches,
+)
 from lorakit.errors import AdapterFileError, RecipeError, SpecError
 
 if TYPE_CHECKING:
@@ -61,7 +69,7 @@ def convert(
         elif to == "peft" and (why := peft_refusal(state)) is not None:
             raise AdapterFileError(f"{why}{_way(state, asked)}")
         save(state, output, to)
-        written = sum(file.stat().st_size for file in Path(output).glob("adapter*"))
+        written = adapter_bytes(output)
         out.say(
             f"{place}: {method}, {len(state.updates)} layers, {state.parameters:,} parameters",
             f"wrote {output} ({to}, {size(written)})",
@@ -147,10 +155,9 @@ def _on_base(state: AdapterState, base: str) -> tuple[AdapterState, dict[str, Te
     from lorakit.core.registry import host_of
     from lorakit.inject.attach import attach, weight_at
     from lorakit.inject.attach import state as state_of
-    from lorakit.training.base import load_base
+    from lorakit.training.base import load_base, task_of
 
-    labels = state.purpose.labels if state.purpose is not None else ()
-    model, _ = load_base(base, task="classification" if labels else "causal-lm", labels=labels)
+    model, _ = load_base(base, task=task_of(state.labels), labels=state.labels)
     weights = {}
     for update in state.updates:
         module = model.get_submodule(update.site.path)

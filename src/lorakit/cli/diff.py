@@ -38,7 +38,7 @@ def diff(
         from lorakit.combining import difference
 
         states = {given: load_adapter(given, base) for given in (first, second)}
-        weights = [weights_if_asked(given, base, state, "diff") or {} for given, state in states.items()]
+        weights = [weights_if_asked(given, state, "diff") or {} for given, state in states.items()]
         with in_options(ADVICE):
             found = difference(states[first], states[second], ChainMap(*weights))  # type: ignore[arg-type]  # read only
         out.say(f"A: {first}", f"B: {second}", "")

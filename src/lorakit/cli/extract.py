@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lorakit.cli.screen import bar, few, screen, size, span
-from lorakit.cli.sources import classifier_in, find, refuse_full_folder
+from lorakit.cli.sources import adapter_bytes, classifier_in, find, refuse_full_folder
 from lorakit.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def extract(
                 done=lambda name: step(),
             )
         save(made.state, output)
-        written = sum(file.stat().st_size for file in Path(output).glob("adapter*"))
+        written = adapter_bytes(output)
         out.say(*_lines(made, whole), f"wrote {output} (peft, {size(written)})")
         out.result({"tuned": tuned, "base": start, "output": output, "bytes": written, **_plain(made)})
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from lorakit.core.state import AdapterState
-    from lorakit.training.dense_weights import DenseWeights
 
 
 def inspect(
@@ -63,7 +62,7 @@ def inspect(
         for name, one in ((source, state), (against, other)):
             if one is not None:
                 _refuse_unfit(str(name), one, base, again)
-        weights = None if base is None else _weights(base, state)
+        weights = None if base is None else weights_under(state, base, "inspect")
         found = looked_at(state, weights, other, energy=energy, count_intruders=intruders)
         values: dict[str, Any] = {
             "adapter": source,
@@ -98,12 +97,6 @@ def _adapters(
     if not state.updates:
         raise AdapterFileError(f"{source} trained tensors of the base whole and has no update to look at")
     return state, others[0] if others else None
-
-
-def _weights(base: str, state: AdapterState) -> DenseWeights:
-    """Return the weights of the base under the adapter's layers, which are those it was trained on."""
-    labels = state.purpose.labels if state.purpose is not None else ()
-    return weights_under(state, base, labels, "inspect")
 
 
 def _refuse_unfit(given: str, state: AdapterState, base: str | None, again: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json as jsonlib
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from lorakit.cli.merge import MARK, loader
 from lorakit.cli.screen import Screen, bar, duration, in_options, size
@@ -37,15 +37,15 @@ def merge_stream(found: Source, state: AdapterState, source: str, output: str, d
     import torch
 
     from lorakit.persist.atomic import atomic_directory
+    from lorakit.training.base import task_of
     from lorakit.training.merge_files import merging_files
 
     began = time.perf_counter()
     out.note(f"merging {source} into the files of {found.base} ...")
-    task: Literal["classification", "causal-lm"] = "classification" if found.labels else "causal-lm"
     kept = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype)
     with (
         in_options(_ADVICE),
-        merging_files(found.base, state, task=task, labels=found.labels, dtype=kept) as merge,
+        merging_files(found.base, state, task=task_of(found.labels), labels=found.labels, dtype=kept) as merge,
         atomic_directory(output, clean=True) as draft,
     ):
         with bar(f"merging {found.base}", merge.tensors) as step:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lorakit.errors import AdapterFileError, LorakitError, RecipeError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,13 +57,13 @@ class Source:
 
     def load_base(self, dtype: str = "auto", *, packed: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Return the bare base, for the task of the recipe, and its tokenizer; in 4 bits if its run had it so."""
-        from lorakit.training.base import load_base
+        from lorakit.training.base import load_base, task_of
 
         train = self.recipe.train if self.recipe is not None else None
         wanted = train.dtype if train is not None and dtype == "auto" else dtype
         return load_base(
             self.base,
-            task="classification" if self.labels else "causal-lm",
+            task=task_of(self.labels),
             labels=self.labels,
             dtype=wanted,
             device=train.device if train is not None else "auto",
@@ -85,9 +85,7 @@ def find(given: str, base: str | None = None) -> Source:
         return _from_run(run, base)
     if place.is_file() or (place.is_dir() and not (place / "config.json").is_file()) or _is_adapter(place):
         state = _read(given)
-        if not (base or state.base.name):
-            raise LorakitError(f"{given} does not say which base it was trained on; name it with --base")
-        return Source(base or str(state.base.name), state, purpose=state.purpose)
+        return Source(base or _named_base(given, state), state, purpose=state.purpose)
     if base is not None:
         raise AdapterFileError(f"{given} is a base, so it cannot sit on --base {base}; give an adapter or a run")
     return Source(given, purpose=classifier_in(place))
@@ -125,11 +123,15 @@ def with_widths(state: AdapterState) -> AdapterState:
         return state
     from lorakit.inject.attach import fitted
     from lorakit.inject.sites import sites
-    from lorakit.training.base import build_empty
+    from lorakit.training.base import build_empty, task_of
 
-    labels = state.purpose.labels if state.purpose is not None else ()
-    model = build_empty(state.base.name, task="classification" if labels else "causal-lm", labels=labels)
+    model = build_empty(state.base.name, task=task_of(state.labels), labels=state.labels)
     return replace(state, updates=fitted(state, sites(model)))
+
+
+def adapter_bytes(output: str) -> int:
+    """Return the bytes of the files of an adapter that was written."""
+    return sum(file.stat().st_size for file in Path(output).glob("adapter*"))
 
 
 def refuse_full_folder(output: Path) -> None:
@@ -148,7 +150,7 @@ def switches(enabled: str | None) -> tuple[bool, ...] | None:
     return tuple(word == "yes" for word in words)
 
 
-def weights_under(state: AdapterState, base: str, labels: Sequence[str], reader: str) -> DenseWeights:
+def weights_under(state: AdapterState, base: str, reader: str) -> DenseWeights:
     """Return the weights of a base under an adapter's layers, read one at a time; `reader` is the verb, for errors.
 
     Raises:
@@ -156,13 +158,14 @@ def weights_under(state: AdapterState, base: str, labels: Sequence[str], reader:
         AdapterFileError: another base than the adapter's.
     """
     from lorakit.inject.attach import check_base
+    from lorakit.training.base import task_of
     from lorakit.training.dense_weights import DenseWeights
 
     found = DenseWeights(
         base,
         [update.site for update in state.updates],
-        "classification" if labels else "causal-lm",
-        labels,
+        task_of(state.labels),
+        state.labels,
         reader=reader,
         remedy="name the base it was made of with --base",
     )
@@ -170,14 +173,13 @@ def weights_under(state: AdapterState, base: str, labels: Sequence[str], reader:
     return found
 
 
-def weights_if_asked(given: str, base: str | None, state: AdapterState, reader: str) -> Mapping[str, Tensor] | None:
+def weights_if_asked(given: str, state: AdapterState, reader: str) -> Mapping[str, Tensor] | None:
     """Return the weights of the base of an adapter where a change of one depends on them, else None."""
     from lorakit.core.state import leans_on_weights
 
     if not leans_on_weights(state):
         return None
-    found = find(given, base)
-    return weights_under(state, found.base, found.labels, reader)
+    return weights_under(state, _named_base(given, state), reader)
 
 
 def need_adapter(source: Source, given: str) -> AdapterState:
@@ -187,6 +189,13 @@ def need_adapter(source: Source, given: str) -> AdapterState:
     if source.state is None:
         raise AdapterFileError(f"{given} is a base without an adapter; give the folder of a run or an adapter")
     return source.state
+
+
+def _named_base(given: str, state: AdapterState) -> str:
+    """Return the name of an adapter's base, or raise `LorakitError` where it has none."""
+    if not state.base.name:
+        raise LorakitError(f"{given} does not say which base it was trained on; name it with --base")
+    return state.base.name
 
 
 def _read(given: str) -> AdapterState:

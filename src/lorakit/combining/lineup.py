@@ -103,7 +103,7 @@ def checked_weights(states: Sequence[AdapterState], weights: Sequence[float] | N
 
 def _refuse_other_bases(states: Sequence[AdapterState]) -> None:
     """Raise `CombineError` where two adapters remember other weights of their base, or other names and no weights."""
-    labelled = {s.purpose.labels for s in states if s.purpose is not None and s.purpose.labels}
+    labelled = {state.labels for state in states if state.labels}
     if len(labelled) > 1:
         shown = " and ".join(", ".join(labels) for labels in sorted(labelled))
         raise CombineError(f"these classify into other classes, so their heads do not add up: {shown}")

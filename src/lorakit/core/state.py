@@ -84,6 +84,11 @@ class AdapterState:
     purpose: Purpose | None = None
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """Return the classes of a classifier, else nothing."""
+        return self.purpose.labels if self.purpose is not None else ()
+
+    @property
     def parameters(self) -> int:
         """Return the number of stored values; a tensor that several sites share counts once."""
         stored = sum({id(t): t.numel() for u in self.updates for t in u.tensors.values()}.values())

@@ -147,6 +147,11 @@ def build_empty(name: str, *, task: Task = "causal-lm", labels: Sequence[str] = 
     return model
 
 
+def task_of(labels: Sequence[str]) -> Task:
+    """Return what a model with these classes is for: without any it writes."""
+    return "classification" if labels else "causal-lm"
+
+
 def _labels(task: Task, labels: Sequence[str]) -> dict[str, Any]:
     """Return what a configuration has to know of a classifier's labels."""
     if task != "classification":

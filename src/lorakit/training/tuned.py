@@ -17,7 +17,7 @@ from lorakit.core.state import AdapterState
 from lorakit.errors import CombineError, RecipeError, listing
 from lorakit.inject.attach import check_base
 from lorakit.inject.ledger import parameters_of
-from lorakit.training.base import build_empty
+from lorakit.training.base import build_empty, task_of
 from lorakit.training.dense_weights import probed
 from lorakit.training.stored_tensors import StoredTensors
 
@@ -149,7 +149,7 @@ class Twins:
 
 def empty(name: str, labels: Sequence[str]) -> PreTrainedModel:
     """Return a model without its weights: a classifier for its labels, else one that writes."""
-    return build_empty(name, task="classification" if labels else "causal-lm", labels=labels)
+    return build_empty(name, task=task_of(labels), labels=labels)
 
 
 def stored(name: str, model: PreTrainedModel) -> StoredTensors:
