@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lorakit.cli.screen import in_options, screen, size, span
-from lorakit.cli.sources import BASE_HELP, find, load_adapter, refuse_full_folder
+from lorakit.cli.sources import BASE_HELP, find, load_adapter, named_base, refuse_full_folder
 from lorakit.errors import CombineError, RecipeError
 
 if TYPE_CHECKING:
@@ -126,11 +126,10 @@ def _weights(
 
     if not (leans_on_base(states, shares, averages) or any(map(leans_on_weights, states))):
         return {}
-    found = [find(source, base) for source in sources]
-    bases = {one.base for one in found}
+    bases = {named_base(source, state) for source, state in zip(sources, states, strict=True)}
     if len(bases) > 1:
         raise CombineError(f"the adapters name several bases, {', '.join(sorted(bases))}; if they are one, give --base")
-    model, _ = found[0].load_base()
+    model, _ = find(sources[0], base).load_base()
     for state in states:
         check_tensors(fitted(state, sites(model)))
         check_base(state.base, base_of(model))

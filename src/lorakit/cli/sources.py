@@ -85,7 +85,7 @@ def find(given: str, base: str | None = None) -> Source:
         return _from_run(run, base)
     if place.is_file() or (place.is_dir() and not (place / "config.json").is_file()) or _is_adapter(place):
         state = _read(given)
-        return Source(base or _named_base(given, state), state, purpose=state.purpose)
+        return Source(base or named_base(given, state), state, purpose=state.purpose)
     if base is not None:
         raise AdapterFileError(f"{given} is a base, so it cannot sit on --base {base}; give an adapter or a run")
     return Source(given, purpose=classifier_in(place))
@@ -179,7 +179,7 @@ def weights_if_asked(given: str, state: AdapterState, reader: str) -> Mapping[st
 
     if not leans_on_weights(state):
         return None
-    return weights_under(state, _named_base(given, state), reader)
+    return weights_under(state, named_base(given, state), reader)
 
 
 def need_adapter(source: Source, given: str) -> AdapterState:
@@ -191,7 +191,7 @@ def need_adapter(source: Source, given: str) -> AdapterState:
     return source.state
 
 
-def _named_base(given: str, state: AdapterState) -> str:
+def named_base(given: str, state: AdapterState) -> str:
     """Return the name of an adapter's base, or raise `LorakitError` where it has none."""
     if not state.base.name:
         raise LorakitError(f"{given} does not say which base it was trained on; name it with --base")
