@@ -21,7 +21,7 @@ LEVELS: dict[str, float] = {
     "core": 1,
     **dict.fromkeys(("methods", "hosts", "inits", "context", "kernels"), 2),
     **dict.fromkeys(("inject", "planning", "persist", "combining", "spectral", "data"), 3),
-    **dict.fromkeys(("training", "serve", "report", "search"), 4),
+    **dict.fromkeys(("training", "serving", "report", "search"), 4),
     "__init__": 4.5,
     **dict.fromkeys(("cli", "studio"), 5),
     "__main__": 6,
@@ -42,7 +42,7 @@ AT_THE_TOP = {"training": HEAVY, "cli": frozenset({"typer", "click", "rich"})}  
 OWNERS = {
     "bitsandbytes": ("hosts/bnb.py", "hosts/bnb_kernels.py", "training/optimizers.py"),  # layers, kernels, optimizers
     "matplotlib": ("report/plots.py",),
-    **dict.fromkeys(("fastapi", "uvicorn", "starlette"), ("serve/http.py", "studio/")),
+    **dict.fromkeys(("fastapi", "uvicorn", "starlette"), ("serving/http.py", "studio/")),
 }
 TRAINER = frozenset("Trainer Seq2SeqTrainer TrainerCallback TrainerControl TrainerState TrainingArguments".split())
 IMPORTERS = frozenset({"need", "import_module"})  # calls that import the module named by their first argument

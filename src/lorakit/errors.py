@@ -11,6 +11,11 @@
     ├── RecipeError        a recipe with an unknown key, a wrong type, or a changed resume
     ├── DataError          rows that cannot be read, recognised or trained on
     ├── DeviceError        a device that was asked for and is not there
+    ├── ServingError       a server that cannot do what it was asked for
+    │   ├── RequestError         a request that cannot be answered: an empty or over-long prompt, a wrong value
+    │   ├── UnknownAdapterError  a model or adapter that is not served here, which the base never answers for
+    │   ├── AccessError          a key that is missing, unknown, or not allowed to do this
+    │   └── BusyError            more requests than may wait
     └── MissingExtraError  a feature whose optional packages are not installed
 
 A message says what is wrong, where, what was expected and what to do, on one screen. The command line prints it
@@ -68,6 +73,30 @@ class DataError(LorakitError, ValueError):
 
 class DeviceError(LorakitError):
     """A device that was asked for and is not there."""
+
+
+class ServingError(LorakitError):
+    """A server that cannot do what it was asked for."""
+
+
+class RequestError(ServingError, ValueError):
+    """A request that cannot be answered as it is."""
+
+
+class UnknownAdapterError(ServingError, LookupError):
+    """A model or adapter that is not served here; the base never answers in its place."""
+
+
+class AccessError(ServingError):
+    """A key that is missing, unknown, or not allowed to do this."""
+
+
+class BusyError(ServingError):
+    """More requests than may wait; `retry_after` says in how many seconds a place may be free."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class MissingExtraError(LorakitError, ImportError):
