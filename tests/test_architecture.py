@@ -77,7 +77,7 @@ def test_the_house_keeps_its_rules() -> None:
         ("report/plots.py", "import matplotlib.pyplot", "imports matplotlib while being imported"),
         ("training/curve.py", "def f():\n    import matplotlib", "names matplotlib, which only report/plots.py may"),
         ("persist/q.py", "def f():\n    need('bitsandbytes', 'quant')", "names bitsandbytes, which only hosts/bnb.py"),
-        ("serving/engine.py", "def f():\n    import fastapi", "names fastapi, which only serving/http.py and"),
+        (
             "serving/engine.py",
             "def f():\n    import fastapi",
             "names fastapi, which only serving/http.py and studio/ may",
