@@ -104,15 +104,21 @@ def test_of_overlapping_stops_the_one_complete_first_cuts() -> None:
     assert written("bytes", ids, ["bc", "abc"]) == ("x", True)
 
 
+def test_a_stop_string_that_begins_again_inside_itself_is_found() -> None:
+    ids = tokenizer("bytes").convert_tokens_to_ids(list("ababac"))
+    assert written("bytes", ids, ["abac"]) == ("ab", True)
+
+
 def test_special_tokens_are_not_written() -> None:
     end = tokenizer("tales").eos_token_id
     ids = tokenizer("tales")("Hi there")["input_ids"]
     assert written("tales", [*ids, end]) == ("Hi there", False)
 
 
-@pytest.mark.parametrize("ids", [[200] * 300, [65, 66] * 150, [188] * 300], ids=["halves", "letters", "strays"])
-def test_a_late_token_costs_what_an_early_one_does(ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("characters", ["\xe4" * 300, "ab" * 150, "\xbd" * 300], ids=["halves", "letters", "strays"])
+def test_a_late_token_costs_what_an_early_one_does(characters: str, monkeypatch: pytest.MonkeyPatch) -> None:
     coder = tokenizer("bytes")
+    ids = coder.convert_tokens_to_ids(list(characters))
     lengths: list[int] = []
     decode = coder.decode
 
@@ -128,6 +134,5 @@ def test_a_late_token_costs_what_an_early_one_does(ids: list[int], monkeypatch: 
         lengths.clear()
         pieces.append(writer.push(one))
         worst.append(sum(lengths))
-    assert max(worst) < 600
-    assert sum(worst) / len(worst) < 120
-    assert len("".join(pieces)) >= 290
+    assert max(worst) < 400
+    assert len("".join([*pieces, writer.flush()])) == 300
