@@ -115,7 +115,7 @@ def test_special_tokens_are_not_written() -> None:
     assert written("tales", [*ids, end]) == ("Hi there", False)
 
 
-@pytest.mark.parametrize("characters", ["\xe4" * 300, "ab" * 150, "\xbd" * 300], ids=["halves", "letters", "strays"])
+@pytest.mark.parametrize("characters", ["\xe4" * 600, "ab" * 300, "\xbd" * 600], ids=["halves", "letters", "strays"])
 def test_a_late_token_costs_what_an_early_one_does(characters: str, monkeypatch: pytest.MonkeyPatch) -> None:
     coder = tokenizer("bytes")
     ids = coder.convert_tokens_to_ids(list(characters))
@@ -134,5 +134,5 @@ def test_a_late_token_costs_what_an_early_one_does(characters: str, monkeypatch:
         lengths.clear()
         pieces.append(writer.push(one))
         worst.append(sum(lengths))
-    assert max(worst) < 150
-    assert len("".join([*pieces, writer.flush()])) == 300
+    assert max(worst) < 250, "about sixteen tokens a few times, not all six hundred"
+    assert len("".join([*pieces, writer.flush()])) == 600
