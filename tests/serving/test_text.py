@@ -134,5 +134,5 @@ def test_a_late_token_costs_what_an_early_one_does(characters: str, monkeypatch:
         lengths.clear()
         pieces.append(writer.push(one))
         worst.append(sum(lengths))
-    assert max(worst) < 250, "about sixteen tokens a few times, not all six hundred"
+    assert max(worst) < 300, "about sixteen tokens a few times, not all six hundred"
     assert len("".join([*pieces, writer.flush()])) == 600
