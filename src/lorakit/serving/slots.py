@@ -1,0 +1,178 @@
+"""Keys and values of every running sequence, each in a slot of its own, and the attention that reads them.
+
+A step is one row of tokens of several sequences: first one token of each sequence that is being decoded, in slots 0, 1,
+2 ..., then pieces of prompts. No token is padding. transformers calls the attention by name, so one function serves
+every model that goes through its interface; each layer passes its own window and its own softcap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakit.errors import AttachError
+
+KNOWN = frozenset({"sliding_window", "softcap", "position_ids", "use_cache", "output_attentions", "is_causal"})
+"""What a layer may pass beside queries, keys and values: read here, or without bearing on a step."""
+
+
+class Piece(NamedTuple):
+    """A piece of a prompt: tokens `start:stop` of the step belong at `offset` and after in `slot`."""
+
+    slot: int
+    start: int
+    stop: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """The tokens of one forward: `decoding` sequences with one token each, then pieces of prompts.
+
+    `positions (n,)` says where in its sequence each token stands, `slots (n,)` in which slot.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    slots: Tensor
+    decoding: int
+    pieces: tuple[Piece, ...]
+
+    @classmethod
+    def of(cls, decoded: list[tuple[int, int]], pieces: list[tuple[int, int, list[int]]], device: Any = None) -> Step:
+        """Return the step of `(token, position)` of slots 0, 1, ... and of `(slot, offset, tokens)` of prompts."""
+        tokens, positions = [t for t, _ in decoded], [p for _, p in decoded]
+        slots, cut = list(range(len(decoded))), []
+        for slot, offset, piece in pieces:
+            cut.append(Piece(slot, len(tokens), len(tokens) + len(piece), offset))
+            tokens += piece
+            positions += range(offset, offset + len(piece))
+            slots += [slot] * len(piece)
+        made = torch.tensor([tokens, positions, slots], device=device)
+        return cls(made[0], made[1], made[2], len(decoded), tuple(cut))
+
+
+class Slots:
+    """The keys and values of `count` sequences of up to `context` positions.
+
+    Memory is asked for when a layer is first called, and a CPU gives it page by page as positions are written.
+    """
+
+    def __init__(self, count: int, context: int) -> None:
+        self.count, self.context = count, context
+        self.step: Step | None = None
+        self.windows: set[int] = set()
+        self._held: dict[int, tuple[Tensor, Tensor]] = {}
+        self._seen: Tensor | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Return what the slots take when every position is written."""
+        return sum(t.numel() * t.element_size() for pair in self._held.values() for t in pair)
+
+    def begin(self, step: Step) -> None:
+        """Take a step, which the layers then read."""
+        self.step, self._seen = step, None
+
+    @torch.inference_mode()
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of one slot into another."""
+        for pair in self._held.values():
+            for held in pair:
+                held[target, :, :length] = held[source, :, :length]
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None,
+        dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None, **rest: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        """Return the attention of the step's tokens `(1, n, heads, width)`; the signature is transformers' own."""
+        step = self.step
+        assert step is not None
+        if unknown := {name for name, given in rest.items() if given is not None} - KNOWN:
+            raise AttachError(f"{type(module).__name__} asks its attention for {', '.join(sorted(unknown))}")
+        keys, values = self._of(module, key, value)
+        keys[step.slots, :, step.positions] = key[0].transpose(0, 1)
+        values[step.slots, :, step.positions] = value[0].transpose(0, 1)
+        if sliding_window is not None:
+            self.windows.add(sliding_window)
+        out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
+        n = step.decoding
+        if n:
+            longest, seen = self._visible(sliding_window)
+            out[:n] = _decoded(query[0, :, :n], keys[:n, :, :longest], values[:n, :, :longest], seen, scaling, softcap)
+        for piece in step.pieces:
+            out[piece.start : piece.stop] = _read(
+                query[:, :, piece.start : piece.stop], keys[piece.slot, :, : piece.offset + piece.stop - piece.start],
+                values[piece.slot, :, : piece.offset + piece.stop - piece.start], scaling, sliding_window, softcap,
+            )  # fmt: skip
+        return out.unsqueeze(0), None
+
+    def _visible(self, window: int | None) -> tuple[int, Tensor]:
+        """Return the longest sequence's length and which positions each decoded token sees, `(n, 1, 1, length)`."""
+        assert self.step is not None
+        positions = self.step.positions[: self.step.decoding]
+        if self._seen is None:
+            longest = int(positions.max()) + 1
+            self._seen = torch.arange(longest, device=positions.device) <= positions[:, None]
+        seen = self._seen
+        if window is not None:
+            seen = seen & (torch.arange(seen.shape[1], device=positions.device) > (positions - window)[:, None])
+        return seen.shape[1], seen[:, None, None]
+
+    def _of(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        layer = getattr(module, "layer_idx", None)
+        if layer is None:
+            raise AttachError(f"{type(module).__name__} does not say which layer it is")
+        if layer not in self._held:
+            self._held[layer] = (
+                key.new_zeros(self.count, key.shape[1], self.context, key.shape[3]),
+                value.new_zeros(self.count, value.shape[1], self.context, value.shape[3]),
+            )
+        return self._held[layer]
+
+
+def _decoded(
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scaling: float | None, softcap: float | None
+) -> Tensor:
+    """Return the attention of one token a sequence: `query (heads, n, d)`, `keys (n, kv heads, length, d)`.
+
+    Heads that share a key stand where the positions of a query stand, so nothing is repeated.
+    """
+    n, shared = keys.shape[0], keys.shape[1]
+    grouped = query.transpose(0, 1).reshape(n, shared, -1, query.shape[-1])
+    return _attention(grouped, keys, values, seen, scaling, softcap).reshape(n, -1, values.shape[-1])
+
+
+def _read(
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None, softcap: float | None
+) -> Tensor:
+    """Return the attention of a piece of a prompt: `query (1, heads, n, d)`, `keys (kv heads, length, d)`."""
+    n, length = query.shape[2], keys.shape[1]
+    repeats = query.shape[1] // keys.shape[0]
+    keys, values = (t.repeat_interleave(repeats, 0).unsqueeze(0) for t in (keys, values))
+    if n == length and softcap is None and (window is None or window >= length):
+        made = F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling)
+    else:
+        own = torch.arange(length - n, length, device=query.device)[:, None]
+        other = torch.arange(length, device=query.device)
+        seen = other <= own if window is None else (other <= own) & (other > own - window)
+        made = _attention(query, keys, values, seen, scaling, softcap)
+    return made[0].transpose(0, 1)
+
+
+def _attention(
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scaling: float | None, softcap: float | None
+) -> Tensor:
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=scaling)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    logits = softcap * torch.tanh(query @ keys.mT * scale / softcap)
+    return logits.masked_fill(~seen, -torch.inf).softmax(-1, dtype=_wide(query.dtype)).to(query.dtype) @ values
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
