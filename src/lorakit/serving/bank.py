@@ -121,7 +121,7 @@ class Place:
 
     @property
     def like(self) -> Tensor:
-        """Return an empty tensor where the layer is, in the dtype adapters are multiplied in: fp32, or a wider base's."""
+        """Return an empty tensor where the layer is, in the dtype adapters multiply in: fp32, or a wider base's."""
         own = next(iter(self.module.parameters()))
         wide = torch.promote_types(own.dtype, torch.float32) if own.is_floating_point() else torch.float32
         return own.new_empty(0, dtype=wide)
