@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +12,8 @@ import torch
 from lorakit import AdapterSpec, LoRA, Targets, save
 from lorakit.core.site import Site
 from lorakit.core.state import AdapterState, Base, Purpose, Update
+from lorakit.serving.manifest import File, Golden, Manifest
+from lorakit.serving.store import Store, describe
 
 
 def tiny(value: float = 0.0, rank: int = 2) -> AdapterState:
@@ -25,3 +29,24 @@ def folder_of(place: Path, value: float = 0.0, rank: int = 2, format: Literal["p
     """Write a tiny adapter into a folder and return the folder."""
     save(tiny(value, rank), place, format)
     return place
+
+
+def with_golden(folder: Path, *golden: Golden) -> Path:
+    """Write a manifest with golden prompts beside the adapter in a folder, and return the folder."""
+    (folder / "manifest.json").write_text(replace(describe(folder), golden=golden).text())
+    return folder
+
+
+def shelve(store: Store, size: int, count: int = 1, golden: tuple[Golden, ...] = ()) -> list[str]:
+    """Put adapters of `size` bytes into a store behind its back, and return their digests; no file of them is real."""
+    digests = []
+    for number in range(count):
+        digest = hashlib.sha256(f"{size} {number}".encode()).hexdigest()
+        files = {"adapter_model.safetensors": File("0" * 64, size)}
+        place = store.root / "adapters" / digest
+        place.mkdir()
+        (place / "adapter_model.safetensors").write_bytes(bytes(size))
+        manifest = Manifest(digest, files, Base(), "lora", 2, 0, "2026-01-02T03:04:05+00:00", golden=golden)
+        (place / "manifest.json").write_text(manifest.text())
+        digests.append(digest)
+    return digests

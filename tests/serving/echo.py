@@ -33,7 +33,7 @@ class EchoEngine:
     """Answers each request with its prompt reversed, one token a step, on its own thread.
 
     The answer ends with `stop` where the prompt does, with `length` at `max_tokens`; under `ignore_eos` it starts over.
-    A loaded adapter takes the bytes of its folder's files and changes nothing in the answer.
+    A loaded adapter takes the bytes of its folder's safetensors and changes nothing in the answer.
 
     Args:
         context: positions of one sequence.
@@ -81,7 +81,7 @@ class EchoEngine:
             self.loads[digest] += 1
             if digest in self.broken:
                 raise self.broken[digest]
-            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
             self.loaded[digest] = Loaded(digest, 1, size)
             self.peak_bytes = max(self.peak_bytes, sum(one.bytes for one in self.loaded.values()))
             return self.loaded[digest]

@@ -104,6 +104,10 @@ class Names:
                 arm = target = _drawn(name, target, user, request)
         return Resolved(target, name, arm)
 
+    def check(self, name: str) -> None:
+        """Raise `RequestError` unless `name` could be a name or alias here."""
+        _check_word(name, self.bases)
+
     def point(self, name: str, target: Target) -> None:
         """Turn a pointer, new or old, to a target; turning it to where it points already changes nothing.
 
@@ -238,6 +242,11 @@ class Names:
             raise ServingError(
                 f"{self.path} could not be written: {failed.strerror or failed}; the names are as they were"
             ) from failed
+
+
+def is_digest(word: str) -> bool:
+    """Return whether a word is a whole digest."""
+    return _DIGEST.fullmatch(word) is not None
 
 
 def _drawn(alias: str, arms: Mapping[str, float], user: str | None, request: str | None) -> str:
