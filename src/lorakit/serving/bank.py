@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple, cast
 
 import torch
@@ -46,12 +47,17 @@ class Prepared:
     digest: str
     pairs: Mapping[str, Pair]
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """Return the highest rank at a layer whose factors can stand by row."""
         return max((pair.down.shape[1] for pair in self.pairs.values()), default=0)
 
-    @property
+    @cached_property
+    def stretched(self) -> bool:
+        """Return whether a layer's output is stretched."""
+        return any(pair.stretch is not None for pair in self.pairs.values())
+
+    @cached_property
     def bytes(self) -> int:
         """Return what its tensors take."""
         return sum(t.numel() * t.element_size() for pair in self.pairs.values() for t in pair if t is not None)
@@ -261,11 +267,15 @@ class Bank:
     def hold(self, adapter: Prepared) -> None:
         """Take an adapter in, before its first step."""
         self._held.append(adapter)
+        for path in adapter.pairs:
+            self.places[path].used += 1
         self._fit()
 
     def drop(self, adapter: Prepared) -> None:
         """Let an adapter go, after its last step."""
         self._held.remove(adapter)
+        for path in adapter.pairs:
+            self.places[path].used -= 1
         self._seated = [c if c is None or c.adapter is not adapter else _STALE for c in self._seated]
         self._fit()
 
@@ -312,11 +322,9 @@ class Bank:
         return [place for place in self.places.values() if place.site.kind != "embedding"]
 
     def _fit(self) -> None:
-        """Make rows as wide as the highest rank that is held, and count who acts where."""
-        for path, place in self.places.items():
-            place.used = sum(path in adapter.pairs for adapter in self._held)
+        """Make rows as wide as the highest rank that is held."""
         rank = max((adapter.rank for adapter in self._held), default=0)
-        stretched = any(pair.stretch is not None for adapter in self._held for pair in adapter.pairs.values())
+        stretched = any(adapter.stretched for adapter in self._held)
         if (rank, stretched) == self._made:
             return
         places = self._by_row()
