@@ -42,7 +42,7 @@ AT_THE_TOP = {"training": HEAVY, "cli": frozenset({"typer", "click", "rich"})}  
 OWNERS = {
     "bitsandbytes": ("hosts/bnb.py", "hosts/bnb_kernels.py", "training/optimizers.py"),  # layers, kernels, optimizers
     "matplotlib": ("report/plots.py",),
-    **dict.fromkeys(("fastapi", "uvicorn", "starlette"), ("serving/http.py", "studio/")),
+    **dict.fromkeys(("fastapi", "uvicorn", "starlette"), ("serving/http/", "studio/")),
 }
 TRAINER = frozenset("Trainer Seq2SeqTrainer TrainerCallback TrainerControl TrainerState TrainingArguments".split())
 IMPORTERS = frozenset({"need", "import_module"})  # calls that import the module named by their first argument

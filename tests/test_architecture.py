@@ -80,7 +80,7 @@ def test_the_house_keeps_its_rules() -> None:
         (
             "serving/engine.py",
             "def f():\n    import fastapi",
-            "names fastapi, which only serving/http.py and studio/ may",
+            "names fastapi, which only serving/http/ and studio/ may",
         ),
         # transformers' Trainer
         ("data/rows.py", "def f():\n    from transformers import Trainer", "names transformers' Trainer"),

@@ -1,0 +1,259 @@
+"""Text in, text out: what stands between HTTP and the engine's token ids.
+
+A question finds its adapter, becomes tokens, and is handed to the engine; the answer comes back as pieces of text that
+are certain. Whatever blocks runs on threads of its own, so a slow load keeps nobody else waiting, and whatever ends an
+answer early (a stop string, a client that went away, the deadline) ends the engine's request too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lorakit.errors import BusyError, RequestError
+from lorakit.serving.answer import Answer
+from lorakit.serving.keys import ANYONE, Key
+from lorakit.serving.manifest import read_manifest
+from lorakit.serving.metrics import Metrics
+from lorakit.serving.prompts import Ids, Prompts, Reading, Turn
+from lorakit.serving.requests import Engine, Request, Sampling
+from lorakit.serving.text import Writer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lorakit.serving.names import Resolved
+    from lorakit.serving.registry import Registry
+
+T = TypeVar("T")
+_THREADS = 32  # they wait for disks and locks, not for a processor
+
+
+class Draining(BusyError):
+    """The server is about to stop, and takes nothing new."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What was asked, whichever route it came by.
+
+    Args:
+        model: the base, an adapter, an alias.
+        prompt: a text, several, token ids, or several lists of them; None for a conversation.
+        turns: a conversation, where there is no prompt.
+        sampling: how tokens are chosen; `max_tokens` of it is not read.
+        max_tokens: the answer ends here at the latest; None leaves all of the context to it.
+        n: answers to each prompt, each with its own seed.
+        stops: texts that end an answer.
+        scale: how strongly the adapter acts.
+        user: whose question it is, so that an alias with several targets gives the same one again.
+    """
+
+    model: str
+    prompt: str | Sequence[Any] | None = None
+    turns: tuple[Turn, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    max_tokens: int | None = None
+    n: int = 1
+    stops: tuple[str, ...] = ()
+    scale: float = 1.0
+    user: str = ""
+
+
+class Service:
+    """Answers questions with an engine and the adapters of a registry, for any number of clients at once.
+
+    Args:
+        engine: what makes tokens.
+        registry: which model a name means, and its adapter in the engine.
+        tokenizer: the base's.
+        feedback: told of every answer, so that ratings find their adapter.
+        timeout: seconds an answer may take, the wait for a slot included.
+        most_unread: tokens of an answer that may wait for a client that does not read.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        registry: Registry,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        metrics: Metrics,
+        timeout: float = 600.0,
+        most_unread: int = 4096,
+    ) -> None:
+        self.engine, self.registry, self.metrics = engine, registry, metrics
+        self.prompts = Prompts(tokenizer)
+        self.timeout, self.most_unread = timeout, most_unread
+        self.warm = self.draining = False
+        self.since = time.time()
+        self._open: set[Answer] = set()
+        self._readings: dict[str, Reading] = {}
+        self._threads = ThreadPoolExecutor(_THREADS, "serve")
+        self._releases = ThreadPoolExecutor(1, "release")  # of its own: loads may be waiting for a release
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """Return the names of the base."""
+        return self.registry.names.bases
+
+    @property
+    def base(self) -> str:
+        """Return the base's first name."""
+        return self.bases[0]
+
+    @property
+    def ready(self) -> bool:
+        """Whether new questions are taken, and answered at full speed."""
+        return self.warm and not self.draining
+
+    @property
+    def open(self) -> int:
+        """Return how many answers are being made."""
+        return len(self._open)
+
+    def drain(self) -> None:
+        """Take no new question; those that are being answered are finished."""
+        self.draining = True
+
+    async def drained(self) -> None:
+        """Wait until no answer is being made."""
+        while self._open:
+            await asyncio.sleep(0.02)
+
+    async def aside(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run what blocks on a thread of its own, and return what it returns."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+    def close(self) -> None:
+        """End every answer; the engine belongs to whoever made it."""
+        self.draining = True
+        for answer in list(self._open):
+            answer.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._releases.shutdown(wait=True)
+
+    async def ask(self, question: Question, key: Key = ANYONE, id: str | None = None) -> Answer:
+        """Return the answer to a question, which is being made from now on; read it, or close it.
+
+        Raises:
+            AccessError: a model this key may not ask.
+            Draining: the server is about to stop.
+            UnknownAdapterError, AdapterFileError, SpecError: no such adapter, or one that cannot be served.
+            RequestError: a question that cannot be answered as it is.
+            BusyError: too many are waiting.
+        """
+        started = time.monotonic()
+        if self.draining:
+            raise Draining("this server is about to stop and takes no new request; ask another", retry_after=5.0)
+        self.need_model(key, question.model)
+        id = id or f"answer-{uuid.uuid4().hex}"
+        held = self.registry.use(question.model, question.user or None, id)
+        resolved, prompts = await self._held(held, question)
+        try:
+            answer = self._answer(question, key, id, resolved, prompts, started, held)
+        except BaseException:
+            self._release(held)
+            raise
+        self._open.add(answer)
+        try:
+            answer.submit()
+        except BaseException:
+            answer.close()
+            raise
+        return answer
+
+    def need_model(self, key: Key, model: str) -> None:
+        """Raise `AccessError` unless `key` may ask `model`, with the base before its name or without."""
+        key.need_model(next((model[len(base) + 1 :] for base in self.bases if model.startswith(f"{base}:")), model))
+
+    async def _held(self, held: AbstractContextManager[Resolved], question: Question) -> tuple[Resolved, list[Ids]]:
+        """Find and pin the adapter and encode the prompts; where nobody waits for it any more, let go of it again."""
+
+        def enter() -> tuple[Resolved, list[Ids]]:
+            resolved = held.__enter__()
+            try:
+                return resolved, self._encoded(question, resolved)
+            except BaseException:
+                self._release(held)
+                raise
+
+        work = asyncio.get_running_loop().run_in_executor(self._threads, enter)
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            work.add_done_callback(lambda done: None if done.cancelled() or done.exception() else self._release(held))
+            raise
+
+    def _encoded(self, question: Question, resolved: Resolved) -> list[Ids]:
+        if resolved.digest is None and question.scale != 1.0:
+            raise RequestError(f"lora_scale is {question.scale:g}, but {question.model} is the base without an adapter")
+        if question.prompt is not None:
+            return self.prompts.completion(question.prompt)
+        return [self.prompts.chat(question.turns, self._reading(resolved.digest), question.model)]
+
+    def _reading(self, digest: str | None) -> Reading:
+        """Return how an adapter reads conversations; what a digest names never changes, so it is read once."""
+        if digest is None:
+            return Reading()
+        if digest not in self._readings:
+            manifest = read_manifest(self.registry.store.get(digest))
+            self._readings[digest] = Reading(manifest.purpose, manifest.chat_template)
+        return self._readings[digest]
+
+    def _answer(
+        self,
+        question: Question,
+        key: Key,
+        id: str,
+        resolved: Resolved,
+        prompts: list[Ids],
+        started: float,
+        held: AbstractContextManager[Resolved],
+    ) -> Answer:
+        limits, count = self.engine.limits, len(prompts) * question.n
+        if count > (most := limits.slots + limits.queue):
+            raise RequestError(f"{count} answers were asked for, and this server takes {most} at once; ask for fewer")
+        requests = [
+            Request(
+                prompt=prompt,
+                adapter=resolved.digest,
+                scale=question.scale,
+                sampling=_sampling(question, number, limits.context - len(prompt)),
+                tenant=key.tenant,
+                deadline=started + self.timeout,
+                id=f"{id}-{at * question.n + number}",
+            )
+            for at, prompt in enumerate(prompts)
+            for number in range(question.n)
+        ]
+        writers = [Writer(self.prompts.tokenizer, question.stops) for _ in requests]
+
+        def ended(answer: Answer) -> None:
+            self._open.discard(answer)
+            self._release(held)
+
+        return Answer(id, resolved, prompts, requests, writers, engine=self.engine, metrics=self.metrics,
+                      most_unread=self.most_unread, started=started, ended=ended)  # fmt: skip
+
+    def _release(self, held: AbstractContextManager[Resolved]) -> None:
+        try:
+            self._releases.submit(held.__exit__, None, None, None)
+        except RuntimeError:  # closing: there is no thread any more
+            held.__exit__(None, None, None)
+
+
+def _sampling(question: Question, number: int, room: int) -> Sampling:
+    """Return the sampling of the answer `number` to a prompt: its own seed, and the room where no limit is given."""
+    seed = question.sampling.seed
+    return replace(
+        question.sampling,
+        max_tokens=question.max_tokens if question.max_tokens is not None else max(room, 1),
+        seed=None if seed is None else (seed + number) % 2**63,
+    )
