@@ -7,6 +7,7 @@ may take together run out, the youngest steps back into the queue and later read
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
@@ -99,6 +100,7 @@ class SlotEngine:
         self._seconds = 0.0
         self._thread = threading.Thread(target=self._run, name="lorakit-engine", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # a thread inside torch while the interpreter goes ends the process with an abort
 
     @property
     def limits(self) -> Limits:
@@ -132,13 +134,13 @@ class SlotEngine:
                 raise BusyError("the engine is stopping", 1.0)
             if request.id in self._by_id:
                 raise RequestError(f"a request named {request.id!r} is running; give another id")
-            if len(self._by_id) - len(self._running) >= self._limits.queue:
-                raise BusyError(f"{self._limits.queue} requests wait, and no more may", self._wait())
             choice = None
             if request.adapter is not None:
                 if request.adapter not in self._adapters:
                     raise UnknownAdapterError(f"no adapter {request.adapter!r} is loaded")
                 choice = Choice(self._adapters[request.adapter], request.scale)
+            if len(self._by_id) - len(self._running) >= self._limits.queue:
+                raise BusyError(f"{self._limits.queue} requests wait, and no more may", self._wait())
             made = Sequence(request, sink, draw, choice, list(request.prompt))
             self._by_id[request.id] = made
             self._queue.push(made, request.tenant, request.adapter)
@@ -170,6 +172,7 @@ class SlotEngine:
             self._lock.notify()
         self._thread.join()
         if first:
+            atexit.unregister(self.close)
             self._decoder.close()
 
     def _run(self) -> None:
