@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from lorakit.serving.feedback import Feedback
 from lorakit.serving.keys import Keys
 from lorakit.serving.metrics import Metrics
 from lorakit.serving.names import Names
@@ -59,13 +60,16 @@ def server(place: Path, adapters: Mapping[str, float] | None = None, **options: 
                         roots=[folder])  # fmt: skip
     for name in adapters or {}:
         registry.add(name, folder / name)
-    service = Service(engine, registry, tokenizer(), metrics=Metrics(), **mine)
+    feedback, metrics = Feedback(place / "feedback.sqlite"), Metrics()
+    metrics.watch(engine, registry.usage)
+    service = Service(engine, registry, tokenizer(), metrics=metrics, feedback=feedback, **mine)
     service.warm = True
     try:
         yield Server(service, engine, registry, folder)
     finally:
         service.close()
         engine.close()
+        feedback.close()
 
 
 @contextmanager

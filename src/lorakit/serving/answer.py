@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from lorakit.errors import ServingError
 from lorakit.serving.feed import Feed
 from lorakit.serving.prompts import Ids
-from lorakit.serving.requests import End, Engine, Event, Request, Token
+from lorakit.serving.requests import End, Engine, Event, Reason, Request, Token
 from lorakit.serving.text import Writer
 
 if TYPE_CHECKING:
@@ -86,13 +86,15 @@ class Answer:
         self.id, self.resolved, self.prompts = id, resolved, prompts
         self.created = int(time.time())
         self.completion_tokens = 0
-        self.whole = False
-        """Whether every choice ended as it should."""
+        self.reason: Reason = "cancelled"
+        """How it ended; nobody having read it to its end is `cancelled`."""
+        self.first: float | None = None
+        """Seconds to the first token."""
         self._choices = [_Choice(request, writer) for request, writer in zip(requests, writers, strict=True)]
-        self._engine, self._metrics, self._started, self._ended = engine, metrics, started, ended
+        self._engine, self._metrics, self.started, self._ended = engine, metrics, started, ended
         self._feed = Feed(most_unread * len(requests), self.close)
         self._lost: Interrupted | None = None
-        self._closed = False
+        self._closed = self._cut = False
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -138,7 +140,9 @@ class Answer:
                 found = [piece for number, event in items if (piece := self._piece(number, event)) is not None]
                 if found:
                     yield found
-            self.whole = True
+        except Interrupted as lost:
+            self.reason = "cancelled" if lost.why == "slow" else lost.why
+            raise
         finally:
             self.close()
 
@@ -166,23 +170,33 @@ class Answer:
                 return Piece(number, text, (event,))
             choice.open = False
             self._engine.cancel(choice.request.id)
-            return Piece(number, text, (event,), "stop", matched=True)
+            return self._ends(Piece(number, text, (event,), "stop", matched=True))
         choice.open = False
-        if event.reason in ("stop", "length"):
-            rest = choice.writer.flush()
-            return Piece(number, rest, (), "stop" if event.reason == "stop" else "length")
-        raise _interrupted(event)
+        if event.reason not in ("stop", "length"):
+            raise _interrupted(event)
+        return self._ends(Piece(number, choice.writer.flush(), (), "stop" if event.reason == "stop" else "length"))
+
+    def _ends(self, piece: Piece) -> Piece:
+        """Remember how the answer ended, once no choice is open: `length` where one of them was cut."""
+        self._cut |= piece.reason == "length"
+        if not any(choice.open for choice in self._choices):
+            self.reason = "length" if self._cut else "stop"
+        return piece
 
     def _time(self, items: Sequence[tuple[int, Event]]) -> None:
         now = time.monotonic()
         for number in {number for number, _ in items}:
             choice = self._choices[number]
             count = sum(1 for other, event in items if other == number and isinstance(event, Token))
-            if count and choice.last is None:
-                self._metrics.first_token(self.adapter, now - self._started)
-            elif count and choice.last is not None:
+            if not count:
+                continue
+            if choice.last is None:
+                self._metrics.first_token(self.adapter, now - self.started)
+                self._metrics.between(self.adapter, 0.0, count - 1)
+                self.first = now - self.started if self.first is None else self.first
+            else:
                 self._metrics.between(self.adapter, (now - choice.last) / count, count)
-            choice.last = now if count else choice.last
+            choice.last = now
 
     def _too_late(self) -> None:
         self._lost = _interrupted(End("deadline"))

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from lorakit.errors import did_you_mean, shown
+from lorakit.serving.feedback import MOST_COMMENT
 from lorakit.serving.requests import MOST_LOGPROBS
 
 MOST_CHOICES = 16
@@ -315,7 +316,7 @@ class FeedbackRequest(Strict):
 
     response_id: Text
     rating: Annotated[float, Field(ge=-1, le=1)]
-    comment: Annotated[str, Field(max_length=4096)] = ""
+    comment: Annotated[str, Field(max_length=MOST_COMMENT)] = ""
 
 
 def _check(name: str, fine: bool, value: Any, expected: str) -> None:

@@ -8,16 +8,18 @@ answer early (a stop string, a client that went away, the deadline) ends the eng
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lorakit.errors import BusyError, RequestError
+from lorakit.errors import BusyError, LorakitError, RequestError
 from lorakit.serving.answer import Answer
+from lorakit.serving.feedback import Answered, Feedback
 from lorakit.serving.keys import ANYONE, Key
 from lorakit.serving.manifest import read_manifest
 from lorakit.serving.metrics import Metrics
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from lorakit.serving.registry import Registry
 
 T = TypeVar("T")
+_log = logging.getLogger("lorakit.serving")
 _THREADS = 32  # they wait for disks and locks, not for a processor
 
 
@@ -73,7 +76,8 @@ class Service:
         engine: what makes tokens.
         registry: which model a name means, and its adapter in the engine.
         tokenizer: the base's.
-        feedback: told of every answer, so that ratings find their adapter.
+        metrics: counts what is done.
+        feedback: told of every answer, so that ratings find their adapter; without, none is taken.
         timeout: seconds an answer may take, the wait for a slot included.
         most_unread: tokens of an answer that may wait for a client that does not read.
     """
@@ -85,10 +89,11 @@ class Service:
         tokenizer: PreTrainedTokenizerBase,
         *,
         metrics: Metrics,
+        feedback: Feedback | None = None,
         timeout: float = 600.0,
         most_unread: int = 4096,
     ) -> None:
-        self.engine, self.registry, self.metrics = engine, registry, metrics
+        self.engine, self.registry, self.metrics, self.feedback = engine, registry, metrics, feedback
         self.prompts = Prompts(tokenizer)
         self.timeout, self.most_unread = timeout, most_unread
         self.warm = self.draining = False
@@ -96,7 +101,7 @@ class Service:
         self._open: set[Answer] = set()
         self._readings: dict[str, Reading] = {}
         self._threads = ThreadPoolExecutor(_THREADS, "serve")
-        self._releases = ThreadPoolExecutor(1, "release")  # of its own: loads may be waiting for a release
+        self._ends = ThreadPoolExecutor(1, "end")  # of its own: loads may be waiting for a release
 
     @property
     def bases(self) -> tuple[str, ...]:
@@ -137,7 +142,7 @@ class Service:
         for answer in list(self._open):
             answer.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._releases.shutdown(wait=True)
+        self._ends.shutdown(wait=True)
 
     async def ask(self, question: Question, key: Key = ANYONE, id: str | None = None) -> Answer:
         """Return the answer to a question, which is being made from now on; read it, or close it.
@@ -238,15 +243,45 @@ class Service:
         def ended(answer: Answer) -> None:
             self._open.discard(answer)
             self._release(held)
+            self._note(answer, key)
 
         return Answer(id, resolved, prompts, requests, writers, engine=self.engine, metrics=self.metrics,
                       most_unread=self.most_unread, started=started, ended=ended)  # fmt: skip
 
+    async def rate(self, response_id: str, rating: float, comment: str) -> None:
+        """Rate an answer that has ended.
+
+        Raises:
+            RequestError: an answer that is not known here, or a server that takes no ratings.
+        """
+        feedback = self.feedback
+        if feedback is None:
+            raise RequestError("this server takes no ratings; it was started without a place for them")
+        loop = asyncio.get_running_loop()  # on the thread that writes answers down, and so after this one was
+        await loop.run_in_executor(self._ends, feedback.rate, response_id, rating, comment or None)
+
+    def _note(self, answer: Answer, key: Key) -> None:
+        if self.feedback is None:
+            return
+        resolved, seconds = answer.resolved, time.monotonic() - answer.started
+        alias = resolved.name if "@" in resolved.name else None
+        told = Answered(answer.id, resolved.name, resolved.digest, resolved.arm, alias, key.tenant, answer.first,
+                        seconds, answer.completion_tokens, answer.reason)  # fmt: skip
+        with suppress(RuntimeError):  # closing: there is no thread any more
+            self._ends.submit(_noted, self.feedback, told)
+
     def _release(self, held: AbstractContextManager[Resolved]) -> None:
         try:
-            self._releases.submit(held.__exit__, None, None, None)
+            self._ends.submit(held.__exit__, None, None, None)
         except RuntimeError:  # closing: there is no thread any more
             held.__exit__(None, None, None)
+
+
+def _noted(feedback: Feedback, told: Answered) -> None:
+    try:
+        feedback.answered(told)
+    except LorakitError as failed:  # the answer was given; only its line in the statistics is lost
+        _log.error("%s: not written down: %s", told.id, failed)
 
 
 def _sampling(question: Question, number: int, room: int) -> Sampling:

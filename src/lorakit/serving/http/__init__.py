@@ -63,7 +63,7 @@ def run(
     port: int = 8000,
     keys: Keys | None = None,
     most_connections: int = 1000,
-    ready: Callable[[int], None] | None = None,
+    ready: Callable[[int, Callable[[], None]], None] | None = None,
 ) -> None:
     """Listen until the process is told to end, then finish the answers under way.
 
@@ -73,7 +73,7 @@ def run(
         port: 0 takes a free one.
         keys: who may ask; without, no address but this machine's own is taken.
         most_connections: more get 503 at once.
-        ready: called with the port once connections are taken.
+        ready: called once connections are taken, with the port and a function that ends it all from any thread.
 
     Raises:
         ServingError: an address that others reach, without keys, or one that cannot be listened at.
@@ -91,7 +91,10 @@ def run(
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
             if self.started and ready is not None:
-                ready(self.servers[0].sockets[0].getsockname()[1])
+                ready(self.servers[0].sockets[0].getsockname()[1], self.stop)
+
+        def stop(self) -> None:
+            self.should_exit = True
 
     try:
         Server(config).run()

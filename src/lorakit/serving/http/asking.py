@@ -42,7 +42,7 @@ async def asked(service: Service, question: Question, request: "Request", prefix
         return answer
 
     answer = await unless_gone(request, ask())
-    visit.adapter, visit.digest = answer.adapter, answer.resolved.digest
+    visit.adapter, visit.digest, visit.answer = answer.adapter, answer.resolved.digest, answer.id
     return answer
 
 

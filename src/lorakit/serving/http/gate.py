@@ -56,8 +56,10 @@ class Visit:
     key: Key = ANYONE
     adapter: str = ""
     digest: str | None = None
+    answer: str = ""
     code: int = 0
     started: bool = False
+    finished: bool = False
     own: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Part of the answer's id, which no client chooses: an engine wants each once."""
     closing: list[Callable[[], None]] = field(default_factory=list)
@@ -68,6 +70,7 @@ class Visit:
         told = {"x-request-id": self.id, "x-content-type-options": "nosniff"}
         if self.adapter:
             told |= {"x-lora-adapter": self.adapter, "x-lora-digest": self.digest or "none"}
+            told["x-response-id"] = self.answer
         return [(name.encode(), value.encode("latin-1", "replace")) for name, value in told.items()]
 
 
@@ -129,7 +132,8 @@ class Gate:
             for close in visit.closing:
                 close()
             if scope["path"] in _ANSWERS:
-                self._metrics.request(visit.adapter or "none", visit.code or GONE)
+                whole = visit.finished or visit.code != 200
+                self._metrics.request(visit.adapter or "none", visit.code if whole else GONE)
 
     def _admitted(self, path: str, headers: MutableMapping[bytes, bytes]) -> Key:
         if path in _OPEN:
@@ -181,6 +185,7 @@ class Gate:
                 visit.started, visit.code = True, visit.code or message["status"]
                 message = {**message, "headers": [*message.get("headers", ()), *visit.headers()]}
             await _within(self._bounds.write_seconds, send(message))
+            visit.finished |= message["type"] == "http.response.body" and not message.get("more_body", False)
 
         return sending
 

@@ -52,20 +52,24 @@ class _Written:
         return {"generated_text": "".join(self._text)} | details
 
     def events(self, pieces: list[Piece]) -> str:
-        """Return an event for each token; the whole text comes with the last."""
+        """Return an event for each token but the newest, which waits: the whole text comes with the last of all."""
         return "".join(self._event(piece) for piece in pieces)
 
     def _event(self, piece: Piece) -> str:
         self._text.append(piece.text)
-        if piece.reason is not None:
-            self._reason = "stop_sequence" if piece.matched else {"stop": "eos_token"}.get(piece.reason, piece.reason)
-        told = [self._token(token) for token in piece.tokens]
-        self._tokens += told
-        ends: dict[str, Any] = {"generated_text": None, "details": None}
-        if self._reason is not None:
-            ends = {"generated_text": "".join(self._text), "details": self._details()}
-            told = told or self._tokens[-1:]
-        return event({"token": told[0] if told else None, **ends}) if told or self._reason else ""
+        told = ""
+        for token in piece.tokens:
+            told += self._told(self._tokens[-1]) if self._tokens else ""
+            self._tokens.append(self._token(token))
+        if piece.reason is None:
+            return told
+        self._reason = "stop_sequence" if piece.matched else {"stop": "eos_token"}.get(piece.reason, piece.reason)
+        none = {"id": self._prompts.tokenizer.eos_token_id or 0, "text": "", "logprob": None, "special": True}
+        last = self._tokens[-1] if self._tokens else none
+        return told + self._told(last, "".join(self._text), self._details())
+
+    def _told(self, token: dict[str, Any], text: str | None = None, details: dict[str, Any] | None = None) -> str:
+        return event({"token": token, "generated_text": text, "details": details})
 
     def _token(self, token: Token) -> dict[str, Any]:
         text, special = self._prompts.token(token.id), token.id in self._special

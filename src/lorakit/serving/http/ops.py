@@ -3,8 +3,10 @@
 Its annotations are values, not strings, because FastAPI reads those of routes, and finds local imports no other way.
 """
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
+from lorakit.serving.schemas import FeedbackRequest
 from lorakit.serving.service import Service
 
 if TYPE_CHECKING:
@@ -12,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def add_ops(app: "FastAPI", service: Service) -> None:
-    """Add /health, /ready and /metrics."""
+    """Add /health, /ready, /metrics, /v1/feedback and its summary."""
+    from fastapi import Query
     from fastapi.responses import JSONResponse, Response
 
     @app.get("/health", tags=["Operation"])
@@ -31,3 +34,15 @@ def add_ops(app: "FastAPI", service: Service) -> None:
         """Tell Prometheus what was done."""
         text = await service.aside(service.metrics.text)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.post("/v1/feedback", tags=["Operation"])
+    async def rate(body: FeedbackRequest) -> Any:
+        """Say how good an answer was, from -1 to 1, by the id of the response."""
+        await service.rate(body.response_id, body.rating, body.comment)
+        return {"response_id": body.response_id, "rating": body.rating}
+
+    @app.get("/admin/feedback", tags=["Owner"])
+    async def feedback(since: Annotated[float, Query(ge=0, allow_inf_nan=False)] = 0.0) -> Any:
+        """Tell how each adapter did since a time, in seconds since 1970."""
+        rows = [] if service.feedback is None else await service.aside(service.feedback.summary, since)
+        return {"since": since, "rows": [asdict(row) for row in rows]}
