@@ -91,6 +91,8 @@ def test_what_cannot_be_rated_is_refused(feedback: Feedback) -> None:
     ):
         feedback.answered(replace(ONE, id="x", reason="x"))  # type: ignore[arg-type]
     assert feedback.summary()[0].ratings == 0
+    feedback.answered(replace(ONE, id="next"))
+    assert feedback.summary()[0].requests == 2
 
 
 def test_text_is_only_text(feedback: Feedback) -> None:

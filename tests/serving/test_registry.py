@@ -72,7 +72,8 @@ def test_a_restart_finds_names_and_loads_when_asked(registry: Registry, engine: 
     digest = registry.add("support", folder_of(tmp_path / "root" / "a")).digest
     fresh = EchoEngine()
     again = made(fresh, tmp_path)
-    assert not fresh.loaded
+    assert again.add("support", tmp_path / "root" / "a").digest == digest
+    assert not fresh.loads
     with again.use("support") as found:
         assert (found.digest, fresh.loads[digest]) == (digest, 1)
     fresh.close()
@@ -204,6 +205,18 @@ def test_a_pin_keeps_what_its_name_leads_to_wherever_it_is_turned(engine: EchoEn
         assert two not in engine.loaded
     with pytest.raises(UnknownAdapterError):
         registry.pin("none")
+
+
+def test_a_pin_goes_with_its_name(engine: EchoEngine, tmp_path: Path) -> None:
+    registry = made(engine, tmp_path, memory=100)
+    one, two = shelve(registry.store, 100, 2)
+    registry.names.point("a", one)
+    registry.names.point("b", two)
+    registry.pin("a")
+    registry.remove("a")
+    registry.point("a", one)
+    with registry.use("b"):
+        assert engine.loaded.keys() == {two}
 
 
 def test_an_alias_is_turned_only_to_what_loads(registry: Registry, engine: EchoEngine, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_what_is_stored_loads_and_says_what_it_is(store: Store, tmp_path: Path, 
     assert (manifest.method, manifest.rank, manifest.parameters) == ("lora", 3, 24)
     assert manifest.base.name == "some/base"
     assert manifest.purpose is not None
-    assert not os.access(place / next(iter(manifest.files)), os.W_OK) or os.geteuid() == 0
+    assert all(file.stat().st_mode & 0o222 == 0 for file in place.iterdir())
     assert Store(store.root).get(manifest.digest[:8]) == place
 
 
@@ -249,6 +249,9 @@ def test_a_change_in_the_store_is_found(store: Store, tmp_path: Path) -> None:
     ):
         store.verify(digest)
     manifest = json.loads((place / "manifest.json").read_text())
+    edit(place / "manifest.json", json.dumps(manifest | {"digest": "0" * 64}))
+    with pytest.raises(AdapterFileError, match=rf"manifest\.json: digest, expected {digest}, found 0000"):
+        store.verify(digest)
     manifest["files"]["adapter_config.json"] = {"sha256": "0" * 64, "bytes": 1}
     edit(place / "manifest.json", json.dumps(manifest))
     with pytest.raises(AdapterFileError, match=rf"manifest\.json: its files make the digest, expected {digest}, found"):
@@ -284,6 +287,25 @@ def test_a_digest_is_found_by_its_beginning_where_that_is_unique(store: Store, t
     with pytest.raises(UnknownAdapterError, match="is not in the store"):
         store.remove(digest)
     assert contents(store.root) == {}
+
+
+def test_a_removal_that_is_cut_short_leaves_no_half_adapter(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = store.add(folder_of(tmp_path / "a")).digest
+
+    def cut(_: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", cut)
+        with pytest.raises(AdapterFileError, match="cannot be written: Input/output error"):
+            store.remove(digest)
+    assert store.manifests() == []
+    with pytest.raises(UnknownAdapterError):
+        store.get(digest)
+    Store(store.root)
+    assert list((store.root / "adapters").iterdir()) == []
 
 
 def test_what_the_maker_states_is_kept_and_must_fit_the_files(store: Store, tmp_path: Path) -> None:

@@ -118,7 +118,6 @@ class Residents:
         if one is not None:
             one.users += 1
             one.leaving = False
-            self._here.move_to_end(digest)
         return one
 
     def _entered(self, digest: str, manifest: Manifest) -> _Resident:
