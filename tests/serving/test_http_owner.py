@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,13 @@ def test_adapters_that_run_and_wait_are_named_in_vllm_s_gauge(tmp_path: Path) ->
             made.engine.cancel(answer._choices[0].request.id)
         for one in asking:
             one.join(5)
+
+
+def test_every_route_stands_on_its_page(web: Any) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serving-http.md").read_text()
+    for path in web.get("/openapi.json").json()["paths"]:
+        name = path.replace("{name}", "fables").replace("{alias}", "fables@live").replace("{model}", "fables")
+        assert re.search(re.escape(name) + "[ `?]", page), path
 
 
 def test_names_beyond_the_first_are_counted_together() -> None:

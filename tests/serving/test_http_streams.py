@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 
 from lorakit.serving.requests import End, Request, Sink, Token
 from tests.serving.echo import EchoEngine
-from tests.serving.web import Server, client, events, server
+from tests.serving.web import Server, client, events, listening, server
 
 pytest.importorskip("fastapi", reason="needs lorakit[serve]")
 
@@ -293,22 +292,7 @@ def test_tokens_after_a_stop_string_are_not_counted(tmp_path: Path) -> None:
 def test_a_real_connection_that_closes_ends_the_engine_s_request(tmp_path: Path) -> None:
     import http.client
 
-    pytest.importorskip("uvicorn", reason="needs lorakit[serve]")
-    from lorakit.serving.http import app
-    from lorakit.serving.http import run as listen
-
-    ready: list[Any] = []
-    opened = threading.Event()
-    with server(tmp_path, {"first": 1.5}, step_seconds=0.003) as made:
-
-        def told(port: int, stop: Callable[[], None]) -> None:
-            ready.extend((port, stop))
-            opened.set()
-
-        thread = threading.Thread(target=lambda: listen(app(made.service), port=0, ready=told))
-        thread.start()
-        assert opened.wait(10)
-        port, stop = ready
+    with server(tmp_path, {"first": 1.5}, step_seconds=0.003) as made, listening(made) as port:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
         body, headers = json.dumps({**LONG, "stream": True}), {"content-type": "application/json"}
         connection.request("POST", "/v1/completions", body, headers)
@@ -316,14 +300,8 @@ def test_a_real_connection_that_closes_ends_the_engine_s_request(tmp_path: Path)
         assert answer.readline().startswith(b"data: ")
         answer.close()
         connection.close()
-        end = time.monotonic() + 5
-        while not idle(made) and time.monotonic() < end:
-            time.sleep(0.01)
-        assert idle(made)
+        asyncio.run(until(lambda: idle(made)))
         assert made.engine.stats().generated_tokens < 2500
-        stop()
-        thread.join(10)
-        assert not thread.is_alive()
 
 
 def test_a_port_that_is_taken_is_said_so(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -80,6 +82,26 @@ def client(made: Server, keys: Keys | None = None, **bounds: Any) -> Iterator[An
 
     with testclient.TestClient(app(made.service, keys, Bounds(**bounds)), raise_server_exceptions=False) as opened:
         yield opened
+
+
+@contextmanager
+def listening(made: Server) -> Iterator[int]:
+    """Listen at a free port of this machine, and give the port."""
+    pytest.importorskip("uvicorn", reason="needs lorakit[serve]")
+    from lorakit.serving.http import app, run
+
+    told: queue.Queue[tuple[int, Callable[[], None]]] = queue.Queue()
+    thread = threading.Thread(
+        target=lambda: run(app(made.service), port=0, ready=lambda port, stop: told.put((port, stop)))
+    )
+    thread.start()
+    port, stop = told.get(timeout=20)
+    try:
+        yield port
+    finally:
+        stop()
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 def events(text: str) -> list[Any]:
