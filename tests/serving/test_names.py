@@ -110,7 +110,7 @@ def test_a_user_keeps_an_arm(names: Names, arms: dict[str, float], user: str, re
 @given(arms=weights)
 def test_the_shares_of_arms_are_their_weights(names: Names, arms: dict[str, float]) -> None:
     names.point("support@ab", arms)
-    count, whole = 2000, sum(arms.values())
+    count, whole = 1000, sum(arms.values())
     drawn = Counter(names.resolve("support@ab", f"user-{n}").arm for n in range(count))
     asked = Counter(names.resolve("support@ab", None, f"request-{n}").arm for n in range(count))
     for arm, weight in arms.items():

@@ -8,6 +8,7 @@ place.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import re
@@ -22,7 +23,6 @@ from typing import Any
 
 from lorakit.core.jsontext import JsonFault, parse_json
 from lorakit.errors import RequestError, ServingError, UnknownAdapterError, did_you_mean, listing, shown
-from lorakit.persist.files import to_json
 from lorakit.serving.turnstile import one_at_a_time
 from lorakit.serving.typed import Mistyped, mapping, number, record, several, text, whole
 
@@ -227,7 +227,7 @@ class Names:
         draft = self.path.with_name(f".{self.path.name}.new-{secrets.token_hex(4)}")
         try:
             with draft.open("w", encoding="utf-8") as file:
-                file.write(to_json({"version": VERSION, "pointers": past}))
+                file.write(json.dumps({"version": VERSION, "pointers": past}, indent=2) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(draft, self.path)
