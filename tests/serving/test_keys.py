@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lorakit.errors import AccessError, ServingError
-from lorakit.serving.keys import SCOPES, Key, Keys, load_keys, new_key
+from lorakit.serving.keys import SCOPES, Key, Keys, add_key, load_keys, new_key
 
 
 def written(place: Path, *entries: Any, mode: int = 0o600) -> Path:
@@ -131,3 +131,37 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_key_that_no_file_may_have_is_not_made() -> None:
     with pytest.raises(ServingError, match="did you mean 'admin'"):
         new_key("web", ["admn"])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("name", ["keys.json", "keys.yaml"])
+def test_a_key_is_added_to_a_file_that_may_be_new(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    first = add_key(file, "web")
+    second = add_key(file, "owner", ["admin"], tenant="us")
+    keys = load_keys(file)
+    assert (keys.find(first).name, keys.find(second).tenant) == ("web", "us")
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert [one.name for one in tmp_path.iterdir()] == [name]
+    with pytest.raises(ServingError, match="has a key 'web' already"):
+        add_key(file, "web")
+
+
+@pytest.mark.parametrize("indent", ["", "  "])
+def test_a_file_s_comments_stay_when_a_key_is_added(tmp_path: Path, indent: str) -> None:
+    file = tmp_path / "keys.yaml"
+    digest = new_key("web")[1]["sha256"]
+    text = f"# ours\nkeys:\n{indent}- name: web  # the shop\n{indent}  sha256: {digest}"
+    file.write_text(text)
+    file.chmod(0o640)
+    secret = add_key(file, "owner", ["admin"])
+    assert file.read_text().startswith(text)
+    assert load_keys(file).find(secret).name == "owner"
+    assert file.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_file_with_faults_is_left_as_it_is(tmp_path: Path) -> None:
+    file = written(tmp_path, {"name": "web"})
+    before = file.read_text()
+    with pytest.raises(ServingError, match="has faults"):
+        add_key(file, "owner")
+    assert file.read_text() == before

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 import os
 import re
 import secrets
 import stat
+import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -114,12 +117,47 @@ def new_key(
     return secret, entry
 
 
+def add_key(
+    file: Path, name: str, scopes: Sequence[Scope] = ("infer",), models: Sequence[str] = ("*",), tenant: str = ""
+) -> str:
+    """Make a key, add its entry to a file of keys, new or old, in one step, and return its secret.
+
+    Raises:
+        ServingError: a name that is taken, what no file of keys may have, or a file that cannot be read or written.
+    """
+    entries = _loaded(file) if file.exists() else []
+    if any(entry["name"] == name for entry in entries):
+        raise ServingError(f"{file} has a key '{name}' already; choose another name, or take that one out first")
+    secret, entry = new_key(name, scopes, models, tenant)
+    draft = file.with_name(f".{file.name}.new-{secrets.token_hex(4)}")
+    try:
+        mode = stat.S_IMODE(file.stat().st_mode) if file.exists() else 0o600
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as opened:
+            opened.write(_text(file, [*entries, entry]))
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.replace(draft, file)
+    except OSError as failed:
+        raise ServingError(f"the file of keys {file} could not be written: {failed.strerror or failed}") from failed
+    finally:
+        draft.unlink(missing_ok=True)
+    return secret
+
+
 def load_keys(file: Path) -> Keys:
     """Return the keys of a JSON or YAML file `{keys: [{name, sha256, scopes, models, tenant}]}`.
 
     Raises:
         ServingError: a file that cannot be read, that others may write, or with faults (all of them listed).
     """
+    entries = _loaded(file)
+    if not entries:
+        raise ServingError(f"{file} holds no key, so nobody could ask; add one, or leave the file out to serve openly")
+    return Keys({entry["sha256"]: _key(entry) for entry in entries})
+
+
+def _loaded(file: Path) -> list[dict[str, Any]]:
+    """Return the entries of a file of keys, each without faults."""
     try:
         mode = file.stat().st_mode
         text = file.read_bytes()
@@ -139,7 +177,22 @@ def load_keys(file: Path) -> Keys:
         ]
     if problems:
         raise ServingError(f"{file} has faults:\n{listing(problems)}")
-    return Keys({entry["sha256"]: _key(entry) for entry in entries})
+    return entries
+
+
+def _text(file: Path, entries: Sequence[Mapping[str, Any]]) -> str:
+    """Return the content of a file of keys; where the old one is YAML, as it stands with the new entry after it."""
+    whole = {"keys": list(entries)}
+    if file.suffix == ".json":
+        return json.dumps(whole, indent=2) + "\n"
+    added = yaml.safe_dump([entries[-1]], sort_keys=False)
+    before = file.read_text(encoding="utf-8").rstrip("\n") + "\n" if file.exists() else "keys:\n"
+    for indent in ("", "  "):  # so its comments stay, whichever way its list is written
+        text = before + textwrap.indent(added, indent)
+        with suppress(yaml.YAMLError):
+            if yaml.safe_load(text) == whole:
+                return text
+    return yaml.safe_dump(whole, sort_keys=False)
 
 
 def _entries(file: Path, text: bytes) -> list[Any]:
@@ -150,9 +203,8 @@ def _entries(file: Path, text: bytes) -> list[Any]:
         raise ServingError(f"{file} is neither JSON nor YAML: {str(bad).splitlines()[0]}") from None
     if deep or not isinstance(found, dict) or list(found) != ["keys"] or not isinstance(found["keys"], list):
         raise ServingError(f"{file} must hold one field 'keys', a list of keys with {', '.join(_FIELDS)}")
-    if not found["keys"]:
-        raise ServingError(f"{file} holds no key, so nobody could ask; add one, or leave the file out to serve openly")
-    return found["keys"]
+    entries: list[Any] = found["keys"]
+    return entries
 
 
 def _problems(entry: Any) -> list[str]:
