@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,14 @@ def test_a_rating_finds_the_adapter_that_answered(made: Server, web: Any) -> Non
     assert web.post("/v1/feedback", json={"response_id": "nobody", "rating": 2}).status_code == 400
 
 
+def test_an_answer_can_be_rated_the_moment_it_is_there(made: Server, web: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert made.service.feedback is not None
+    real = made.service.feedback.answered
+    monkeypatch.setattr(made.service.feedback, "answered", lambda told: time.sleep(0.2) or real(told))
+    told = web.post("/v1/completions", json=ASKED).json()
+    assert web.post("/v1/feedback", json={"response_id": told["id"], "rating": 1}).status_code == 200
+
+
 def test_lorax_s_generate_tells_text_and_details(web: Any) -> None:
     asked = {"inputs": "a fox ran", "parameters": {"adapter_id": "first", "details": True, "do_sample": False}}
     told = web.post("/generate", json=asked)
@@ -207,8 +216,6 @@ def test_adapters_that_run_and_wait_are_named_in_vllm_s_gauge(tmp_path: Path) ->
         asking = [threading.Thread(target=web.post, args=("/v1/completions",), kwargs={"json": ASKED}) for _ in "ab"]
         for one in asking:
             one.start()
-        import time
-
         until = time.monotonic() + 5
         while made.engine.stats().waiting < 1 and time.monotonic() < until:
             time.sleep(0.01)

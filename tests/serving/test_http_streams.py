@@ -289,6 +289,17 @@ def test_tokens_after_a_stop_string_are_not_counted(tmp_path: Path) -> None:
     run(tmp_path, story)
 
 
+def test_a_stop_string_ends_the_engine_s_request(tmp_path: Path) -> None:
+    async def story(made: Server) -> None:
+        visitor = Visitor(made, body={**LONG, "stop": "fox"})
+        await visitor.go()
+        assert json.loads(visitor.text)["choices"][0]["finish_reason"] == "stop"
+        await until(lambda: made.engine.stats().running == 0)
+        assert made.engine.stats().generated_tokens < 100
+
+    run(tmp_path, story, step_seconds=0.002)
+
+
 def test_a_real_connection_that_closes_ends_the_engine_s_request(tmp_path: Path) -> None:
     import http.client
 
