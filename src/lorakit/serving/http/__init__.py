@@ -18,9 +18,9 @@ from lorakit.core.lazy import need
 from lorakit.errors import LorakitError, ServingError
 from lorakit.serving.http.gate import Bounds, Gate
 from lorakit.serving.http.lorax import add_lorax
-from lorakit.serving.http.openai import add_openai
+from lorakit.serving.http.openai import add_models, add_openai
 from lorakit.serving.http.ops import add_ops
-from lorakit.serving.http.owner import add_owner, add_vllm
+from lorakit.serving.http.owner import add_aliases, add_owner, add_vllm
 from lorakit.serving.http.refusals import body, of_faults, refusal
 from lorakit.serving.keys import Keys
 from lorakit.serving.service import Service
@@ -50,7 +50,7 @@ def app(service: Service, keys: Keys | None = None, bounds: Bounds | None = None
 
     made = FastAPI(title="lorakit", version=__version__, redoc_url=None, lifespan=_closing(service))
     _add_errors(made)
-    for add in (add_openai, add_lorax, add_vllm, add_owner, add_ops):
+    for add in (add_openai, add_models, add_lorax, add_vllm, add_owner, add_aliases, add_ops):
         add(made, service)
     made.add_middleware(Gate, keys=keys or Keys(), metrics=service.metrics, bounds=bounds or Bounds())
     return made
@@ -87,6 +87,17 @@ def run(
                             limit_concurrency=most_connections, timeout_keep_alive=15,
                             timeout_graceful_shutdown=30)  # fmt: skip
 
+    try:
+        _server(config, ready).run()
+    except SystemExit as failed:  # how uvicorn says that it cannot listen; its log says why
+        if failed.code:
+            raise ServingError(f"cannot listen at {host}:{port}, which may be taken; choose another port") from None
+
+
+def _server(config: Any, ready: Callable[[int, Callable[[], None]], None] | None) -> Any:
+    """Return uvicorn's server, one that says when it takes connections."""
+    uvicorn = need("uvicorn", "serve")
+
     class Server(uvicorn.Server):  # type: ignore[misc, name-defined]
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
@@ -96,11 +107,7 @@ def run(
         def stop(self) -> None:
             self.should_exit = True
 
-    try:
-        Server(config).run()
-    except SystemExit as failed:  # how uvicorn says that it cannot listen; its log says why
-        if failed.code:
-            raise ServingError(f"cannot listen at {host}:{port}, which may be taken; choose another port") from None
+    return Server(config)
 
 
 def _closing(service: Service) -> Callable[[FastAPI], Any]:

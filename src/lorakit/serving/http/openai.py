@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def add_openai(app: "FastAPI", service: Service) -> None:
-    """Add the routes under /v1 that OpenAI's clients use."""
+    """Add the two routes that ask a model as OpenAI's clients do."""
     from fastapi import Request
     from fastapi.responses import JSONResponse, Response, StreamingResponse
 
@@ -51,6 +51,11 @@ def add_openai(app: "FastAPI", service: Service) -> None:
         answer = await asked(service, _question(body, service, logprobs, most, turns=turns), request, "chatcmpl")
         shape = Shape("chat.completion", answer, body.model, service.prompts, logprobs=body.logprobs)
         return await answered(shape, body, request)
+
+
+def add_models(app: "FastAPI", service: Service) -> None:
+    """Add the routes that list what may be asked."""
+    from fastapi import Request
 
     @app.get("/v1/models", tags=["OpenAI"])
     async def models(request: Request) -> Any:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def add_owner(app: "FastAPI", service: Service) -> None:
-    """Add the routes under /admin."""
+    """Add the routes under /admin, but for those of aliases."""
     registry = service.registry
 
     @app.get("/admin/adapters", tags=["Owner"])
@@ -38,6 +38,17 @@ def add_owner(app: "FastAPI", service: Service) -> None:
         await service.aside(registry.remove, name)
         return {"removed": name}
 
+    @app.post("/admin/drain", tags=["Owner"])
+    async def drain() -> Any:
+        """Take no new request, and finish those that are being answered."""
+        service.drain()
+        return {"draining": True, "open": service.open}
+
+
+def add_aliases(app: "FastAPI", service: Service) -> None:
+    """Add the routes under /admin/aliases."""
+    registry = service.registry
+
     @app.put("/admin/aliases/{alias:path}", tags=["Owner"])
     async def point(alias: str, body: AliasRequest) -> Any:
         """Turn an alias to an adapter, or share it out between several by weight."""
@@ -55,12 +66,6 @@ def add_owner(app: "FastAPI", service: Service) -> None:
     async def rollback(alias: str) -> Any:
         """Turn an alias, or a name, back to its target before this one."""
         return {"alias": alias, "target": await service.aside(registry.rollback, alias)}
-
-    @app.post("/admin/drain", tags=["Owner"])
-    async def drain() -> Any:
-        """Take no new request, and finish those that are being answered."""
-        service.drain()
-        return {"draining": True, "open": service.open}
 
 
 def add_vllm(app: "FastAPI", service: Service) -> None:
