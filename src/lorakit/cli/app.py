@@ -31,6 +31,7 @@ from lorakit.cli.plan import plan
 from lorakit.cli.quantize import quantize
 from lorakit.cli.quickstart import quickstart
 from lorakit.cli.screen import print_error
+from lorakit.cli.serve import serve
 from lorakit.cli.train import train
 from lorakit.errors import LorakitError
 
@@ -97,7 +98,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for verb in (quickstart, plan, train, evaluate, generate, inspect, diff, compress, combine, extract, merge, convert,
-             quantize, methods):  # fmt: skip
+             quantize, serve, methods):  # fmt: skip
     app.command()(verb)
 
 

@@ -43,13 +43,13 @@ def prepare(digest: str, state: AdapterState, skeleton: Skeleton, base: Base, pl
 
 
 def _check_servable(state: AdapterState) -> None:
+    if state.purpose is not None and state.purpose.labels:
+        raise SpecError("the adapter is a classifier, which writes no answers; score it: lorakit evaluate")
     if state.trained:
         raise SpecError(
             f"the adapter trained {len(state.trained)} of the base's own tensors, which all requests share:\n"
             f"{listing(sorted(state.trained))}\nmerge it and serve the result as a base: lorakit merge"
         )
-    if state.purpose is not None and state.purpose.labels:
-        raise SpecError("the adapter is a classifier, which writes no answers; score it: lorakit evaluate")
     refused = sorted({u.method.name for u in state.updates if not isinstance(_inner(u.method), LowRank)})
     if refused:
         raise SpecError(

@@ -99,7 +99,7 @@ class Token:
 class End:
     """The last event of every request, however it went.
 
-    `stop`: the model ended its answer; `length`: `max_tokens` or the context was reached; `cancelled`, `deadline`:
+    `stop`: the model ended its answer, whose end-of-sequence token is not among the tokens; `length`: `max_tokens` or the context was reached; `cancelled`, `deadline`:
     nobody waits any more; `error`: `detail` says what failed.
     """
 
@@ -165,7 +165,7 @@ class Engine(Protocol):
         """
 
     def unload(self, digest: str) -> None:
-        """Forget an adapter. Requests that run with it end as they would have."""
+        """Forget an adapter, if it is there. Requests that run with it end as they would have."""
 
     def submit(self, request: Request, sink: Sink) -> None:
         """Queue a request; its tokens and, in every case, one `End` reach `sink`.

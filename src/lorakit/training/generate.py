@@ -61,6 +61,12 @@ def generate(
     return answers
 
 
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end an answer: the tokenizer's, and those the checkpoint names."""
+    own = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
+
+
 def _answer(model: Any, prompts: list[Sequence[int]], settings: Any) -> list[list[int]]:
     width = max(map(len, prompts))
     pad = settings.pad_token_id
@@ -83,14 +89,13 @@ def _numbers(_: Tensor, logits: Tensor) -> Tensor:
 
 def _settings(model: Any, tokenizer: Any, max_new_tokens: int, temperature: float) -> Any:
     """Return settings that name everything, so that no default of the checkpoint (sampling, penalties) slips in."""
-    own = model.generation_config.eos_token_id
-    stops = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    stops = end_tokens(model, tokenizer)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     pad = tokenizer.pad_token_id
     return need("transformers", "train").GenerationConfig(
         max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(stops) or None,
-        pad_token_id=pad if pad is not None else next(iter(stops), 0),
+        eos_token_id=stops or None,
+        pad_token_id=pad if pad is not None else (stops or [0])[0],
         use_cache=True,
         **({"do_sample": False} | sampling),
     )

@@ -1,0 +1,407 @@
+"""How fast does one base serve many adapters, against itself, PEFT, transformers and vLLM on the same processor?
+
+Two random models, s256 (5M parameters) and m768 (49M), with 16 adapters of rank 8 on every linear layer, as files of
+PEFT. Ratios are of runs taken in turn; each figure is the median of the rounds and their range, above 1 where lorakit
+is faster. vLLM runs in a process of its own, given its Python: it needs a torch build of its own.
+
+    decode        a decode step of 16 sequences on the base alone over one with 1, 2, 4 or 16 adapters
+    peft          16 prompts of 16 to 96 tokens, 64 (m768: 32) new ones, one adapter each: PEFT's mixed batch over ours
+    generate      the same prompts on the base alone: transformers' static generate over ours
+    continuous    the same: transformers' continuous batching over ours
+    queue         64 requests of 8 to 64 new tokens on 16 slots: static batches in their order over ours
+    load          a 3 MB adapter loaded beside 16 running sequences, milliseconds
+    vllm          as peft, in vLLM with 16 adapters
+
+Run: python bench/serving.py [--models s256,m768] [--parts decode,peft,...] [--rounds N] [--vllm PYTHON]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_PROC_BIND", "close")  # as `lorakit serve` sets them, for every side
+os.environ.setdefault("OMP_PLACES", "cores")
+
+import torch
+from peft import PeftModel
+from record import RESULTS, record
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lorakit import attach, detach, load, save, state
+from lorakit.core.spec import AdapterSpec
+from lorakit.inject.attach import adapters_named
+from lorakit.methods.lora import LoRA
+from lorakit.serving.bank import Choice
+from lorakit.serving.decoder import Decoder, Piece
+from lorakit.serving.engine import SlotEngine
+from lorakit.serving.requests import End, Event, Request, Sampling
+
+MODELS = {
+    "s256": {"hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 688, "num_attention_heads": 4},
+    "m768": {"hidden_size": 768, "num_hidden_layers": 6, "intermediate_size": 2048, "num_attention_heads": 12},
+}
+NEW = {"s256": 64, "m768": 32}
+VOCABULARY, ROOM, ADAPTERS, RANK = 4096, 512, 16, 8
+PACKAGES = ("torch", "transformers", "peft")
+
+
+def build(name: str, root: Path) -> Path:
+    """Write a random model, a tokenizer of its size and its adapters; return the folder."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**MODELS[name], vocab_size=VOCABULARY, max_position_embeddings=ROOM)).eval()
+    folder = root / name
+    model.save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    for number in range(ADAPTERS):
+        attach(model, AdapterSpec(LoRA(RANK, alpha=16.0)), "made")
+        with torch.no_grad():
+            for adapter in adapters_named(model, "made"):
+                for values in adapter.parameters():
+                    values.normal_(0, 0.02)
+        save(state(model, "made"), folder / f"adapter-{number}")
+        detach(model, "made")
+    return folder
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models
+
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), eos_token="w1")
+
+
+def prompts(count: int = 16, seed: int = 0) -> list[list[int]]:
+    """Return prompts of 16 to 96 tokens."""
+    rng = random.Random(seed)
+    return [rng.choices(range(2, VOCABULARY), k=rng.randint(16, 96)) for _ in range(count)]
+
+
+def base(folder: Path) -> Any:
+    """Return the model."""
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+class Counter:
+    """Counts tokens and ends of one load, and tells the times between the tokens of each request."""
+
+    def __init__(self, requests: int) -> None:
+        self.left, self.done = requests, threading.Event()
+        self.times: dict[str, list[float]] = {}
+
+    def sink(self, name: str) -> Callable[[Event], None]:
+        """Return the sink of one request."""
+        times = self.times.setdefault(name, [])
+
+        def take(event: Event) -> None:
+            if isinstance(event, End):
+                assert event.reason in ("length", "cancelled"), event
+                self.left -= 1
+                if not self.left:
+                    self.done.set()
+            else:
+                times.append(time.perf_counter())
+
+        return take
+
+
+def run(engine: SlotEngine, asked: list[Request]) -> tuple[float, dict[str, list[float]]]:
+    """Return the seconds until every request has its answer, and the times of its tokens."""
+    counter, began = Counter(len(asked)), time.perf_counter()
+    for request in asked:
+        engine.submit(request, counter.sink(request.id))
+    counter.done.wait()
+    return time.perf_counter() - began, counter.times
+
+
+def requests(texts: list[list[int]], new: list[int], adapters: list[str | None]) -> list[Request]:
+    """Return a request a prompt."""
+    return [
+        Request(tuple(ids), adapter, sampling=Sampling(max_tokens=count, ignore_eos=True))
+        for ids, count, adapter in zip(texts, new, adapters, strict=True)
+    ]
+
+
+def static(model: Any, texts: list[list[int]], new: int, names: list[str] | None = None) -> float:
+    """Return the seconds transformers' generate takes for a batch, padded on the left."""
+    width = max(map(len, texts))
+    ids = torch.tensor([[0] * (width - len(t)) + t for t in texts])
+    mask = torch.tensor([[0] * (width - len(t)) + [1] * len(t) for t in texts])
+    given: dict[str, Any] = {} if names is None else {"adapter_names": names}
+    began = time.perf_counter()
+    with torch.inference_mode():
+        made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new,
+                              do_sample=False, pad_token_id=0, **given)  # fmt: skip
+    assert made.shape[1] == width + new
+    return time.perf_counter() - began
+
+
+def continuous(model: Any, texts: list[list[int]], new: int) -> float:
+    """Return the seconds transformers' continuous batching takes, its cache made no larger than it must be."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    settings = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    sizes = ContinuousBatchingConfig(num_blocks=128, max_batch_tokens=512, page_size=32)
+    began = time.perf_counter()
+    made = model.generate_batch(inputs=texts, generation_config=settings, continuous_batching_config=sizes,
+                                progress_bar=False)  # fmt: skip
+    assert all(len(one.generated_tokens) == new for one in made.values())
+    return time.perf_counter() - began
+
+
+def engine(folder: Path, adapters: int = ADAPTERS) -> SlotEngine:
+    """Return our engine with adapters loaded."""
+    made = SlotEngine(base(folder), slots=16)
+    for number in range(adapters):
+        made.load(str(number), folder / f"adapter-{number}")
+    return made
+
+
+def ratios(rounds: int, cases: dict[str, Callable[[], float]], over: str) -> dict[str, Any]:
+    """Run the cases in turn; return the seconds of each, and the median and range of each over `over`."""
+    for run_once in cases.values():
+        run_once()
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for number in range(rounds):
+        for name in list(cases)[:: 1 if number % 2 else -1]:
+            times[name].append(cases[name]())
+    found: dict[str, Any] = {}
+    for name, mine in times.items():
+        each = sorted(a / b for a, b in zip(mine, times[over], strict=True))
+        found[name] = {"seconds": round(statistics.median(mine), 5), "ratio": round(statistics.median(each), 3),
+                       "lowest": round(each[0], 3), "highest": round(each[-1], 3)}  # fmt: skip
+    return found
+
+
+def decode(folder: Path, rounds: int) -> dict[str, Any]:
+    """A decode step with adapters over one without, from the middle of a sequence of 128 tokens on."""
+    decoder = Decoder(base(folder), slots=16)
+    ready = [decoder.prepare(str(i), load(folder / f"adapter-{i}")) for i in range(ADAPTERS)]
+    for one in ready:
+        decoder.bank.hold(one)
+    decoder.step([], [Piece(i, 0, [2 + i] * 64, None, True) for i in range(16)])
+
+    def steps(adapters: int) -> Callable[[], float]:
+        chosen = [Choice(ready[i % adapters]) if adapters else None for i in range(16)]
+
+        def some() -> float:
+            began = time.perf_counter()
+            for at in range(64, 80):
+                decoder.step([(7, at, choice) for choice in chosen])
+            return (time.perf_counter() - began) / 16
+
+        return some
+
+    cases = {f"{n} adapters": steps(n) for n in (0, 1, 2, 4, 16)}
+    found = ratios(rounds, cases, "0 adapters")
+    decoder.close()
+    return {name: {**one, "of base": round(1 / one["ratio"], 3)} for name, one in found.items()}
+
+
+def peft(folder: Path, rounds: int) -> dict[str, Any]:
+    """16 prompts with 16 adapters: PEFT's mixed batch over ours."""
+    texts, new = prompts(), NEW[folder.name]
+    names = [str(i) for i in range(16)]
+    theirs = PeftModel.from_pretrained(base(folder), folder / "adapter-0", adapter_name="0").eval()
+    for number in range(1, ADAPTERS):
+        theirs.load_adapter(folder / f"adapter-{number}", adapter_name=str(number))
+    ours = engine(folder)
+    cases = {
+        "lorakit": lambda: run(ours, requests(texts, [new] * 16, list(names)))[0],
+        "peft": lambda: static(theirs, texts, new, names),
+    }
+    found = ratios(rounds, cases, "lorakit")
+    ours.close()
+    return found
+
+
+def generate(folder: Path, rounds: int) -> dict[str, Any]:
+    """The base alone: transformers' static generate over ours, and ours without packed weights."""
+    texts, new = prompts(), NEW[folder.name]
+    theirs, ours, plain = base(folder), engine(folder, 0), SlotEngine(base(folder), slots=16, packed=False)
+    cases = {
+        "lorakit": lambda: run(ours, requests(texts, [new] * 16, [None] * 16))[0],
+        "lorakit, unpacked": lambda: run(plain, requests(texts, [new] * 16, [None] * 16))[0],
+        "generate": lambda: static(theirs, texts, new),
+    }
+    found = ratios(rounds, cases, "lorakit")
+    ours.close()
+    plain.close()
+    return found
+
+
+def batching(folder: Path, rounds: int) -> dict[str, Any]:
+    """The base alone: transformers' continuous batching over ours."""
+    texts, new = prompts(), NEW[folder.name]
+    theirs, ours = base(folder), engine(folder, 0)
+    cases = {
+        "lorakit": lambda: run(ours, requests(texts, [new] * 16, [None] * 16))[0],
+        "continuous batching": lambda: continuous(theirs, texts, new),
+    }
+    found = ratios(rounds, cases, "lorakit")
+    ours.close()
+    return found
+
+
+def queue(folder: Path, rounds: int) -> dict[str, Any]:
+    """64 requests of different lengths: transformers in batches of 16 as they came, over ours on 16 slots."""
+    texts, rng = prompts(64, 1), random.Random(2)
+    new = [rng.randint(8, 64) for _ in texts]
+    theirs, ours = base(folder), engine(folder)
+
+    def batches() -> float:
+        return sum(static(theirs, texts[i : i + 16], max(new[i : i + 16])) for i in range(0, 64, 16))
+
+    names: list[str | None] = [str(i % ADAPTERS) for i in range(64)]
+    cases = {
+        "lorakit": lambda: run(ours, requests(texts, new, [None] * 64))[0],
+        "lorakit, 16 adapters": lambda: run(ours, requests(texts, new, names))[0],
+        "static batches": batches,
+    }
+    found = ratios(rounds, cases, "lorakit")
+    ours.close()
+    return found
+
+
+def loading(folder: Path, rounds: int) -> dict[str, Any]:
+    """How long an adapter takes to be served beside 16 running sequences, and what they notice."""
+    ours = engine(folder, 15)
+    new = folder / "adapter-15"
+    size = sum(file.stat().st_size for file in new.iterdir())
+    took, beside, before = [], [], []
+    for _ in range(rounds):
+        texts = prompts()
+        counter = Counter(16)
+        for request in requests(texts, [300] * 16, [str(i % 15) for i in range(16)]):
+            ours.submit(request, counter.sink(request.id))
+        while any(len(times) < 40 for times in counter.times.values()):
+            time.sleep(0.01)
+        for _ in range(8):
+            began = time.perf_counter()
+            ours.load("new", new)
+            ended = time.perf_counter()
+            took.append(1e3 * (ended - began))
+            ours.unload("new")
+            time.sleep(0.05)
+            for times in counter.times.values():
+                gaps = [(b, 1e3 * (b - a)) for a, b in pairwise(times[2:])]
+                beside += [gap for at, gap in gaps if began <= at <= ended + gap / 1e3]
+                before += [gap for at, gap in gaps if at < began][-4:]
+        for request in list(counter.times):
+            ours.cancel(request)
+        while ours.stats().running:
+            time.sleep(0.01)
+    ours.close()
+    return {
+        "megabytes": round(size / 1e6, 2),
+        "loads": len(took),
+        "milliseconds": {"p50": _share(took, 0.5), "p95": _share(took, 0.95)},
+        "between tokens, ms": {"p50": _share(before, 0.5), "p95": _share(before, 0.95)},
+        "between tokens during a load, ms": {"p50": _share(beside, 0.5), "p95": _share(beside, 0.95)},
+    }
+
+
+def _share(values: list[float], share: float) -> float:
+    return round(sorted(values)[min(len(values) - 1, int(share * len(values)))], 2)
+
+
+VLLM = """
+import json, os, sys, time
+os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="0-1", VLLM_LOGGING_LEVEL="ERROR")
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+folder, new, texts, rounds, adapters = json.loads(sys.argv[1])
+llm = LLM(folder, dtype="float32", max_model_len=512, enforce_eager=True, enable_lora=bool(adapters), max_loras=16,
+          max_lora_rank=8, max_num_seqs=16, enable_prefix_caching=False, disable_log_stats=True)
+given = [LoRARequest(str(i), i + 1, f"{folder}/adapter-{i}") for i in range(16)] if adapters else None
+ask = SamplingParams(max_tokens=new, min_tokens=new, temperature=0, ignore_eos=True)
+def once():
+    began = time.perf_counter()
+    made = llm.generate([{"prompt_token_ids": t} for t in texts], ask, lora_request=given, use_tqdm=False)
+    assert all(len(one.outputs[0].token_ids) == new for one in made)
+    return time.perf_counter() - began
+once()
+for line in sys.stdin:
+    print("took", once(), flush=True)
+"""
+
+
+def vllm(folder: Path, rounds: int, python: str) -> dict[str, Any]:
+    """16 prompts with 16 adapters, and the base alone: vLLM's own engine in its process over ours."""
+    texts, new = prompts(), NEW[folder.name]
+    ours, plain = engine(folder), engine(folder, 0)
+    names: list[str | None] = [str(i) for i in range(16)]
+    peers = {}
+    for kind, adapters in (("vllm, 16 adapters", 16), ("vllm, base", 0)):
+        given = json.dumps([str(folder), new, texts, rounds, adapters])
+        peers[kind] = subprocess.Popen([python, "-c", VLLM, given], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                       stderr=subprocess.DEVNULL, text=True)  # fmt: skip
+
+    def once(kind: str) -> float:
+        peer = peers[kind]
+        assert peer.stdin is not None
+        assert peer.stdout is not None
+        peer.stdin.write("go\n")
+        peer.stdin.flush()
+        for line in peer.stdout:
+            if line.startswith("took"):
+                return float(line.split()[1])
+        raise SystemExit(f"{kind} ended: {python} -c ... said nothing")
+
+    cases: dict[str, Callable[[], float]] = {
+        "lorakit, 16 adapters": lambda: run(ours, requests(texts, [new] * 16, names))[0],
+        "lorakit, base": lambda: run(plain, requests(texts, [new] * 16, [None] * 16))[0],
+        **{kind: (lambda kind=kind: once(kind)) for kind in peers},  # type: ignore[misc]
+    }
+    found = ratios(rounds, cases, "lorakit, 16 adapters")
+    for peer in peers.values():
+        peer.kill()
+    ours.close()
+    plain.close()
+    return found
+
+
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "decode": decode, "peft": peft, "generate": generate, "continuous": batching, "queue": queue, "load": loading,
+    "vllm": vllm,
+}  # fmt: skip
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    options.add_argument("--models", default=",".join(MODELS))
+    options.add_argument("--parts", default=",".join(PARTS))
+    options.add_argument("--rounds", type=int, default=9)
+    options.add_argument("--vllm", help="the Python of an environment with vllm-cpu; without, that part is left out")
+    options.add_argument("--keep", action="store_true", help="keep what the last run recorded of other parts")
+    given = options.parse_args()
+    file = RESULTS / "serving.json"
+    known = json.loads(file.read_text())["results"] if given.keep and file.exists() else {}
+    with tempfile.TemporaryDirectory() as root:
+        for name in given.models.split(","):
+            folder = build(name, Path(root))
+            for part in given.parts.split(","):
+                if part == "vllm" and given.vllm is None:
+                    continue
+                extra = (given.vllm,) if part == "vllm" else ()
+                found = PARTS[part](folder, given.rounds, *extra)
+                print(name, part, json.dumps(found), flush=True)
+                known.setdefault(name, {})[part] = found
+                record("serving", (__doc__ or "").splitlines()[0], PACKAGES, threads=torch.get_num_threads(),
+                       rank=RANK, adapters=ADAPTERS, results=known)  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""`lorakit serve`: one base and many adapters behind OpenAI's API, each request with the adapter it names."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorakit.cli.screen import print_json, screen, size, table
+from lorakit.cli.sources import BASE_HELP, SOURCE_HELP, Source, adapter_in, find
+from lorakit.errors import RecipeError, ServingError
+
+if TYPE_CHECKING:
+    from lorakit.cli.screen import Screen
+    from lorakit.serving.keys import Keys
+    from lorakit.serving.service import Service
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def serve(
+    source: Annotated[str, typer.Argument(help=SOURCE_HELP)],
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A folder of adapters, each served under its own folder's name; may be given more than once."
+        ),
+    ] = None,
+    base: Annotated[str | None, typer.Option(help=BASE_HELP)] = None,
+    host: Annotated[
+        str, typer.Option(help="The address to listen at; others than this machine's own ask for --keys.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen at; 0 takes a free one.")] = 8000,
+    keys: Annotated[
+        str | None, typer.Option(help="A file of API keys; without it everybody who reaches us may ask.")
+    ] = None,
+    new_key: Annotated[
+        str | None, typer.Option(help="Make a key of this name, add it to --keys, print its secret, and end.")
+    ] = None,
+    scopes: Annotated[str, typer.Option(help="What the new key may do: infer, admin, metrics.")] = "infer",
+    store: Annotated[
+        str | None, typer.Option(help="Where adapters, names and ratings are kept; by default in ~/.cache/lorakit.")
+    ] = None,
+    slots: Annotated[int, typer.Option(min=1, help="Answers that are written at once.")] = 16,
+    context: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a prompt and its answer; the model's own, at most 4096.")
+    ] = None,
+    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait for a slot; more get 429.")] = 256,
+    memory: Annotated[str, typer.Option(help="What the adapters in memory may take, as 512MB or 4GB.")] = "1GB",
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds an answer may take, the wait included.")] = 600.0,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object when it is ready.")] = False,
+) -> None:
+    """Serve a base and many adapters behind OpenAI's API."""
+    if new_key is not None:
+        _make_key(new_key, scopes, keys)
+        return
+    _bind_threads()
+    with screen(False) as out:
+        known = _keys(keys)
+        found = find(source, base)
+        if found.labels:
+            raise RecipeError(f"{source} is a classifier, which writes no answers; score it: lorakit evaluate {source}")
+        room = _bytes(memory)
+        place = Path(store) if store is not None else _home(found.base)
+        out.note(f"loading {found.base} ...")
+        service = _service(found, source, place, [Path(folder) for folder in adapters or ()], room, timeout,
+                           {"slots": slots, "context": context, "queue": queue}, dtype)  # fmt: skip
+        try:
+            _listen(service, known, host, port, out, json)
+        finally:
+            service.engine.close()
+
+
+def _listen(service: Service, known: Keys | None, host: str, port: int, out: Screen, as_json: bool) -> None:
+    from lorakit.serving.http import app, run
+
+    def ready(port: int, stop: Any) -> None:
+        service.warm = True
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        if as_json:
+            print_json({"url": url, "models": [model.id for model in service.registry.models()]})
+        else:
+            _announce(service, url, out)
+
+    run(app(service, known), host=host, port=port, keys=known, ready=ready)
+
+
+def _service(
+    found: Source, source: str, place: Path, folders: list[Path], memory: int, timeout: float,
+    shape: dict[str, Any], dtype: str,
+) -> Service:  # fmt: skip
+    from lorakit.serving.engine import SlotEngine
+    from lorakit.serving.feedback import Feedback
+    from lorakit.serving.metrics import Metrics
+    from lorakit.serving.names import Names
+    from lorakit.serving.registry import Registry
+    from lorakit.serving.service import Service
+    from lorakit.serving.store import Store
+    from lorakit.training.generate import end_tokens
+
+    kept = Store(place)
+    names = Names(place / "names.json", _names(found.base))
+    model, tokenizer = found.load_base(dtype)
+    engine = SlotEngine(model, stops=end_tokens(model, tokenizer), **shape)
+    own = [adapter_in(source)] if found.state is not None else []
+    try:
+        registry = Registry(engine, kept, names, memory=memory, roots=[*folders, *own])
+        for folder in folders:
+            registry.scan(folder)
+        for adapter in own:
+            registry.add(_name(Path(source)), adapter, replace=True)
+        metrics = Metrics()
+        metrics.watch(engine, registry.usage)
+        return Service(engine, registry, tokenizer, metrics=metrics, feedback=Feedback(place / "feedback.sqlite"),
+                       timeout=timeout)  # fmt: skip
+    except BaseException:
+        engine.close()
+        raise
+
+
+def _announce(service: Service, url: str, out: Screen) -> None:
+    limits, models = service.engine.limits, service.registry.models()
+    rows = [(m.id, "the base" if m.parent is None else (m.digest or "several")[:12]) for m in models]
+    shown = rows[:20] + [(f"... and {len(rows) - 20} more", "")] * (len(rows) > 20)
+    out.show(table("", "model", "adapter", rows=shown))
+    out.say(
+        f"{limits.slots} answers at once, up to {limits.context:,} tokens each; adapters may take "
+        f"{size(service.registry.usage().memory)}",
+        f"listening at {url}/v1 (OpenAI's API), {url}/docs (every route); Ctrl-C ends it",
+        f"try: curl {url}/v1/completions -H 'content-type: application/json' "
+        f'-d \'{{"model": "{rows[-1][0]}", "prompt": "Once upon a time", "max_tokens": 40}}\'',
+    )
+
+
+def _make_key(name: str, scopes: str, file: str | None) -> None:
+    """Print a new secret once, and add its hash to the file of keys."""
+    from lorakit.serving.keys import add_key
+
+    if file is None:
+        raise RecipeError("--new-key adds to a file of keys; name it: --keys keys.json")
+    secret = add_key(Path(file), name, [scope.strip() for scope in scopes.split(",")])  # type: ignore[misc]
+    print(f"added {name} to {file}; its secret, which is kept nowhere else:", file=sys.stderr)
+    print(secret)
+
+
+def _keys(file: str | None) -> Keys | None:
+    from lorakit.serving.keys import load_keys
+
+    return None if file is None else load_keys(Path(file))
+
+
+def _bind_threads() -> None:
+    """Keep each of OpenMP's threads on its core: woken elsewhere after a pause, each parallel call waits longer."""
+    if "torch" not in sys.modules:
+        os.environ.setdefault("OMP_PROC_BIND", "close")
+        os.environ.setdefault("OMP_PLACES", "cores")
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)?\s*", text, re.IGNORECASE)
+    if found is None:
+        raise ServingError(f"--memory is {text!r}; give bytes, or an amount such as 512MB or 4GB")
+    return int(float(found[1]) * _UNITS[(found[2] or "").upper()])
+
+
+def _names(base: str) -> tuple[str, ...]:
+    """Return what the base may be called: as it was given where that is a name, and by its last part."""
+    last = _name(Path(base))
+    return (last,) if Path(base).is_dir() or last == base else (base, last)
+
+
+def _name(place: Path) -> str:
+    """Return a folder's name as a model's name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", place.resolve().name).strip("-._") or "base"
+
+
+def _home(base: str) -> Path:
+    """Return where a base's adapters are kept between two runs of the server."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", str(Path(base).resolve()) if Path(base).is_dir() else base).strip("-")
+    return root / "lorakit" / "serve" / name
