@@ -214,4 +214,4 @@ def test_an_open_server_listens_to_its_own_machine_alone(made: Server) -> None:
 
     for given in (None, Keys()):
         with pytest.raises(ServingError, match="listen at 127.0.0.1, or give a file of keys"):
-            run(app(made.service), host="0.0.0.0", keys=given)
+            run(app(made.service, given), host="0.0.0.0", keys=given)

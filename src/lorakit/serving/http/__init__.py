@@ -52,7 +52,8 @@ def app(service: Service, keys: Keys | None = None, bounds: Bounds | None = None
     _add_errors(made)
     for add in (add_openai, add_models, add_lorax, add_vllm, add_owner, add_aliases, add_ops):
         add(made, service)
-    made.add_middleware(Gate, keys=keys or Keys(), metrics=service.metrics, bounds=bounds or Bounds())
+    made.state.keys = keys if keys is not None else Keys()
+    made.add_middleware(Gate, keys=made.state.keys, metrics=service.metrics, bounds=bounds or Bounds())
     return made
 
 
@@ -68,17 +69,18 @@ def run(
     """Listen until the process is told to end, then finish the answers under way.
 
     Args:
-        application: from `app`, with the same keys.
+        application: from `app`.
         host: the address to listen at.
         port: 0 takes a free one.
-        keys: who may ask; without, no address but this machine's own is taken.
+        keys: those of the application; where it has none, no address but this machine's own is taken.
         most_connections: more get 503 at once.
         ready: called once connections are taken, with the port and a function that ends it all from any thread.
 
     Raises:
         ServingError: an address that others reach, without keys, or one that cannot be listened at.
     """
-    if host not in _HERE and (keys is None or keys.open):
+    assert keys is None or keys is application.state.keys, "the application was made with other keys"
+    if host not in _HERE and application.state.keys.open:
         raise ServingError(
             f"{host} can be reached by others and no keys were given; listen at 127.0.0.1, or give a file of keys"
         )
