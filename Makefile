@@ -20,7 +20,7 @@ check: ## lint, format and types
 	@scripts/check
 
 bench: ## answer every question in bench/; takes long
-	@scripts/setup dev train report
+	@scripts/setup dev train report serve
 	@set -e; for file in bench/*.py; do \
 	    head -n 1 "$$file" | grep -q '?$$' || continue; echo "bench: $$file"; .venv/bin/python "$$file"; done
 
