@@ -85,7 +85,11 @@ def test_every_low_rank_method_is_served_among_others(family: str, name: str) ->
 
 
 @pytest.mark.parametrize("choices", [[0, 0, 0], [0, 1, 0], [0, None, 0], [None, None, None]])
-def test_few_adapters_take_the_ways_of_their_own(choices: list[int | None]) -> None:
+@pytest.mark.parametrize("room", [0, 1 << 30])
+def test_whether_factors_stand_by_row_or_are_gathered_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, choices: list[int | None], room: int
+) -> None:
+    monkeypatch.setattr("lorakit.serving.bank.RESIDENT", room)
     model = made("llama")
     states = [adapter(model, EVERYWHERE), adapter(model, SPECS["dora"])]
     check(model, [None if c is None else states[c] for c in choices], [1.0] * 3)

@@ -25,9 +25,6 @@ from lorakit.kernels import grouped, prepacked
 KINDS = frozenset({"linear", "transposed-linear", "embedding"})
 RESIDENT = 512 << 20
 """Bytes the rows of all layers may take together; above, sequences are gathered adapter by adapter instead."""
-FEW = 2
-"""Up to this many adapters among the decoded sequences are gathered one by one, which is then faster than by row."""
-
 
 class Pair(NamedTuple):
     """What an adapter adds at one layer: `y + x down up`, `down (in, r)`, `up (r, out)`, every scale folded in.
@@ -288,7 +285,7 @@ class Bank:
         """
         n, groups = len(decoded), _gather(decoded, self._device)
         spans = [Span(0, n, groups[0][1])] if len(groups) == 1 and None not in decoded else []
-        by_row = self._rows and len(groups) > FEW
+        by_row = self._rows and bool(groups) and not spans
         if by_row:
             self._seat(decoded)
         rank = max((choice.adapter.rank for _, choice in groups), default=0)
