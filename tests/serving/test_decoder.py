@@ -23,7 +23,7 @@ from lorakit.methods.ia3 import IA3
 from lorakit.methods.loha import LoHa
 from lorakit.methods.lora import LoRA
 from lorakit.methods.vera import VeRA
-from lorakit.serving.bank import Choice
+from lorakit.serving.place import Choice
 from lorakit.serving.decoder import Decoder, Piece
 from tests.serving.models import FAMILIES, VOCABULARY, adapter, logits_alone, made
 from tests.tolerances import assert_close

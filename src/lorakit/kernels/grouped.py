@@ -10,7 +10,7 @@ product is in the factors' dtype, fp32, whatever the base's: a sum in bf16 would
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -57,6 +57,28 @@ def scattered(
     """Add `scale x_i down up` to the rows `at` of `y`, in place."""
     thin = x.index_select(0, at).to(down.dtype) @ down
     y.index_add_(0, at, torch.mm(thin, up).to(y.dtype), alpha=scale)
+
+
+def all_rows(down: Float[Tensor, "n inputs r"], up: Float[Tensor, "n r outputs"]) -> Callable[[Tensor, Tensor], None]:
+    """Return `rows` for calls `(x (..., inputs), y (..., outputs))` of n rows in the factors' dtype."""
+    n, inputs, outputs = down.shape[0], down.shape[1], up.shape[2]
+
+    def add(x: Tensor, y: Tensor) -> None:
+        y.view(n, 1, outputs).baddbmm_(torch.bmm(x.reshape(n, 1, inputs), down), up)
+
+    return add
+
+
+def whole_span(
+    down: Float[Tensor, "inputs r"], up: Float[Tensor, "r outputs"], scale: float
+) -> Callable[[Tensor, Tensor], None]:
+    """Return `span` for calls `(x (..., inputs), y (..., outputs))` in the factors' dtype."""
+    inputs, outputs = down.shape[0], up.shape[1]
+
+    def add(x: Tensor, y: Tensor) -> None:
+        y.view(-1, outputs).addmm_(x.reshape(-1, inputs) @ down, up, alpha=scale)
+
+    return add
 
 
 def each_row(

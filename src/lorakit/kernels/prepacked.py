@@ -8,12 +8,16 @@ are missing, refuse or differ; `unpacked` gives back the very weight.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 FEWEST = 1 << 15
 """Weights of fewer values are as fast unpacked, or faster."""
+_linear: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
+"""One overload by itself, so that no call has to choose among them."""
 
 
 @torch.no_grad()
@@ -27,7 +31,7 @@ def pack(weight: Tensor) -> Tensor | None:
         size = F.linear(x.abs(), weight.abs()).max().item()
         near = (product(x, packed, None) - F.linear(x, weight)).abs().max().item()
         same = bool((packed.to_dense() == weight).all())
-    except (RuntimeError, AttributeError):
+    except (RuntimeError, AttributeError, TypeError):
         return None
     rounding = 1e-5 if weight.dtype == torch.float32 else 2e-2
     return packed if same and near <= rounding * size else None
@@ -35,7 +39,7 @@ def pack(weight: Tensor) -> Tensor | None:
 
 def product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """Return `x W^T + b`, as `F.linear`, with W as `pack` gave it."""
-    made: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    made: Tensor = _linear(x, packed, bias, "none", [], "")
     return made
 
 

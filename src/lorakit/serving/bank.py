@@ -1,220 +1,27 @@
 """Many adapters on one base, chosen token by token as data: no attach, no detach, no copy of the base.
 
-`Bank(model)` puts `Banked` in front of every layer an update may sit on. An adapter is prepared once, off the engine's
-thread, into pairs `(down, up)` per layer; a step then only says which tokens are whose. What all decoded sequences
-share is one product, what differs stands side by side in memory, row by row (kernels/grouped.py).
+`Bank(model)` makes a `Place` of every layer an update may sit on. An adapter is prepared once, off the engine's thread,
+into pairs `(down, up)` per layer; a step then only says which tokens are whose. What all decoded sequences share is one
+product, what differs stands side by side in memory, row by row (kernels/grouped.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import NamedTuple, cast
+from collections.abc import Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.core.fronts import Front, put_in_front, take_from_front
-from lorakit.core.registry import host_at
+from lorakit.core.fronts import put_in_front, take_from_front
 from lorakit.core.site import Site
-from lorakit.errors import ServingError
-from lorakit.kernels import grouped, prepacked
+from lorakit.kernels import prepacked
+from lorakit.serving.place import Banked, Choice, Place, Prepared, Route, Span
 
 KINDS = frozenset({"linear", "transposed-linear", "embedding"})
 RESIDENT = 512 << 20
 """Bytes the rows of all layers may take together; above, sequences are gathered adapter by adapter instead."""
-
-class Pair(NamedTuple):
-    """What an adapter adds at one layer: `y + x down up`, `down (in, r)`, `up (r, out)`, every scale folded in.
-
-    With `stretch (out,)`, g - 1 of DoRA, `y + stretch y0 + x down up` and `up` has g folded in; y0 is y without bias.
-    """
-
-    down: Tensor
-    up: Tensor
-    stretch: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """An adapter as the bank serves it: a pair for each layer, by path."""
-
-    digest: str
-    pairs: Mapping[str, Pair]
-
-    @cached_property
-    def rank(self) -> int:
-        """Return the highest rank at a layer whose factors can stand by row."""
-        return max((pair.down.shape[1] for pair in self.pairs.values()), default=0)
-
-    @cached_property
-    def stretched(self) -> bool:
-        """Return whether a layer's output is stretched."""
-        return any(pair.stretch is not None for pair in self.pairs.values())
-
-    @cached_property
-    def bytes(self) -> int:
-        """Return what its tensors take."""
-        return sum(t.numel() * t.element_size() for pair in self.pairs.values() for t in pair if t is not None)
-
-
-class Choice(NamedTuple):
-    """Which adapter acts on a sequence, and how strongly."""
-
-    adapter: Prepared
-    scale: float = 1.0
-
-
 _STALE = Choice(Prepared("", {}))
 """Whose factors are in a row that must be written before it is used."""
-
-
-class Span(NamedTuple):
-    """Neighbouring tokens of one choice."""
-
-    start: int
-    stop: int
-    choice: Choice
-
-
-@dataclass(frozen=True)
-class Route:
-    """Which tokens of a step are whose: the first `rows` by row, up to `rank`, some gathered, the rest in spans."""
-
-    tokens: int
-    rows: int = 0
-    rank: int = 0
-    gathered: tuple[tuple[Tensor, Choice], ...] = ()
-    spans: tuple[Span, ...] = ()
-
-
-class Banked(Front):
-    """Mixin in front of a layer's class: its own output, then what the adapters of the step add."""
-
-    renames = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the output with each token's own adapter."""
-        place: Place = self.__dict__["banked"]
-        y = super().forward(x) if place.packed is None else place.product(x)  # type: ignore[misc]
-        if place.route is not None and place.used:
-            place.add(x, y)
-        return cast(Tensor, y)
-
-
-@dataclass(eq=False)
-class Place:
-    """One layer of the bank."""
-
-    site: Site
-    module: nn.Module
-    head: bool
-    packed: Tensor | None = None
-    bias: Tensor | None = None
-    used: int = 0
-    """How many of the adapters in memory have a pair here."""
-    route: Route | None = None
-    whole: bool = True
-    """Whether the layer sees every token of a step, in order; a layer of a routed expert does not."""
-    down: Tensor = field(default_factory=lambda: torch.empty(0, 0, 0))
-    up: Tensor = field(default_factory=lambda: torch.empty(0, 0, 0))
-    stretch: Tensor | None = None
-
-    @property
-    def like(self) -> Tensor:
-        """Return an empty tensor where the layer is, in the dtype adapters multiply in: fp32, or a wider base's."""
-        own = next(iter(self.module.parameters()))
-        wide = torch.promote_types(own.dtype, torch.float32) if own.is_floating_point() else torch.float32
-        return own.new_empty(0, dtype=wide)
-
-    def product(self, x: Tensor) -> Tensor:
-        """Return the layer's own output from its packed weight."""
-        assert self.packed is not None
-        return prepacked.product(x, self.packed, self.bias)
-
-    @torch.no_grad()
-    def weight(self) -> Tensor:
-        """Return the layer's weight in canonical layout, also where only the packed one is left."""
-        if self.packed is not None:
-            return prepacked.unpacked(self.packed)
-        return host_at(self.site, self.module).store.read(self.module).detach()
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add what each token's adapter adds, in place."""
-        route = self.route
-        assert route is not None
-        flat = y.view(-1, y.shape[-1])
-        if flat.shape[0] != route.tokens:
-            raise ServingError(
-                f"{self.site.path} saw {flat.shape[0]} of {route.tokens} tokens, so none knows its adapter"
-            )
-        given = x.reshape(-1) if self.site.kind == "embedding" else x.reshape(-1, x.shape[-1])
-        if route.rows:
-            self._rows(given[: route.rows], flat[: route.rows], route.rank)
-        for at, choice in route.gathered:
-            if (pair := choice.adapter.pairs.get(self.site.path)) is not None:
-                self._gathered(given, flat, at, pair, choice.scale)
-        for start, stop, choice in route.spans:
-            if (pair := choice.adapter.pairs.get(self.site.path)) is not None:
-                self._span(given[start:stop], flat[start:stop], pair, choice.scale)
-
-    def seat(self, row: int, choice: Choice | None) -> None:
-        """Write a row's own factors into the rows; zeros where nothing acts."""
-        pair = None if choice is None else choice.adapter.pairs.get(self.site.path)
-        rank = 0 if pair is None else pair.down.shape[1]
-        self.down[row, :, rank:] = 0
-        self.up[row, rank:] = 0
-        if self.stretch is not None:
-            self.stretch[row] = 0
-        if pair is not None and choice is not None:
-            self.down[row, :, :rank] = pair.down
-            torch.mul(pair.up, choice.scale, out=self.up[row, :rank])
-            if pair.stretch is not None and self.stretch is not None:
-                torch.mul(pair.stretch, choice.scale, out=self.stretch[row])
-
-    def make_rows(self, count: int, rank: int, stretched: bool) -> None:
-        """Make room for `count` rows of up to `rank`."""
-        like = self.like
-        self.down = like.new_zeros(count, self.site.in_, rank)
-        self.up = like.new_zeros(count, rank, self.site.height)
-        self.stretch = like.new_zeros(count, self.site.height) if stretched else None
-
-    def _rows(self, x: Tensor, y: Tensor, rank: int) -> None:
-        n = y.shape[0]
-        if self.stretch is not None:
-            self._stretch(y, self.stretch[:n])
-        grouped.rows(y, x, self.down[:n, :, :rank], self.up[:n, :rank])
-
-    def _span(self, x: Tensor, y: Tensor, pair: Pair, scale: float) -> None:
-        if pair.stretch is not None:
-            self._stretch(y, scale * pair.stretch)
-        if self.site.kind == "embedding":
-            y += (self._looked_up(x, pair) @ pair.up).mul_(scale).to(y.dtype)
-        else:
-            grouped.span(y, x, pair.down, pair.up, scale)
-
-    def _gathered(self, x: Tensor, y: Tensor, at: Tensor, pair: Pair, scale: float) -> None:
-        if pair.stretch is not None:
-            y[at] += (scale * pair.stretch * self._unbiased(y[at])).to(y.dtype)
-        if self.site.kind == "embedding":
-            y[at] += (self._looked_up(x[at], pair) @ pair.up).mul_(scale).to(y.dtype)
-        else:
-            grouped.scattered(y, x, at, pair.down, pair.up, scale)
-
-    def _stretch(self, y: Tensor, by: Tensor) -> None:
-        y += (by * self._unbiased(y)).to(y.dtype)
-
-    def _unbiased(self, y: Tensor) -> Tensor:
-        bias = self.module._parameters.get("bias")
-        wide = y.to(torch.promote_types(y.dtype, torch.float32))
-        return wide if bias is None else wide - bias
-
-    def _looked_up(self, ids: Tensor, pair: Pair) -> Tensor:
-        found = F.embedding(ids, pair.down)
-        scale = getattr(self.module, "embed_scale", None)
-        return found if scale is None else found * scale
 
 
 class Bank:
@@ -233,6 +40,7 @@ class Bank:
         self._held: list[Prepared] = []
         self._seated: list[Choice | None] = [_STALE] * rows
         self._made, self._rows = (0, False), False
+        self._begun: tuple[Choice | None, ...] | None = None
 
     def close(self) -> None:
         """Give the layers their classes and weights back."""
@@ -264,15 +72,11 @@ class Bank:
     def hold(self, adapter: Prepared) -> None:
         """Take an adapter in, before its first step."""
         self._held.append(adapter)
-        for path in adapter.pairs:
-            self.places[path].used += 1
         self._fit()
 
     def drop(self, adapter: Prepared) -> None:
         """Let an adapter go, after its last step."""
         self._held.remove(adapter)
-        for path in adapter.pairs:
-            self.places[path].used -= 1
         self._seated = [c if c is None or c.adapter is not adapter else _STALE for c in self._seated]
         self._fit()
 
@@ -283,6 +87,9 @@ class Bank:
             decoded: the choice of each decoded sequence, in the order of its tokens.
             pieces: `(tokens, choice, ends)` of each piece of a prompt; the head sees the last token where it ends.
         """
+        if not pieces and tuple(decoded) == self._begun:
+            return
+        self._begun = None if pieces else tuple(decoded)
         n, groups = len(decoded), _gather(decoded, self._device)
         spans = [Span(0, n, groups[0][1])] if len(groups) == 1 and None not in decoded else []
         by_row = self._rows and bool(groups) and not spans
@@ -297,15 +104,12 @@ class Bank:
                 spans.append(Span(at, at + tokens, choice))
                 ends += [Span(head, head + 1, choice)] * last
             at, head = at + tokens, head + last
-        routes: tuple[Route | None, ...] = (None, None, None)
-        if groups or spans:
-            routes = (
-                Route(at, *rows, _merged(spans)),
-                Route(head, *rows, _merged(ends)),
-                Route(at, *looked_up, _merged(spans)),
-            )
+        choices = frozenset([*(choice for _, choice in groups), *(span.choice for span in spans)])
+        body = Route(at, *rows, _merged(spans), choices) if choices else None
+        last_of_each = Route(head, *rows, _merged(ends), choices) if choices else None
+        embedding = Route(at, *looked_up, _merged(spans), choices) if choices else None
         for place in self.places.values():
-            place.route = routes[1 if place.head else 2 if place.site.kind == "embedding" else 0]
+            place.take(last_of_each if place.head else embedding if place.site.kind == "embedding" else body)
 
     def _seat(self, decoded: Sequence[Choice | None]) -> None:
         for row, choice in enumerate(decoded):
@@ -320,6 +124,7 @@ class Bank:
 
     def _fit(self) -> None:
         """Make rows as wide as the highest rank that is held."""
+        self._begun = None
         rank = max((adapter.rank for adapter in self._held), default=0)
         stretched = any(adapter.stretched for adapter in self._held)
         if (rank, stretched) == self._made:

@@ -19,7 +19,8 @@ from lorakit.errors import AttachError
 from lorakit.inject.attach import base_of
 from lorakit.inject.sites import sites
 from lorakit.inject.skeleton import size_of
-from lorakit.serving.bank import Bank, Choice, Prepared
+from lorakit.serving.bank import Bank
+from lorakit.serving.place import Choice, Prepared
 from lorakit.serving.preparation import prepare
 from lorakit.serving.slots import Slots, Step
 
@@ -121,6 +122,10 @@ class Decoder:
         finally:
             for hook in watching:
                 hook.remove()
+        config = self.model.config.get_text_config()
+        sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+        if sliding and getattr(config, "sliding_window", None) and not self.slots.windows:
+            raise AttachError(f"{type(self.model).__name__} has a window of its own, which its attention does not tell")
         at = [third - 1, 2 * third - 1, *range(2 * third, len(probe))]
         apart = (torch.cat(found) - wanted[at]).abs().max().item() / wanted.abs().max().item()
         if not apart <= NEAR.get(self.model.dtype, 5e-2):

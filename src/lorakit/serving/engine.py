@@ -19,9 +19,9 @@ from typing import Any
 
 from lorakit.errors import BusyError, RequestError, UnknownAdapterError
 from lorakit.persist import load
-from lorakit.serving.bank import Choice, Prepared
 from lorakit.serving.decoder import Decoder, Piece
 from lorakit.serving.fair_queue import FairQueue
+from lorakit.serving.place import Choice, Prepared
 from lorakit.serving.requests import End, Event, Limits, Loaded, Reason, Request, Sink, Stats, check_request
 from lorakit.serving.sampling import Draw, choose
 

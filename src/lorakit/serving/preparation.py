@@ -16,7 +16,8 @@ from lorakit.core.site import Skeleton
 from lorakit.core.state import AdapterState, Base, Update, check_tensors, trim
 from lorakit.errors import AdapterFileError, SpecError, grouped, listing
 from lorakit.inject.attach import check_base, fitted
-from lorakit.serving.bank import KINDS, Pair, Place, Prepared
+from lorakit.serving.bank import KINDS
+from lorakit.serving.place import Pair, Place, Prepared
 
 
 @torch.no_grad()

@@ -99,8 +99,8 @@ class Token:
 class End:
     """The last event of every request, however it went.
 
-    `stop`: the model ended its answer, whose end-of-sequence token is not among the tokens; `length`: `max_tokens` or the context was reached; `cancelled`, `deadline`:
-    nobody waits any more; `error`: `detail` says what failed.
+    `stop`: the model ended its answer, whose end-of-sequence token is not among the tokens; `length`: `max_tokens` or
+    the context was reached; `cancelled`, `deadline`: nobody waits any more; `error`: `detail` says what failed.
     """
 
     reason: Reason

@@ -59,7 +59,8 @@ class Step:
 class Slots:
     """The keys and values of `count` sequences of up to `context` positions.
 
-    Memory is asked for when a layer is first called, and a CPU gives it page by page as positions are written.
+    A position's heads lie side by side, so that a step writes one run of memory and reads neighbouring ones. Memory is
+    asked for when a layer is first called, and a CPU gives it page by page as positions are written.
     """
 
     def __init__(self, count: int, context: int) -> None:
@@ -67,7 +68,7 @@ class Slots:
         self.step: Step | None = None
         self.windows: set[int] = set()
         self._held: dict[int, tuple[Tensor, Tensor]] = {}
-        self._seen: Tensor | None = None
+        self._seen: dict[int | None, Tensor] = {}
 
     @property
     def bytes(self) -> int:
@@ -76,14 +77,14 @@ class Slots:
 
     def begin(self, step: Step) -> None:
         """Take a step, which the layers then read."""
-        self.step, self._seen = step, None
+        self.step, self._seen = step, {}
 
     @torch.inference_mode()
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one slot into another."""
         for pair in self._held.values():
             for held in pair:
-                held[target, :, :length] = held[source, :, :length]
+                held[target, :length] = held[source, :length]
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None,
@@ -95,33 +96,32 @@ class Slots:
         if unknown := {name for name, given in rest.items() if given is not None} - KNOWN:
             raise AttachError(f"{type(module).__name__} asks its attention for {', '.join(sorted(unknown))}")
         keys, values = self._of(module, key, value)
-        keys[step.slots, :, step.positions] = key[0].transpose(0, 1)
-        values[step.slots, :, step.positions] = value[0].transpose(0, 1)
+        keys[step.slots, step.positions] = key[0].transpose(0, 1)
+        values[step.slots, step.positions] = value[0].transpose(0, 1)
         if sliding_window is not None:
             self.windows.add(sliding_window)
-        out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
-        n = step.decoding
+        n, found = step.decoding, []
         if n:
-            longest, seen = self._visible(sliding_window)
-            out[:n] = _decoded(query[0, :, :n], keys[:n, :, :longest], values[:n, :, :longest], seen, scaling, softcap)
-        for piece in step.pieces:
-            out[piece.start : piece.stop] = _read(
-                query[:, :, piece.start : piece.stop], keys[piece.slot, :, : piece.offset + piece.stop - piece.start],
-                values[piece.slot, :, : piece.offset + piece.stop - piece.start], scaling, sliding_window, softcap,
-            )  # fmt: skip
-        return out.unsqueeze(0), None
+            longest, seen = self._visible(sliding_window, query.dtype)
+            found.append(_decoded(query[0, :, :n], keys[:n, :longest], values[:n, :longest], seen, scaling, softcap))
+        for slot, start, stop, offset in step.pieces:
+            end = offset + stop - start
+            found.append(
+                _read(query[:, :, start:stop], keys[slot, :end], values[slot, :end], scaling, sliding_window, softcap)
+            )
+        return (found[0] if len(found) == 1 else torch.cat(found)).unsqueeze(0), None
 
-    def _visible(self, window: int | None) -> tuple[int, Tensor]:
-        """Return the longest sequence's length and which positions each decoded token sees, `(n, 1, 1, length)`."""
+    def _visible(self, window: int | None, dtype: torch.dtype) -> tuple[int, Tensor]:
+        """Return the longest sequence's length, and 0 where a decoded token sees a position and -inf elsewhere."""
         assert self.step is not None
-        positions = self.step.positions[: self.step.decoding]
-        if self._seen is None:
-            longest = int(positions.max()) + 1
-            self._seen = torch.arange(longest, device=positions.device) <= positions[:, None]
-        seen = self._seen
-        if window is not None:
-            seen = seen & (torch.arange(seen.shape[1], device=positions.device) > (positions - window)[:, None])
-        return seen.shape[1], seen[:, None, None]
+        if window not in self._seen:
+            own = self.step.positions[: self.step.decoding, None]
+            other = torch.arange(int(own.max()) + 1, device=own.device)
+            seen = other <= own if window is None else (other <= own) & (other > own - window)
+            hidden = torch.zeros(seen.shape, dtype=dtype, device=own.device).masked_fill_(~seen, -torch.inf)
+            self._seen[window] = hidden[:, None, None]
+        found = self._seen[window]
+        return found.shape[-1], found
 
     def _of(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         layer = getattr(module, "layer_idx", None)
@@ -129,8 +129,8 @@ class Slots:
             raise AttachError(f"{type(module).__name__} does not say which layer it is")
         if layer not in self._held:
             self._held[layer] = (
-                key.new_zeros(self.count, key.shape[1], self.context, key.shape[3]),
-                value.new_zeros(self.count, value.shape[1], self.context, value.shape[3]),
+                key.new_zeros(self.count, self.context, key.shape[1], key.shape[3]),
+                value.new_zeros(self.count, self.context, value.shape[1], value.shape[3]),
             )
         return self._held[layer]
 
@@ -138,22 +138,24 @@ class Slots:
 def _decoded(
     query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scaling: float | None, softcap: float | None
 ) -> Tensor:
-    """Return the attention of one token a sequence: `query (heads, n, d)`, `keys (n, kv heads, length, d)`.
+    """Return the attention of one token a sequence: `query (heads, n, d)`, `keys (n, length, kv heads, d)`.
 
     Heads that share a key stand where the positions of a query stand, so nothing is repeated.
     """
-    n, shared = keys.shape[0], keys.shape[1]
+    n, shared = keys.shape[0], keys.shape[2]
     grouped = query.transpose(0, 1).reshape(n, shared, -1, query.shape[-1])
-    return _attention(grouped, keys, values, seen, scaling, softcap).reshape(n, -1, values.shape[-1])
+    found = _attention(grouped, keys.transpose(1, 2), values.transpose(1, 2), seen, scaling, softcap)
+    return found.reshape(n, -1, values.shape[-1])
 
 
 def _read(
     query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None, softcap: float | None
 ) -> Tensor:
-    """Return the attention of a piece of a prompt: `query (1, heads, n, d)`, `keys (kv heads, length, d)`."""
-    n, length = query.shape[2], keys.shape[1]
-    repeats = query.shape[1] // keys.shape[0]
-    keys, values = (t.repeat_interleave(repeats, 0).unsqueeze(0) for t in (keys, values))
+    """Return the attention of a piece of a prompt: `query (1, heads, n, d)`, `keys (length, kv heads, d)`."""
+    n, length = query.shape[2], keys.shape[0]
+    keys, values = keys.transpose(0, 1).unsqueeze(0), values.transpose(0, 1).unsqueeze(0)
+    if (repeats := query.shape[1] // keys.shape[1]) > 1:
+        keys, values = keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
     if n == length and softcap is None and (window is None or window >= length):
         made = F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling)
     else:
@@ -167,11 +169,13 @@ def _read(
 def _attention(
     query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scaling: float | None, softcap: float | None
 ) -> Tensor:
+    """Return the attention; `seen` is a bias, 0 or -inf, or says what is seen."""
     if softcap is None:
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=scaling)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     logits = softcap * torch.tanh(query @ keys.mT * scale / softcap)
-    return logits.masked_fill(~seen, -torch.inf).softmax(-1, dtype=_wide(query.dtype)).to(query.dtype) @ values
+    hidden = logits.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else logits + seen
+    return hidden.softmax(-1, dtype=_wide(query.dtype)).to(query.dtype) @ values
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
