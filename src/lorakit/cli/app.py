@@ -22,6 +22,7 @@ from lorakit.cli.compress import compress
 from lorakit.cli.convert import convert
 from lorakit.cli.diff import diff
 from lorakit.cli.evaluate import evaluate
+from lorakit.cli.export import export
 from lorakit.cli.extract import extract
 from lorakit.cli.generate import generate
 from lorakit.cli.inspect import inspect
@@ -98,7 +99,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for verb in (quickstart, plan, train, evaluate, generate, inspect, diff, compress, combine, extract, merge, convert,
-             quantize, serve, methods):  # fmt: skip
+             quantize, export, serve, methods):  # fmt: skip
     app.command()(verb)
 
 

@@ -63,7 +63,7 @@ def convert(
         method = state.spec.name
         asked = ("lorakit", "convert", source, "--as-lora"), ("--output", output)
         if as_lora:
-            state, said = _plain(state, rank, base, asked)
+            state, said = plain(state, rank, base, asked)
         elif rank is not None or base is not None:
             raise RecipeError("--rank and --base say how to write a plain LoRA; add --as-lora, or leave them out")
         elif to == "peft" and (why := peft_refusal(state)) is not None:
@@ -75,7 +75,7 @@ def convert(
             f"wrote {output} ({to}, {size(written)})",
         )
         if as_lora:
-            out.say(_told(said))
+            out.say(told(said))
         out.result(
             {
                 "source": str(place),
@@ -91,7 +91,7 @@ def convert(
         )
 
 
-def _plain(
+def plain(
     state: AdapterState, rank: int | None, base: str | None, asked: Asked
 ) -> tuple[AdapterState, dict[str, Any]]:
     """Return the adapter as plain LoRA, and how far from it that is: exactly it without a rank."""
@@ -169,7 +169,8 @@ def _on_base(state: AdapterState, base: str) -> tuple[AdapterState, dict[str, Te
     return replace(state, updates=tuple(on_cpu)), weights
 
 
-def _told(said: dict[str, Any]) -> str:
+def told(said: dict[str, Any]) -> str:
+    """Return in words how far a plain LoRA that `plain` made is from the adapter."""
     if said["rank"] is None:
         return "as the plain LoRA it equals"
     if not said["errors"]:
