@@ -114,6 +114,8 @@ class Place:
     down: Tensor = field(default_factory=lambda: torch.empty(0, 0, 0))
     up: Tensor = field(default_factory=lambda: torch.empty(0, 0, 0))
     stretch: Tensor | None = None
+    filled: list[int] = field(default_factory=list)
+    """The rank of the factors in each row, beyond which it is zeros."""
 
     @cached_property
     def exact(self) -> bool:
@@ -155,20 +157,22 @@ class Place:
     def seat(self, row: int, choice: Choice | None) -> None:
         """Write a row's own factors into the rows; zeros where nothing acts."""
         pair = None if choice is None else choice.adapter.pairs.get(self.site.path)
-        rank = 0 if pair is None else pair.down.shape[1]
-        self.down[row, :, rank:] = 0
-        self.up[row, rank:] = 0
-        if self.stretch is not None:
-            self.stretch[row] = 0
+        rank, before = 0 if pair is None else pair.down.shape[1], self.filled[row]
+        self.filled[row] = rank
+        if before > rank:
+            self.down[row, :, rank:before] = 0
+            self.up[row, rank:before] = 0
         if pair is not None and choice is not None:
             self.down[row, :, :rank] = pair.down
             torch.mul(pair.up, choice.scale, out=self.up[row, :rank])
-            if pair.stretch is not None and self.stretch is not None:
+        if self.stretch is not None:
+            self.stretch[row] = 0.0
+            if pair is not None and choice is not None and pair.stretch is not None:
                 torch.mul(pair.stretch, choice.scale, out=self.stretch[row])
 
     def make_rows(self, count: int, rank: int, stretched: bool) -> None:
         """Make room for `count` rows of up to `rank`."""
-        like = self.like
+        like, self.filled = self.like, [0] * count
         self.down = like.new_zeros(count, self.site.in_, rank)
         self.up = like.new_zeros(count, rank, self.site.height)
         self.stretch = like.new_zeros(count, self.site.height) if stretched else None
