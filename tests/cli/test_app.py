@@ -17,7 +17,7 @@ from lorakit.errors import MissingExtraError
 from tests.cli.conftest import invoke
 
 VERBS = ("quickstart", "plan", "train", "evaluate", "generate", "inspect", "diff", "compress", "combine", "extract",
-         "merge", "convert", "quantize", "export", "serve", "methods")  # fmt: skip
+         "merge", "convert", "quantize", "export", "serve", "bench", "methods")  # fmt: skip
 
 
 def test_help_lists_the_verbs_in_the_order_of_use() -> None:

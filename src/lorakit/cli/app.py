@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from lorakit.cli.bench import bench
 from lorakit.cli.combine import combine
 from lorakit.cli.compress import compress
 from lorakit.cli.convert import convert
@@ -99,7 +100,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for verb in (quickstart, plan, train, evaluate, generate, inspect, diff, compress, combine, extract, merge, convert,
-             quantize, export, serve, methods):  # fmt: skip
+             quantize, export, serve, bench, methods):  # fmt: skip
     app.command()(verb)
 
 
