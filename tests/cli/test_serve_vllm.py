@@ -37,6 +37,7 @@ def test_an_engine_and_its_address_go_together(tmp_path: Path) -> None:
     for words, why in (
         (("--engine", "vllm"), "--engine vllm and --engine-url URL go together"),
         (("--engine-url", "http://127.0.0.1:1"), "--engine vllm and --engine-url URL go together"),
+        (("--replicas", "2"), "--replicas are Ray's; add --engine ray"),
         (("--engine", "vllm", "--engine-url", "http://127.0.0.1:1"), "vLLM at http://127.0.0.1:1 does not answer"),
     ):
         result = invoke("serve", "lorakit/tales", "--store", str(tmp_path), *words)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -49,11 +51,14 @@ def serve(
         str | None, typer.Option(help="Where adapters, names and ratings are kept; by default in ~/.cache/lorakit.")
     ] = None,
     engine: Annotated[
-        Literal["slots", "vllm"],
-        typer.Option(help="What computes the answers: lorakit's own, or a vLLM server of the same base."),
+        Literal["slots", "vllm", "ray"],
+        typer.Option(help="What computes: lorakit's own, a vLLM server of the same base, or replicas of ours by Ray."),
     ] = "slots",
     engine_url: Annotated[
         str | None, typer.Option(help="Where vLLM listens; its key, if it wants one, is in LORAKIT_ENGINE_KEY.")
+    ] = None,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="With --engine ray: processes with an engine each; 2.")
     ] = None,
     slots: Annotated[
         int | None, typer.Option(min=1, help="Answers that are written at once; 16, or 64 by vLLM.")
@@ -83,7 +88,14 @@ def serve(
         room = _bytes(memory)
         place = Path(store) if store is not None else _home(found.base)
         shape = {"slots": slots or (64 if engine == "vllm" else 16), "context": context, "queue": queue}
-        begun, tokenizer = _engine(found, engine, engine_url, shape, dtype, out)
+        _refuse_odd(engine, engine_url, replicas)
+        out.note(f"loading {found.base} ...")
+        if engine_url is not None:
+            begun, tokenizer = _vllm(found, engine_url, shape)
+        elif engine == "ray":
+            begun, tokenizer = _ray(found, replicas or 2, shape, dtype)
+        else:
+            begun, tokenizer = slot_engine(found, shape, dtype)
         service = _service(found, source, place, [Path(folder) for folder in adapters or ()], room, timeout,
                            begun, tokenizer)  # fmt: skip
         try:
@@ -106,28 +118,44 @@ def _listen(service: Service, known: Keys | None, host: str, port: int, out: Scr
     run(app(service, known), host=host, port=port, keys=known, ready=ready)
 
 
-def _engine(
-    found: Source, kind: str, url: str | None, shape: dict[str, Any], dtype: str, out: Screen
-) -> tuple[Engine, PreTrainedTokenizerBase]:
-    """Return what computes the answers, begun, and the tokenizer of its base."""
+def _refuse_odd(engine: str, url: str | None, replicas: int | None) -> None:
+    if (engine == "vllm") != (url is not None):
+        raise RecipeError("--engine vllm and --engine-url URL go together; give both or neither")
+    if replicas is not None and engine != "ray":
+        raise RecipeError("--replicas are Ray's; add --engine ray, or leave it out")
+
+
+def slot_engine(found: Source, shape: dict[str, Any], dtype: str) -> tuple[Engine, PreTrainedTokenizerBase]:
+    """Return our own engine on a base, and its tokenizer."""
+    from lorakit.serving.engine import SlotEngine
     from lorakit.training.generate import end_tokens
 
-    if (kind == "vllm") != (url is not None):
-        raise RecipeError("--engine vllm and --engine-url URL go together; give both or neither")
-    if url is None:
-        from lorakit.serving.engine import SlotEngine
+    model, tokenizer = found.load_base(dtype)
+    return SlotEngine(model, stops=end_tokens(model, tokenizer), **shape), tokenizer
 
-        out.note(f"loading {found.base} ...")
-        model, tokenizer = found.load_base(dtype)
-        return SlotEngine(model, stops=end_tokens(model, tokenizer), **shape), tokenizer
+
+def replica(found: Source, shape: dict[str, Any], dtype: str) -> Engine:
+    """Return the engine of one replica, in its process."""
+    return slot_engine(found, shape, dtype)[0]
+
+
+def _ray(found: Source, count: int, shape: dict[str, Any], dtype: str) -> tuple[Engine, PreTrainedTokenizerBase]:
+    from lorakit.serving.ray import RayEngine
+    from lorakit.training.base import load_tokenizer
+
+    build = partial(replica, replace(found, state=None), shape, dtype)
+    return RayEngine(build, replicas=count, queue=shape["queue"]), load_tokenizer(found.base)
+
+
+def _vllm(found: Source, url: str, shape: dict[str, Any]) -> tuple[Engine, PreTrainedTokenizerBase]:
     from lorakit.inject.sites import sites
     from lorakit.serving.vllm import VLLMEngine
     from lorakit.training.base import build_empty, load_tokenizer
+    from lorakit.training.generate import end_tokens
 
     empty, tokenizer = build_empty(found.base), load_tokenizer(found.base)
     vocabulary: int = empty.get_input_embeddings().get_parameter("weight").shape[0]
-    key = os.environ.get("LORAKIT_ENGINE_KEY")
-    stops = end_tokens(empty, tokenizer)
+    stops, key = end_tokens(empty, tokenizer), os.environ.get("LORAKIT_ENGINE_KEY")
     made = VLLMEngine(url, skeleton=sites(empty), vocabulary=vocabulary, stops=stops, api_key=key, **shape)
     return made, tokenizer
 
