@@ -44,9 +44,9 @@ from lorakit import attach, detach, load, save, state
 from lorakit.core.spec import AdapterSpec
 from lorakit.inject.attach import adapters_named
 from lorakit.methods.lora import LoRA
-from lorakit.serving.place import Choice
-from lorakit.serving.decoder import Decoder, Piece
-from lorakit.serving.engine import SlotEngine
+from lorakit.serving.batching.decoder import Decoder, Piece
+from lorakit.serving.batching.engine import SlotEngine
+from lorakit.serving.batching.place import Choice
 from lorakit.serving.requests import End, Event, Request, Sampling
 
 MODELS = {

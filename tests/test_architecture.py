@@ -56,7 +56,7 @@ def test_the_house_keeps_its_rules() -> None:
         # siblings are strangers
         ("methods/dora.py", "from lorakit.hosts.ops import Linear", "'methods' imports its sibling 'hosts'"),
         ("inject/merge.py", "from lorakit.persist import native", "'inject' imports its sibling 'persist'"),
-        ("serving/bank.py", "from ..training import trainer", "'serving' imports its sibling 'training'"),
+        ("serving/batching/bank.py", "from ..training import trainer", "'serving' imports its sibling 'training'"),
         ("studio/app.py", "from lorakit.cli import main", "'studio' imports its sibling 'cli'"),
         # the registry stands between
         ("inject/attach.py", "from lorakit.methods.lora import Lora", "'inject' reaches 'methods' directly"),
@@ -78,7 +78,7 @@ def test_the_house_keeps_its_rules() -> None:
         ("training/curve.py", "def f():\n    import matplotlib", "names matplotlib, which only report/plots.py may"),
         ("persist/q.py", "def f():\n    need('bitsandbytes', 'quant')", "names bitsandbytes, which only hosts/bnb.py"),
         (
-            "serving/engine.py",
+            "serving/batching/engine.py",
             "def f():\n    import fastapi",
             "names fastapi, which only serving/http/ and studio/ may",
         ),

@@ -17,7 +17,7 @@ from lorakit.methods.block import BlockDiagonal
 from lorakit.methods.dora import DoRA
 from lorakit.methods.lora import LoRA
 from lorakit.persist import load
-from lorakit.serving.servable import refusals
+from lorakit.serving.remote.servable import refusals
 from lorakit.training.base import load_base
 from tests.cli.conftest import answer, invoke
 from tests.tolerances import assert_close

@@ -12,8 +12,8 @@ import torch
 from lorakit import AdapterSpec, LoRA, Targets, save
 from lorakit.core.site import Site
 from lorakit.core.state import AdapterState, Base, Purpose, Update
-from lorakit.serving.manifest import File, Golden, Manifest
-from lorakit.serving.store import Store, describe
+from lorakit.serving.shelf.manifest import File, Golden, Manifest
+from lorakit.serving.shelf.store import Store, describe
 
 
 def tiny(value: float = 0.0, rank: int = 2) -> AdapterState:

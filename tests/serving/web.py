@@ -17,10 +17,10 @@ import pytest
 from lorakit.serving.feedback import Feedback
 from lorakit.serving.keys import Keys
 from lorakit.serving.metrics import Metrics
-from lorakit.serving.names import Names
-from lorakit.serving.registry import Registry
 from lorakit.serving.service import Service
-from lorakit.serving.store import Store
+from lorakit.serving.shelf.names import Names
+from lorakit.serving.shelf.registry import Registry
+from lorakit.serving.shelf.store import Store
 from tests.serving.adapters import folder_of
 from tests.serving.echo import EchoEngine
 

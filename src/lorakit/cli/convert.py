@@ -91,9 +91,7 @@ def convert(
         )
 
 
-def plain(
-    state: AdapterState, rank: int | None, base: str | None, asked: Asked
-) -> tuple[AdapterState, dict[str, Any]]:
+def plain(state: AdapterState, rank: int | None, base: str | None, asked: Asked) -> tuple[AdapterState, dict[str, Any]]:
     """Return the adapter as plain LoRA, and how far from it that is: exactly it without a rank."""
     from lorakit.combining import truncate
     from lorakit.core.as_lora import as_lora, refuse_moving

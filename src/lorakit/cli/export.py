@@ -91,7 +91,7 @@ def _write(state: AdapterState, output: Path, place: Path) -> int:
     import shutil
 
     from lorakit.persist import save
-    from lorakit.serving.servable import rank_to_serve, refusals
+    from lorakit.serving.remote.servable import rank_to_serve, refusals
 
     save(state, output, "peft")
     if refused := refusals(output):

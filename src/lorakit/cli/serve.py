@@ -127,7 +127,7 @@ def _refuse_odd(engine: str, url: str | None, replicas: int | None) -> None:
 
 def slot_engine(found: Source, shape: dict[str, Any], dtype: str) -> tuple[Engine, PreTrainedTokenizerBase]:
     """Return our own engine on a base, and its tokenizer."""
-    from lorakit.serving.engine import SlotEngine
+    from lorakit.serving.batching.engine import SlotEngine
     from lorakit.training.generate import end_tokens
 
     model, tokenizer = found.load_base(dtype)
@@ -140,7 +140,7 @@ def replica(found: Source, shape: dict[str, Any], dtype: str) -> Engine:
 
 
 def _ray(found: Source, count: int, shape: dict[str, Any], dtype: str) -> tuple[Engine, PreTrainedTokenizerBase]:
-    from lorakit.serving.ray import RayEngine
+    from lorakit.serving.remote.ray import RayEngine
     from lorakit.training.base import load_tokenizer
 
     build = partial(replica, replace(found, state=None), shape, dtype)
@@ -149,7 +149,7 @@ def _ray(found: Source, count: int, shape: dict[str, Any], dtype: str) -> tuple[
 
 def _vllm(found: Source, url: str, shape: dict[str, Any]) -> tuple[Engine, PreTrainedTokenizerBase]:
     from lorakit.inject.sites import sites
-    from lorakit.serving.vllm import VLLMEngine
+    from lorakit.serving.remote.vllm import VLLMEngine
     from lorakit.training.base import build_empty, load_tokenizer
     from lorakit.training.generate import end_tokens
 
@@ -166,10 +166,10 @@ def _service(
 ) -> Service:  # fmt: skip
     from lorakit.serving.feedback import Feedback
     from lorakit.serving.metrics import Metrics
-    from lorakit.serving.names import Names
-    from lorakit.serving.registry import Registry
     from lorakit.serving.service import Service
-    from lorakit.serving.store import Store
+    from lorakit.serving.shelf.names import Names
+    from lorakit.serving.shelf.registry import Registry
+    from lorakit.serving.shelf.store import Store
 
     own = [adapter_in(source)] if found.state is not None else []
     try:

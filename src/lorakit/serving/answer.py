@@ -19,7 +19,7 @@ from lorakit.serving.text import Writer
 
 if TYPE_CHECKING:
     from lorakit.serving.metrics import Metrics
-    from lorakit.serving.names import Resolved
+    from lorakit.serving.shelf.names import Resolved
 
 Lost = Literal["error", "deadline", "cancelled", "slow"]
 

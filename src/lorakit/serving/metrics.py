@@ -16,7 +16,7 @@ from lorakit.core.lazy import need
 from lorakit.serving.requests import Engine
 
 if TYPE_CHECKING:
-    from lorakit.serving.residents import Usage
+    from lorakit.serving.shelf.residents import Usage
 
 MOST_NAMES = 100
 OTHER = "other"

@@ -21,17 +21,17 @@ from lorakit.errors import BusyError, LorakitError, RequestError
 from lorakit.serving.answer import Answer
 from lorakit.serving.feedback import Answered, Feedback
 from lorakit.serving.keys import ANYONE, Key
-from lorakit.serving.manifest import read_manifest
 from lorakit.serving.metrics import Metrics
 from lorakit.serving.prompts import Ids, Prompts, Reading, Turn
 from lorakit.serving.requests import Engine, Request, Sampling
+from lorakit.serving.shelf.manifest import read_manifest
 from lorakit.serving.text import Writer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lorakit.serving.names import Resolved
-    from lorakit.serving.registry import Registry
+    from lorakit.serving.shelf.names import Resolved
+    from lorakit.serving.shelf.registry import Registry
 
 T = TypeVar("T")
 _log = logging.getLogger("lorakit.serving")

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.serving.http.answers import DONE, Shape
 from lorakit.serving.http.asking import asked, model_named, streamed, unless_gone, visit_of
-from lorakit.serving.registry import Model
 from lorakit.serving.requests import Sampling
 from lorakit.serving.schemas import Asked, ChatRequest, CompletionRequest
 from lorakit.serving.service import Question, Service
+from lorakit.serving.shelf.registry import Model
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

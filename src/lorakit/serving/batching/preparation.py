@@ -1,0 +1,103 @@
+"""From an adapter's state to what the bank serves: a pair per layer, or a refusal that says what to do instead.
+
+What can be told apart token by token is a low-rank change of a weight, stretched or not. A method that reads its whole
+input, changes the base's own tensors or is a full matrix is refused by name, before anything is served with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lorakit.core.method import LowRank, Method, Stretched
+from lorakit.core.site import Skeleton
+from lorakit.core.state import AdapterState, Base, Update, check_tensors, trim
+from lorakit.errors import AdapterFileError, SpecError, grouped, listing
+from lorakit.inject.attach import check_base, fitted
+from lorakit.serving.batching.bank import KINDS
+from lorakit.serving.batching.place import Pair, Place, Prepared
+
+
+@torch.no_grad()
+def prepare(digest: str, state: AdapterState, skeleton: Skeleton, base: Base, places: Mapping[str, Place]) -> Prepared:
+    """Return an adapter as pairs of this base's layers.
+
+    Raises:
+        AdapterFileError: an adapter of another base, with each module, what was expected and what is there.
+        SpecError: an adapter that no batch of several adapters can serve, with what to do instead.
+    """
+    _check_servable(state)
+    updates = fitted(trim(state), skeleton)
+    check_tensors(updates)
+    check_base(state.base, base)
+    if not updates:
+        raise AdapterFileError("the adapter changes nothing: no layer of it acts")
+    refused = [f"{u.site.key}: {why}" for u in updates if (why := _why_not(u, places))]
+    if refused:
+        raise SpecError(f"{len(refused)} of {len(updates)} updates cannot be served:\n{listing(grouped(refused))}")
+    by_path: dict[str, list[Update]] = {}
+    for update in updates:
+        by_path.setdefault(update.site.path, []).append(update)
+    return Prepared(digest, {path: _pair(parts, places[path]) for path, parts in by_path.items()})
+
+
+def _check_servable(state: AdapterState) -> None:
+    if state.purpose is not None and state.purpose.labels:
+        raise SpecError("the adapter is a classifier, which writes no answers; score it: lorakit evaluate")
+    if state.trained:
+        raise SpecError(
+            f"the adapter trained {len(state.trained)} of the base's own tensors, which all requests share:\n"
+            f"{listing(sorted(state.trained))}\nmerge it and serve the result as a base: lorakit merge"
+        )
+    refused = sorted({u.method.name for u in state.updates if not isinstance(_inner(u.method), LowRank)})
+    if refused:
+        raise SpecError(
+            f"{', '.join(refused)} is no low-rank change of a weight, so it cannot differ from token to token; "
+            "write it as one (lorakit convert --as-lora), or merge it and serve the result as a base (lorakit merge)"
+        )
+
+
+def _inner(method: Method) -> Method:
+    return method.inner if isinstance(method, Stretched) else method
+
+
+def _why_not(update: Update, places: Mapping[str, Place]) -> str:
+    """Return why a layer cannot take an update of its own per token, or nothing."""
+    place = places.get(update.site.path)
+    if update.site.kind not in KINDS or place is None:
+        return f"a layer of kind {update.site.kind} is not served; exclude it, or merge the adapter"
+    if not place.whole:
+        return "the layer sees only some tokens of a batch; exclude it, or merge the adapter"
+    return ""
+
+
+def _pair(parts: list[Update], place: Place) -> Pair:
+    """Return the pair of one layer, of all its slices: `x [D_1 ... D_k]` times the `U_i`, each at its own outputs."""
+    downs, ups = [], []
+    stretch: Tensor | None = None
+    for update in parts:
+        down, up, gain = _factors(update, place)
+        start, stop = update.site.rows or (0, place.site.height)
+        wide = up.new_zeros(up.shape[1], place.site.height)
+        wide[:, start:stop] = up.T
+        downs.append(down.T)
+        ups.append(wide)
+        if gain is not None:
+            stretch = up.new_zeros(place.site.height) if stretch is None else stretch
+            stretch[start:stop] = gain - 1
+    return Pair(torch.cat(downs, 1).contiguous(), torch.cat(ups, 0).contiguous(), stretch)
+
+
+def _factors(update: Update, place: Place) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return `down (r, in)`, `up (out, r)` and, of a stretched update, g: `up` has it folded in."""
+    p = {name: t.to(place.like) for name, t in update.tensors.items()}
+    inner = _inner(update.method)
+    assert isinstance(inner, LowRank)
+    down, up = inner.factors(p)
+    if not isinstance(update.method, Stretched):
+        return down, up, None
+    weight, rows = place.weight(), update.site.rows
+    gain = update.method.gain(p, (weight if rows is None else weight[rows[0] : rows[1]]).to(place.like))
+    return down, gain[:, None] * up, gain
