@@ -56,7 +56,7 @@ def test_the_house_keeps_its_rules() -> None:
         # siblings are strangers
         ("methods/dora.py", "from lorakit.hosts.ops import Linear", "'methods' imports its sibling 'hosts'"),
         ("inject/merge.py", "from lorakit.persist import native", "'inject' imports its sibling 'persist'"),
-        ("serving/batching/bank.py", "from ..training import trainer", "'serving' imports its sibling 'training'"),
+        ("serving/batching/bank.py", "from ...training import trainer", "'serving' imports its sibling 'training'"),
         ("studio/app.py", "from lorakit.cli import main", "'studio' imports its sibling 'cli'"),
         # the registry stands between
         ("inject/attach.py", "from lorakit.methods.lora import Lora", "'inject' reaches 'methods' directly"),
