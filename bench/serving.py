@@ -277,6 +277,8 @@ def queue(folder: Path, rounds: int) -> dict[str, Any]:
 
 def loading(folder: Path, rounds: int) -> dict[str, Any]:
     """How long an adapter takes to be served beside 16 running sequences, and what they notice."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 1))  # as `lorakit serve`, which leaves a core to HTTP and to loads
     ours = engine(folder, 15)
     new = folder / "adapter-15"
     size = sum(file.stat().st_size for file in new.iterdir())
@@ -304,6 +306,7 @@ def loading(folder: Path, rounds: int) -> dict[str, Any]:
         while ours.stats().running:
             time.sleep(0.01)
     ours.close()
+    torch.set_num_threads(threads)
     return {
         "megabytes": round(size / 1e6, 2),
         "loads": len(took),

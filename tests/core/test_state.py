@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 import lorakit
 from lorakit import AdapterSpec, LoRA, Targets, attach, detach, state, trim
 from lorakit.core.spec import Override
-from lorakit.core.state import Base
+from lorakit.core.state import Base, all_finite
 from lorakit.inject.attach import adapters_named
 from lorakit.methods.adalora import AdaLoRA
 from lorakit.methods.adaptive import Adaptive
@@ -73,3 +75,18 @@ def test_bases_are_told_apart_by_the_weights_both_remember() -> None:
     assert here.unlike(Base(None, {"a": (1.015, -0.49), "c": (9.0,)})) == []  # 2 % of the largest: rounding
     assert here.unlike(Base("here", {"b": (3.1,), "a": (1.0, -0.55)})) == ["a", "b"]
     assert here.unlike(Base("here", {"a": (1.0,)})) == ["a"], "of another number of weights"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+def test_one_odd_value_among_many_tensors_is_seen(dtype: torch.dtype, odd: float) -> None:
+    tensors = [torch.randn(5, 3).to(dtype) for _ in range(4)] + [torch.zeros(0), torch.arange(3)]
+    assert all_finite(tensors)
+    tensors[2][4, 1] = odd
+    assert not all_finite(tensors)
+    tensors[1][0, 0] = -odd  # of which the sum is NaN or finite in no way that hides it
+    assert not all_finite(tensors)
+
+
+def test_a_sum_that_overflows_is_not_taken_for_an_odd_value() -> None:
+    assert all_finite([torch.full((4,), 3e38), torch.full((4,), 1e308, dtype=torch.float64)])

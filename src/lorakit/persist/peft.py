@@ -23,7 +23,7 @@ from lorakit.core.peft_form import settle
 from lorakit.core.registry import method as method_named
 from lorakit.core.site import Site
 from lorakit.core.spec import AdapterSpec, method_from_json, method_to_json
-from lorakit.core.state import AdapterState, Base, Purpose, Update, check_tensors
+from lorakit.core.state import AdapterState, Base, Purpose, Update, all_finite, check_tensors
 from lorakit.core.targets import modules_named
 from lorakit.errors import AdapterFileError, SpecError, TargetError, did_you_mean, grouped, listing
 from lorakit.persist import files
@@ -151,6 +151,8 @@ def _refuse(updates: Sequence[Update]) -> None:
 
 
 def _refuse_non_finite(updates: Sequence[Update]) -> None:
+    if all_finite([t for u in updates for t in u.tensors.values()]):
+        return
     odd = [f"{u.site.key}.{name}: holds NaN or infinity" for u in updates for name, t in u.tensors.items()
            if not t.isfinite().all()]  # fmt: skip
     if odd:

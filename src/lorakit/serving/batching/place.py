@@ -123,7 +123,7 @@ class Place:
         own = next(iter(self.module.parameters()))
         return own.dtype == self.like.dtype
 
-    @property
+    @cached_property
     def like(self) -> Tensor:
         """Return an empty tensor where the layer is, in the dtype adapters multiply in: fp32, or a wider base's."""
         own = next(iter(self.module.parameters()))

@@ -51,7 +51,8 @@ def _check_servable(state: AdapterState) -> None:
             f"the adapter trained {len(state.trained)} of the base's own tensors, which all requests share:\n"
             f"{listing(sorted(state.trained))}\nmerge it and serve the result as a base: lorakit merge"
         )
-    refused = sorted({u.method.name for u in state.updates if not isinstance(_inner(u.method), LowRank)})
+    kinds = {type(u.method): u.method for u in state.updates}.values()
+    refused = sorted({method.name for method in kinds if not isinstance(_inner(method), LowRank)})
     if refused:
         raise SpecError(
             f"{', '.join(refused)} is no low-rank change of a weight, so it cannot differ from token to token; "
@@ -60,7 +61,7 @@ def _check_servable(state: AdapterState) -> None:
 
 
 def _inner(method: Method) -> Method:
-    return method.inner if isinstance(method, Stretched) else method
+    return method.inner if not isinstance(method, LowRank) and isinstance(method, Stretched) else method
 
 
 def _why_not(update: Update, places: Mapping[str, Place]) -> str:
@@ -93,11 +94,11 @@ def _pair(parts: list[Update], place: Place) -> Pair:
 def _factors(update: Update, place: Place) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return `down (r, in)`, `up (out, r)` and, of a stretched update, g: `up` has it folded in."""
     p = {name: t.to(place.like) for name, t in update.tensors.items()}
-    inner = _inner(update.method)
-    assert isinstance(inner, LowRank)
-    down, up = inner.factors(p)
-    if not isinstance(update.method, Stretched):
-        return down, up, None
+    if isinstance(update.method, LowRank):
+        return *update.method.factors(p), None
+    assert isinstance(update.method, Stretched)
+    assert isinstance(update.method.inner, LowRank)
+    down, up = update.method.inner.factors(p)
     weight, rows = place.weight(), update.site.rows
     gain = update.method.gain(p, (weight if rows is None else weight[rows[0] : rows[1]]).to(place.like))
     return down, gain[:, None] * up, gain
