@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -350,7 +351,7 @@ def vllm(folder: Path, rounds: int, python: str) -> dict[str, Any]:
     for kind, adapters in (("vllm, 16 adapters", 16), ("vllm, base", 0)):
         given = json.dumps([str(folder), new, texts, rounds, adapters])
         peers[kind] = subprocess.Popen([python, "-c", VLLM, given], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                       stderr=subprocess.DEVNULL, text=True)  # fmt: skip
+                                       stderr=subprocess.DEVNULL, text=True, start_new_session=True)  # fmt: skip
 
     def once(kind: str) -> float:
         peer = peers[kind]
@@ -370,7 +371,7 @@ def vllm(folder: Path, rounds: int, python: str) -> dict[str, Any]:
     }
     found = ratios(rounds, cases, "lorakit, 16 adapters")
     for peer in peers.values():
-        peer.kill()
+        os.killpg(peer.pid, signal.SIGKILL)  # and its workers
     ours.close()
     plain.close()
     return found

@@ -35,7 +35,7 @@ _TIED = f"{_PEFT}, tuners_utils.py (_check_merge_allowed); github.com/huggingfac
 _HELPER = "vLLM 0.33, vllm/lora/peft_helper.py"
 _RANK_CHOICES = "vLLM 0.33, vllm/config/lora.py (MaxLoRARanks)"
 _NAMES = "vLLM, vllm/lora/utils.py (parse_fine_tuned_lora_name); github.com/vllm-project/vllm/issues/32599"
-_SCALES = "vLLM, vllm/lora/lora_weights.py (from_config) and peft_helper.py"
+_SCALES = "vLLM 0.32, vllm/lora/lora_weights.py and peft_helper.py"
 _MODULES = "vLLM, vllm/lora/utils.py (get_supported_lora_modules)"
 _CONVERTER = "llama.cpp, convert_lora_to_gguf.py (get_tensors)"
 _ALPHA = "llama.cpp, convert_lora_to_gguf.py and src/llama-adapter.h (get_scale)"
@@ -45,6 +45,7 @@ _TGI_NAMES = "text-generation-inference, server/text_generation_server/utils/ada
 
 _MERGE = "serve the merged model (lorakit merge)"
 _CONVERT = "convert the merged model (lorakit merge)"
+_OLDER = "0.32 reads alpha_pattern; an older one may give every layer the scale of the one alpha and rank, unsaid"
 _ONE_SCALE = "it knows no alpha_pattern: every layer gets the scale of the file's one alpha and rank, unsaid"
 
 
@@ -284,7 +285,7 @@ def _vllm(adapter: _Adapter) -> Iterator[Finding]:
         why = f"max_lora_rank is {VLLM_DEFAULT} unless it is told otherwise, and takes {_listed(VLLM_RANKS)}"
         yield Finding(VLLM, str(highest), why, f"start the server with --max-lora-rank {fits}", _RANK_CHOICES)
     if differ := _of_another_scale(adapter.layers):
-        yield Finding(VLLM, differ, _ONE_SCALE, f"keep one scale over all layers, or {_MERGE}", _SCALES)
+        yield Finding(VLLM, differ, _OLDER, f"run 0.32 or newer, keep one scale over all layers, or {_MERGE}", _SCALES)
     if ends := adapter.where(*WEIGHT_KINDS - {*LINEAR_KINDS}):
         why = (
             "beside linear layers it takes those embeddings and output layers alone that the model's class lists "
