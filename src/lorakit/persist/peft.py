@@ -128,7 +128,7 @@ def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapt
         ends = ", ".join(end.removesuffix(".weight") for end in settings.form.keys.values())
         raise AdapterFileError(f"none of its {len(tensors)} tensors is a {reading.called} factor ({ends})")
     check_tensors(tuple(u for u in updates if u.site.in_))  # of the others `attach` learns the widths
-    _refuse_non_finite(updates)
+    _refuse_non_finite([u for u in updates if not u.site.in_])
     spec = settings.spec(updates, list(reading.trained))
     return AdapterState(spec, updates, reading.trained, Base(config.get("base_model_name_or_path")))
 
