@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from lorakit.training.base import load_tokenizer
 from tests.cli.conftest import invoke
 from tests.cli.test_serve import adapters, ask, start
@@ -13,6 +15,7 @@ from tests.serving.fake_vllm import FakeVLLM, written
 __all__ = ["adapters"]  # the fixture
 
 
+@pytest.mark.slow
 def test_answers_come_from_vllm_by_name_and_its_store_keeps_the_files(adapters: Path, tmp_path: Path) -> None:
     with FakeVLLM(context=256).running() as fake:
         process = start("--adapters", str(adapters), "--store", str(tmp_path), "--engine", "vllm",
