@@ -10,7 +10,7 @@ product is in the factors' dtype, fp32, whatever the base's: a sum in bf16 would
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -18,32 +18,34 @@ from torch import Tensor
 
 
 def rows(
-    y: Float[Tensor, "n outputs"],
-    x: Float[Tensor, "n inputs"],
+    y: Float[Tensor, "*n outputs"],
+    x: Float[Tensor, "*n inputs"],
     down: Float[Tensor, "n inputs r"],
     up: Float[Tensor, "n r outputs"],
 ) -> None:
     """Add `x_i down_i up_i` to each row of `y`, in place; rows without an update have factors of zeros."""
-    thin = torch.bmm(x.to(down.dtype).unsqueeze(1), down)
+    thin = torch.bmm(x.reshape(down.shape[0], 1, -1).to(down.dtype), down)
+    each = y.view(up.shape[0], 1, -1)
     if y.dtype == up.dtype:
-        y.unsqueeze(1).baddbmm_(thin, up)
+        each.baddbmm_(thin, up)
     else:
-        y += torch.bmm(thin, up).squeeze(1).to(y.dtype)
+        each += torch.bmm(thin, up).to(y.dtype)
 
 
 def span(
-    y: Float[Tensor, "n outputs"],
-    x: Float[Tensor, "n inputs"],
+    y: Float[Tensor, "*n outputs"],
+    x: Float[Tensor, "*n inputs"],
     down: Float[Tensor, "inputs r"],
     up: Float[Tensor, "r outputs"],
     scale: float,
 ) -> None:
     """Add `scale x down up` to `y`, in place."""
-    thin = x.to(down.dtype) @ down
+    thin = x.reshape(-1, down.shape[0]).to(down.dtype) @ down
+    flat = y.view(-1, up.shape[1])
     if y.dtype == up.dtype:
-        y.addmm_(thin, up, alpha=scale)
+        flat.addmm_(thin, up, alpha=scale)
     else:
-        y += torch.mm(thin, up).mul_(scale).to(y.dtype)
+        flat += torch.mm(thin, up).mul_(scale).to(y.dtype)
 
 
 def scattered(
@@ -57,28 +59,6 @@ def scattered(
     """Add `scale x_i down up` to the rows `at` of `y`, in place."""
     thin = x.index_select(0, at).to(down.dtype) @ down
     y.index_add_(0, at, torch.mm(thin, up).to(y.dtype), alpha=scale)
-
-
-def all_rows(down: Float[Tensor, "n inputs r"], up: Float[Tensor, "n r outputs"]) -> Callable[[Tensor, Tensor], None]:
-    """Return `rows` for calls `(x (..., inputs), y (..., outputs))` of n rows in the factors' dtype."""
-    n, inputs, outputs = down.shape[0], down.shape[1], up.shape[2]
-
-    def add(x: Tensor, y: Tensor) -> None:
-        y.view(n, 1, outputs).baddbmm_(torch.bmm(x.reshape(n, 1, inputs), down), up)
-
-    return add
-
-
-def whole_span(
-    down: Float[Tensor, "inputs r"], up: Float[Tensor, "r outputs"], scale: float
-) -> Callable[[Tensor, Tensor], None]:
-    """Return `span` for calls `(x (..., inputs), y (..., outputs))` in the factors' dtype."""
-    inputs, outputs = down.shape[0], up.shape[1]
-
-    def add(x: Tensor, y: Tensor) -> None:
-        y.view(-1, outputs).addmm_(x.reshape(-1, inputs) @ down, up, alpha=scale)
-
-    return add
 
 
 def each_row(

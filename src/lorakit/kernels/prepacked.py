@@ -1,7 +1,7 @@
 """A frozen weight kept in the blocks oneDNN multiplies in, so that no call has to rearrange it.
 
-A product of few rows spends more time on bringing `W` into the processor's order than on multiplying: packed once, a
-batch of 16 rows took half of the time and one of 256 two thirds (fp32, 768 x 2048, `python bench/serve.py`). The
+A product of few rows spends more time on bringing `W` into the processor's order than on multiplying: with weights
+packed once, 16 sequences were decoded 1.5 times as fast (m768, `python bench/serving.py --parts generate`). The
 operators are torch's own but not public, so `pack` proves them on the weight it is given and returns None where they
 are missing, refuse or differ; `unpacked` gives back the very weight.
 """

@@ -84,6 +84,10 @@ class Request:
     deadline: float | None = None
     id: str = field(default_factory=lambda: f"request-{next(_numbers)}")
 
+    def late(self, now: float) -> bool:
+        """Return whether nobody waits for it any more at `time.monotonic()` = `now`."""
+        return self.deadline is not None and now >= self.deadline
+
 
 @dataclass(frozen=True)
 class Token:
@@ -107,6 +111,7 @@ class End:
     detail: str = ""
 
 
+LATE = End("deadline", "the answer took longer than its request allows")
 Event = Token | End
 Sink = Callable[[Event], None]
 """Takes the events of one request, in order, on the engine's own thread: it must return at once and never raise."""
@@ -184,6 +189,10 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """End every request with `cancelled` and stop."""
+
+
+def nobody(event: Event) -> None:
+    """Take the events of a request whose own listener failed."""
 
 
 def check_request(request: Request, limits: Limits) -> None:

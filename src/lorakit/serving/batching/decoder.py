@@ -63,10 +63,9 @@ class Decoder:
         self.bank = Bank(model, self.skeleton.sites, slots)
         try:
             model.set_attn_implementation(self._name)
-            self._prove(probe, wanted)
             if packed:
                 self.bank.pack()
-                self._prove(probe, wanted)
+            self._prove(probe, wanted)
         except BaseException:
             self.close()
             raise

@@ -23,12 +23,23 @@ from lorakit.serving.batching.decoder import Decoder, Piece
 from lorakit.serving.batching.fair_queue import FairQueue
 from lorakit.serving.batching.place import Choice, Prepared
 from lorakit.serving.batching.sampling import Draw, choose
-from lorakit.serving.requests import End, Event, Limits, Loaded, Reason, Request, Sink, Stats, check_request
+from lorakit.serving.requests import (
+    LATE,
+    End,
+    Event,
+    Limits,
+    Loaded,
+    Reason,
+    Request,
+    Sink,
+    Stats,
+    check_request,
+    nobody,
+)
 
 PIECE = 256
 """Tokens of prompts that one step reads beside decoded sequences; four times as many where none is decoded."""
 
-_LATE = "the answer took longer than its request allows"
 _log = logging.getLogger(__name__)
 
 
@@ -49,10 +60,6 @@ class Sequence:
     def generated(self) -> int:
         """Return how many tokens the answer has."""
         return len(self.tokens) - len(self.request.prompt)
-
-    def late(self, now: float) -> bool:
-        """Return whether nobody waits for it any more."""
-        return self.request.deadline is not None and now >= self.request.deadline
 
 
 class SlotEngine:
@@ -208,15 +215,15 @@ class SlotEngine:
         for one in [*self._running, *(self._queue if due else ())]:
             if one.cancelled:
                 self._end(one, "cancelled")
-            elif one.late(now):
-                self._end(one, "deadline", _LATE)
+            elif one.request.late(now):
+                self._end(one, LATE.reason, LATE.detail)
 
     def _admit(self) -> None:
         """Give free slots to those who are next."""
         taken, now = sum(len(one.tokens) + 1 for one in self._running), time.monotonic()
         while len(self._running) < self._limits.slots and (one := self._queue.pop()) is not None:
-            if one.late(now):
-                self._end(one, "deadline", _LATE)
+            if one.request.late(now):
+                self._end(one, LATE.reason, LATE.detail)
                 continue
             if self._running and taken + len(one.tokens) + 1 > self._positions:
                 self._queue.push(one, one.request.tenant, one.request.adapter, first=True)
@@ -260,7 +267,7 @@ class SlotEngine:
             one.cached += 1
         with self._lock:
             self._decoding = len(read)
-            for one, token in zip(list(read), tokens, strict=True):
+            for one, token in zip(read, tokens, strict=True):
                 if token is None:
                     self._end(one, "error", "the model's logits are NaN; its weights or its adapter's are damaged")
                 elif token.id in self._stops and not one.request.sampling.ignore_eos:
@@ -289,7 +296,7 @@ class SlotEngine:
             one.sink(event)
         except Exception:  # a listener that fails is its own loss; it hears no more
             _log.exception("the listener of %s failed", one.request.id)
-            one.cancelled, one.sink = True, _nobody
+            one.cancelled, one.sink = True, nobody
 
     def _leave(self, one: Sequence) -> None:
         """Take a sequence out of its slot and close the gap: from the last decoded, and that one's from the last."""
@@ -319,7 +326,3 @@ class SlotEngine:
     def _wait(self) -> float:
         """Return about how many seconds go by until a place in the queue is free: one answer's share of a slot."""
         return max(1.0, self._seconds / max(1, self._generated) * 64)
-
-
-def _nobody(event: Event) -> None:
-    pass

@@ -42,7 +42,7 @@ class Prepared:
 
     @cached_property
     def rank(self) -> int:
-        """Return the highest rank at a layer whose factors can stand by row."""
+        """Return the highest rank."""
         return max((pair.down.shape[1] for pair in self.pairs.values()), default=0)
 
     @cached_property
@@ -118,12 +118,6 @@ class Place:
     """The rank of the factors in each row, beyond which it is zeros."""
 
     @cached_property
-    def exact(self) -> bool:
-        """Return whether the layer's own output is in the dtype adapters multiply in."""
-        own = next(iter(self.module.parameters()))
-        return own.dtype == self.like.dtype
-
-    @cached_property
     def like(self) -> Tensor:
         """Return an empty tensor where the layer is, in the dtype adapters multiply in: fp32, or a wider base's."""
         own = next(iter(self.module.parameters()))
@@ -146,13 +140,14 @@ class Place:
         if not acting:
             return
         self.work = partial(self._add, route)
-        if self.exact and self.site.kind != "embedding" and not any(pair.stretch is not None for pair in acting):
-            if route.rows == route.tokens:
-                self.work = grouped.all_rows(
-                    self.down[: route.rows, :, : route.rank], self.up[: route.rows, : route.rank]
-                )
-            elif len(route.spans) == 1 and route.spans[0][:2] == (0, route.tokens):
-                self.work = grouped.whole_span(acting[0].down, acting[0].up, route.spans[0].choice.scale)
+        if self.site.kind == "embedding" or any(pair.stretch is not None for pair in acting):
+            return
+        if route.rows == route.tokens:
+            down, up = self.down[: route.rows, :, : route.rank], self.up[: route.rows, : route.rank]
+            self.work = lambda x, y: grouped.rows(y, x, down, up)
+        elif len(route.spans) == 1 and route.spans[0][:2] == (0, route.tokens):
+            (pair,), scale = acting, route.spans[0].choice.scale
+            self.work = lambda x, y: grouped.span(y, x, pair.down, pair.up, scale)
 
     def seat(self, row: int, choice: Choice | None) -> None:
         """Write a row's own factors into the rows; zeros where nothing acts."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from lorakit.errors import BusyError, RequestError, ServingError
 from lorakit.serving.batching.fair_queue import FairQueue
-from lorakit.serving.requests import End, Event, Request, Sink, Stats, Token
+from lorakit.serving.requests import LATE, End, Event, Request, Sink, Stats, Token, nobody
 
 _PATIENCE = 30.0  # seconds `close` waits for the other side to let go
 _log = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class Relay:
             one.sink(event)
         except Exception:  # a listener that fails is its own loss
             _log.exception("the listener of %s failed", one.request.id)
-            one.sink = _nobody
+            one.sink = nobody
             self.cancel(one.request.id)
 
     def adapters(self) -> set[str | None]:
@@ -202,11 +202,10 @@ class Relay:
 
     def _judged(self, one: Errand) -> End | None:
         """Return why nobody waits for an errand any more, if so."""
-        deadline = one.request.deadline
         if one.verdict is None and self._closing:
             one.verdict = End("cancelled", "the engine stopped")
-        elif one.verdict is None and deadline is not None and time.monotonic() >= deadline:
-            one.verdict = End("deadline", "the answer took longer than its request allows")
+        elif one.verdict is None and one.request.late(time.monotonic()):
+            one.verdict = LATE
         return one.verdict
 
     def _until_due(self) -> float | None:
@@ -214,7 +213,3 @@ class Relay:
         waited_for = [one.request.deadline for one in self._by_id.values() if one.verdict is None]
         deadlines = [deadline for deadline in waited_for if deadline is not None]
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
-
-
-def _nobody(event: Event) -> None:
-    pass
