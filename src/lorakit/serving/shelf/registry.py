@@ -21,7 +21,7 @@ from lorakit.serving.requests import Engine
 from lorakit.serving.shelf.manifest import Manifest
 from lorakit.serving.shelf.names import Names, Resolved, Target, is_digest
 from lorakit.serving.shelf.residents import Residents, Usage
-from lorakit.serving.shelf.store import Store, describe
+from lorakit.serving.shelf.store import Examined, Store, examine
 
 __all__ = ["Model", "Registry", "Resolved", "Usage", "Use"]
 
@@ -103,7 +103,7 @@ class Registry:
         """
         with self._changing:
             source = self._inside(folder, (*self.roots, self.store.root))
-            return self._added(name, source, describe(source), replace)
+            return self._added(name, examine(source), replace)
 
     def scan(self, folder: Path) -> list[str]:
         """Add each adapter in a folder under its own folder's name, and return the names.
@@ -206,15 +206,16 @@ class Registry:
                 pinned |= self.names.digests(name)
         return pinned
 
-    def _added(self, name: str, source: Path, manifest: Manifest, replace: bool) -> Manifest:
+    def _added(self, name: str, found: Examined, replace: bool) -> Manifest:
         self.names.check(name)
+        manifest = found.manifest
         present = self.names.pointers().get(name)
         if present not in (None, manifest.digest) and not replace:
             raise RequestError(
                 f"{name} is another adapter already ({shown(present)}, this is {manifest.digest[:12]}); replace it, or "
                 "choose another name"
             )
-        stored = self.store.add(source)
+        stored = self.store.keep(found)
         self.store.verify(stored.digest)
         if present != stored.digest:
             self._try(stored.digest)
@@ -222,14 +223,14 @@ class Registry:
         return stored
 
     def _scanned(self, place: Path, source: Path) -> None:
-        manifest = describe(source)
+        found = examine(source)
         turned_since = False
         with suppress(UnknownAdapterError):
-            turned_since = manifest.digest in [turn.target for turn in self.names.history(place.name)[1:]]
+            turned_since = found.manifest.digest in [turn.target for turn in self.names.history(place.name)[1:]]
         if turned_since:
-            self.store.add(source)
+            self.store.keep(found)
         else:
-            self._added(place.name, source, manifest, replace=True)
+            self._added(place.name, found, replace=True)
 
     def _try(self, target: Target) -> None:
         """Load each adapter that a target leads to, and let go of it; what it does not know is for `Names` to tell."""

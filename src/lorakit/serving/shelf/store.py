@@ -11,9 +11,9 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,11 @@ class Store:
             AdapterFileError: no adapter, files that are refused, other statements than those stored with the same
                 content, or a write that failed and left nothing behind.
         """
-        manifest, sources = _examined(folder, most_bytes)
+        return self.keep(examine(folder, most_bytes=most_bytes))
+
+    def keep(self, found: Examined) -> Manifest:
+        """Store an adapter as it was examined, as `add` does; files that changed since are refused."""
+        folder, manifest = found.folder, found.manifest
         stated = _stated(folder, manifest)
         with self._alone():
             place = self._adapters / manifest.digest
@@ -72,7 +76,7 @@ class Store:
                 return _agreed(read_manifest(place), stated, folder)
             manifest = replace(manifest, **(_from_tokenizer(folder) | stated))
             with atomic_directory(place) as draft:
-                for name, source in sources.items():
+                for name, source in found.sources.items():
                     _copy(source, draft / name, manifest.files[name])
                 write_file(draft / MANIFEST, manifest.text())
                 for file in draft.iterdir():
@@ -182,7 +186,7 @@ def describe(folder: Path, *, most_bytes: int = MOST_BYTES) -> Manifest:
     Raises:
         AdapterFileError: no adapter, or files that are refused.
     """
-    return replace(_examined(folder, most_bytes)[0], **_from_tokenizer(folder))
+    return replace(examine(folder, most_bytes=most_bytes).manifest, **_from_tokenizer(folder))
 
 
 def adapter_files(folder: Path, most_bytes: int = MOST_BYTES) -> dict[str, Path]:
@@ -237,8 +241,21 @@ def _refusal(place: Path, name: str) -> str | None:
     return None
 
 
-def _examined(folder: Path, most_bytes: int) -> tuple[Manifest, dict[str, Path]]:
-    """Return what the files of an adapter tell of it, and where they lie."""
+@dataclass(frozen=True)
+class Examined:
+    """An adapter that is not stored yet: its folder, what its files tell of it, and where they lie."""
+
+    folder: Path
+    manifest: Manifest
+    sources: Mapping[str, Path]
+
+
+def examine(folder: Path, *, most_bytes: int = MOST_BYTES) -> Examined:
+    """Return what the files of an adapter tell of it, each of them read once.
+
+    Raises:
+        AdapterFileError: no adapter, or files that are refused.
+    """
     sources = adapter_files(folder, most_bytes)
     sums = {name: File(files.sha256(source), source.stat().st_size) for name, source in sources.items()}
     state = persist.load(folder)
@@ -252,7 +269,7 @@ def _examined(folder: Path, most_bytes: int) -> tuple[Manifest, dict[str, Path]]
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         purpose=state.purpose,
     )
-    return manifest, sources
+    return Examined(folder, manifest, sources)
 
 
 def _rank(state: AdapterState) -> int | None:
