@@ -84,9 +84,9 @@ def test_one_odd_value_among_many_tensors_is_seen(dtype: torch.dtype, odd: float
     assert all_finite(tensors)
     tensors[2][4, 1] = odd
     assert not all_finite(tensors)
-    tensors[1][0, 0] = -odd  # of which the sum is NaN or finite in no way that hides it
+    tensors[1][0, 0] = -odd  # and none hides another
     assert not all_finite(tensors)
 
 
-def test_a_sum_that_overflows_is_not_taken_for_an_odd_value() -> None:
+def test_a_norm_that_overflows_is_not_taken_for_an_odd_value() -> None:
     assert all_finite([torch.full((4,), 3e38), torch.full((4,), 1e308, dtype=torch.float64)])

@@ -130,6 +130,8 @@ def settle(updates: Sequence[Update], sites: Sequence[Site]) -> tuple[Update, ..
 
 
 def _settled(update: Update, site: Site, held: dict[str, Tensor]) -> Update:
+    if site is update.site:
+        return update
     form, unfolded = update.method.peft, len(update.site.kernel) == len(site.kernel)
     if form is None or not site.in_ or (update.site.in_ and (unfolded or not form.folds)):
         return replace(update, site=site)

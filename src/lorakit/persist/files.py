@@ -45,14 +45,16 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
         AdapterFileError: naming the file and whether it is missing, unreadable, empty, truncated or corrupt.
     """
     data = _read(Path(path))
-    if problem := _wrong_with(data):
-        raise AdapterFileError(f"{path} {problem}")
+    try:
+        header = _sound_header(data)
+    except ValueError as bad:
+        raise AdapterFileError(f"{path} {bad}") from None
     try:
         tensors = _tensors_of(data)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as bad:
         raise AdapterFileError(f"{path} is corrupt: {bad}; get the file again") from bad
     wide = {name: t.to(torch.float32) if t.dtype in IN_8_BITS else t for name, t in tensors.items()}
-    return wide, dict(_header(data).get("__metadata__", {}))
+    return wide, dict(header.get("__metadata__", {}))
 
 
 def stored_as(file: Path) -> set[str]:
@@ -149,27 +151,29 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise AdapterFileError(f"{path} could not be read: {failed.strerror or failed}") from failed
 
 
-def _wrong_with(data: bytes) -> str | None:
-    """Return what is plainly wrong with the bytes of a safetensors file, measured against its own header."""
+def _sound_header(data: bytes) -> dict[str, Any]:
+    """Return the header of the bytes of a safetensors file; a ValueError says what is plainly wrong with them."""
     if not data:
-        return "is empty (0 bytes); get the file again"
+        raise ValueError("is empty (0 bytes); get the file again")
     if data.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not the file itself; run `git lfs pull`"
+        raise ValueError("is a Git LFS pointer, not the file itself; run `git lfs pull`")
     if len(data) < 8:
-        return f"is truncated: {len(data)} bytes are less than its header; get the file again"
+        raise ValueError(f"is truncated: {len(data)} bytes are less than its header; get the file again")
     length = int.from_bytes(data[:8], "little")
     if length > 100_000_000 or (len(data) > 8 and data[8:9] != b"{"):
-        return "is not a safetensors file, or its header is corrupt; get the file again"
+        raise ValueError("is not a safetensors file, or its header is corrupt; get the file again")
     if len(data) < 8 + length:
-        return f"is truncated: {len(data):,} bytes end inside its header of {8 + length:,}; get the file again"
+        raise ValueError(
+            f"is truncated: {len(data):,} bytes end inside its header of {8 + length:,}; get the file again"
+        )
     try:
         header = _header(data)
         whole = 8 + length + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        return "has a corrupt header; get the file again"
+        raise ValueError("has a corrupt header; get the file again") from None
     if len(data) < whole:
-        return f"is truncated: {len(data):,} of {whole:,} bytes; get the file again"
-    return None
+        raise ValueError(f"is truncated: {len(data):,} of {whole:,} bytes; get the file again")
+    return header
 
 
 def _header(data: bytes) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from lorakit.core.spec import AdapterSpec, Override, Targets
 from lorakit.core.state import AdapterState, Update, check_tensors
 from lorakit.errors import AdapterFileError, SpecError, listing
 from lorakit.persist import files
-from lorakit.persist.peft_config import exact
+from lorakit.persist.peft_config import dotted_ends, exact
 
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])")
 
@@ -125,17 +125,17 @@ def _updates(path: str, pair: dict[str, Tensor], method: Any, enabled: Sequence[
 def _spec(updates: list[Update], trained: list[str]) -> AdapterSpec:
     """Return the spec of these updates: the most common rank, overrides for the others."""
     methods: dict[str, Any] = {u.site.path: u.method for u in updates}
-    paths = list(methods)
     common = Counter(methods.values()).most_common(1)[0][0]
     ranks = sorted({m.rank for m in methods.values()} - {common.rank})
     whole = list(dict.fromkeys(name.rpartition(".")[0] for name in trained))
-    targets = [exact(u.site.path, paths) if u.site.rows is None else u.site.key for u in updates]
+    ends, inside = dotted_ends(list(methods)), dotted_ends(whole)
+    targets = [exact(u.site.path, ends) if u.site.rows is None else u.site.key for u in updates]
     return AdapterSpec(
         common,
         Targets(tuple(targets)),
-        train=tuple(exact(path, whole) for path in whole if path),
+        train=tuple(exact(path, inside) for path in whole if path),
         overrides=tuple(
-            Override(Targets(tuple(exact(p, paths) for p, m in methods.items() if m.rank == rank)), (("rank", rank),))
+            Override(Targets(tuple(exact(p, ends) for p, m in methods.items() if m.rank == rank)), (("rank", rank),))
             for rank in ranks
         ),
     )

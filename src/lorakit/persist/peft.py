@@ -23,7 +23,7 @@ from lorakit.core.peft_form import settle
 from lorakit.core.registry import method as method_named
 from lorakit.core.site import Site
 from lorakit.core.spec import AdapterSpec, method_from_json, method_to_json
-from lorakit.core.state import AdapterState, Base, Purpose, Update, all_finite, check_tensors
+from lorakit.core.state import AdapterState, Base, Purpose, Update, all_finite, check_shapes, check_tensors
 from lorakit.core.targets import modules_named
 from lorakit.errors import AdapterFileError, SpecError, TargetError, did_you_mean, grouped, listing
 from lorakit.persist import files
@@ -241,10 +241,12 @@ def _restored(state: AdapterState, note: Mapping[str, Any], file: Path) -> Adapt
             rows = None if entry["rows"] is None else (int(entry["rows"][0]), int(entry["rows"][1]))
             shape = entry.get("shape") and (*entry["shape"], entry["groups"])
             parts.setdefault(entry["path"], []).append((rows, entry["kind"], method_from_json(entry["method"]), shape))
-        named = [replace(u, site=replace(u.site, path=u.site.path or next(iter(parts), ""))) for u in state.updates]
+        named = [u if u.site.path else replace(u, site=replace(u.site, path=next(iter(parts), "")))
+                 for u in state.updates]  # fmt: skip
         updates = tuple(part for whole in named for part in _exact(whole, parts.get(whole.site.path)))
         updates = settle(updates, [_site(u, parts.get(u.site.path)) for u in updates])
-        check_tensors(tuple(u for u in updates if u.site.in_))
+        if parts:
+            check_shapes(tuple(u for u in updates if u.site.in_))
         probes = {path: tuple(values) for path, values in note["base"]["probes"].items()}
         base = Base(note["base"]["name"], probes)
         purpose = Purpose.from_json(note.get("purpose"))

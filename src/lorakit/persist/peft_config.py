@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lorakit.core.method import Method
@@ -89,10 +89,11 @@ class Settings:
         self.dropout = float(dropout)
         self.whole = tuple(config.get("modules_to_save") or ())
         self.method = self._method(None)
+        self._alike = self.form.of_config is None and not any(map(config.get, self.form.patterns.values()))
 
     def method_at(self, path: str) -> Any:
         """Return the method of the layer at `path`."""
-        return self._method(path)
+        return self.method if self._alike else self._method(path)
 
     def _method(self, path: str | None) -> Any:
         usual: Any = self.cls()
@@ -112,6 +113,7 @@ class Settings:
     def spec(self, updates: Sequence[Update], trained: Sequence[str]) -> AdapterSpec:
         """Return the spec that means exactly these updates, with an override for each other rank or alpha."""
         paths = [u.site.path for u in updates]
+        ends = dotted_ends(paths)
         usual = self.method if any(u.method == self.method for u in updates) else updates[0].method
         groups: dict[tuple[tuple[str, Any], ...], list[str]] = {}
         for update in updates:
@@ -120,11 +122,11 @@ class Settings:
         whole = self._saved_whole(trained)
         return AdapterSpec(
             usual,
-            Targets(tuple(exact(path, paths) for path in paths)) if paths and not self.form.alone else Targets(),
-            train=tuple(exact(path, whole) for path in whole),
+            Targets(tuple(exact(path, ends) for path in paths)) if paths and not self.form.alone else Targets(),
+            train=tuple(exact(path, dotted_ends(whole)) for path in whole),
             dropout=self.dropout,
             overrides=tuple(
-                Override(Targets(tuple(exact(p, paths) for p in at)), other) for other, at in groups.items()
+                Override(Targets(tuple(exact(p, ends) for p in at)), other) for other, at in groups.items()
             ),
         )
 
@@ -140,9 +142,14 @@ class Settings:
         return found
 
 
-def exact(path: str, among: Sequence[str]) -> str:
-    """Return a target pattern that means `path` and no other of these paths."""
-    return f"re:{re.escape(path)}" if any(other.endswith(f".{path}") for other in among) else path
+def dotted_ends(paths: Sequence[str]) -> set[str]:
+    """Return what stands behind a dot in any of the paths: `b.c` and `c` of `a.b.c`."""
+    return {path[dot + 1 :] for path in paths for dot, sign in enumerate(path) if sign == "."}
+
+
+def exact(path: str, ends: Collection[str]) -> str:
+    """Return a target pattern that means `path` and no other of the paths that have these ends."""
+    return f"re:{re.escape(path)}" if path in ends else path
 
 
 def config_of(spec: AdapterSpec, name: str | None, updates: Sequence[Update], whole: Sequence[str]) -> dict[str, Any]:

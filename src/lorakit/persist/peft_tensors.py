@@ -133,7 +133,7 @@ class Reading:
         except SpecError as wrong:
             self.problems.append(f"{path}: {wrong}")
             return None
-        return replace(read, site=replace(read.site, path=path))
+        return Update(replace(read.site, path=path), read.method, read.tensors)
 
 
 def _pattern(end: str) -> re.Pattern[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorakit.core.method import LowRank, Method, Stretched
 from lorakit.core.site import Skeleton
-from lorakit.core.state import AdapterState, Base, Update, check_tensors, trim
+from lorakit.core.state import AdapterState, Base, Update, check_shapes, trim
 from lorakit.errors import AdapterFileError, SpecError, grouped, listing
 from lorakit.inject.attach import check_base, fitted
 from lorakit.serving.batching.bank import KINDS
@@ -30,7 +30,7 @@ def prepare(digest: str, state: AdapterState, skeleton: Skeleton, base: Base, pl
     """
     _check_servable(state)
     updates = fitted(trim(state), skeleton)
-    check_tensors(updates)
+    check_shapes(updates)
     check_base(state.base, base)
     if not updates:
         raise AdapterFileError("the adapter changes nothing: no layer of it acts")
@@ -76,6 +76,9 @@ def _why_not(update: Update, places: Mapping[str, Place]) -> str:
 
 def _pair(parts: list[Update], place: Place) -> Pair:
     """Return the pair of one layer, of all its slices: `x [D_1 ... D_k]` times the `U_i`, each at its own outputs."""
+    if len(parts) == 1 and parts[0].site.rows is None:
+        down, up, gain = _factors(parts[0], place)
+        return Pair(down.T.contiguous(), up.T.contiguous(), None if gain is None else gain - 1)
     downs, ups = [], []
     stretch: Tensor | None = None
     for update in parts:
