@@ -17,6 +17,9 @@ def test_a_packed_product_equals_the_plain_one(dtype: torch.dtype, rows: int, bi
     weight, x = torch.randn(200, 190).to(dtype), torch.randn(rows, 190).to(dtype)
     b = torch.randn(200).to(dtype) if bias else None
     packed = prepacked.pack(weight)
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert packed is None  # a processor without AVX-512
+        return
     assert packed is not None
     assert_close(prepacked.product(x, packed, b), F.linear(x, weight, b), dtype=dtype)
     assert_close(prepacked.product(x[None], packed, b), F.linear(x[None], weight, b), dtype=dtype)

@@ -12,7 +12,16 @@ from transformers import AutoTokenizer
 
 from lorakit import AdapterSpec, LoRA, attach, state
 from lorakit.errors import DataError, DeviceError, LorakitError, RecipeError
-from lorakit.training.base import ASSETS, bundled, choose_device, choose_dtype, load_base, load_model, load_tokenizer
+from lorakit.training.base import (
+    ASSETS,
+    bundled,
+    choose_device,
+    choose_dtype,
+    load_base,
+    load_model,
+    load_tokenizer,
+    times_fp32,
+)
 from tests.training.samples import save_base
 
 
@@ -89,6 +98,13 @@ def test_dtypes_are_those_the_device_can_train_in() -> None:
         choose_dtype("fp16", cpu)
     with pytest.raises(RecipeError, match="did you mean 'bf16'"):
         choose_dtype("bf61", cpu)
+
+
+def test_a_processor_without_16_bit_products_is_known_by_its_pace() -> None:
+    times = times_fp32(torch.bfloat16)
+    assert 0.1 < times < 1000
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert times > 3
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end(base: Path, tmp_path: Path) -> None:

@@ -104,6 +104,17 @@ def test_what_does_not_fit_is_said_not_to() -> None:
     assert lora.ways["plain"].step.total > 2 * 40 * 2**30
 
 
+@pytest.mark.parametrize(
+    ("dtype", "times", "said"), [("bf16", 11.0, True), ("bf16", 1.1, False), ("fp32", 11.0, False)]
+)
+def test_a_dtype_the_processor_has_no_arithmetic_for_is_said(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, times: float, said: bool
+) -> None:
+    monkeypatch.setattr("lorakit.training.plan.times_fp32", lambda dtype: times)
+    found = plan(recipe_of(base, tmp_path, train__dtype=dtype))
+    assert any("no arithmetic in bf16: a product takes about 11 times" in one for one in found.warnings) is said
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_a_plan(family: str) -> None:
     model = on_meta(config_of(FAMILIES[family]))

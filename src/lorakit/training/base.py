@@ -6,6 +6,7 @@ has rows. Padding never touches the end-of-sequence token's training, because la
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -236,6 +237,21 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype == "fp16" and device.type != "cuda":
         raise DeviceError(f"fp16 training needs a CUDA device, this is {device.type}; use dtype: bf16 or fp32")
     return _DTYPES[dtype]
+
+
+def times_fp32(dtype: torch.dtype) -> float:
+    """Return how many times as long as in fp32 a product takes in `dtype` on this processor, as a few of them show."""
+
+    def fastest(kind: torch.dtype) -> float:
+        x, weight = torch.ones(16, 256, dtype=kind), torch.ones(256, 256, dtype=kind)
+        took = []
+        for _ in range(20):  # the fastest, as others may be using the processor
+            began = time.perf_counter()
+            x @ weight  # as in a backward: of the two orders, the slower one where there is no arithmetic for it
+            took.append(time.perf_counter() - began)
+        return min(took)
+
+    return fastest(dtype) / fastest(torch.float32)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from lorakit.planning.memory import Forecast, Parts
 from lorakit.planning.pace import Bill, Duration, bill, from_throughput
 from lorakit.planning.sharding import per_device
 from lorakit.training.arguments import make_plan
-from lorakit.training.base import build_empty, choose_device, choose_dtype, quiet
+from lorakit.training.base import build_empty, choose_device, choose_dtype, quiet, times_fp32
 from lorakit.training.forecast import Load
 from lorakit.training.frozen import lower_or_refuse, needed_bytes
 from lorakit.training.limits import Limits, limits
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from lorakit.training.recipe import Recipe
     from lorakit.training.stage import Stage
 
+MARKED_SLOWER = 2.0
+"""A dtype in which a product takes so many times as long as in fp32 is said to be slow."""
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -141,7 +143,7 @@ def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> Plan
         findings=lint(spec, matches, tied=bool(ties), heads=skeleton.heads, trained=trained,
                       depths=skeleton.depths),
         warnings=(*map(str, roles(counts, skeleton)), *_unread(recipe, stage), *_guessed(found),
-                  *_fused(shapes, counts)),
+                  *_fused(shapes, counts), *_narrow(recipe, stage, load.dtype)),
     )  # fmt: skip
 
 
@@ -198,6 +200,19 @@ def _dtype(recipe: Recipe) -> torch.dtype:
     if asked == "cuda" and not torch.cuda.is_available():
         return torch.bfloat16
     return choose_dtype("auto", choose_device("auto") if asked == "auto" else torch.device(asked))
+
+
+def _narrow(recipe: Recipe, stage: Stage | None, dtype: torch.dtype) -> list[str]:
+    """Say of 16 bits on a processor that has no arithmetic for them that they save memory and cost time."""
+    asked = recipe.train.device
+    if stage is None or dtype.itemsize != 2 or asked.startswith("cuda") or choose_device(asked).type != "cpu":
+        return []
+    if (times := times_fp32(dtype)) < MARKED_SLOWER:
+        return []
+    return [
+        f"this processor has no arithmetic in {DTYPES[dtype]}: a product takes about {times:.0f} times as long as in "
+        "fp32; use dtype: fp32, with quant: nf4 where memory is short"
+    ]
 
 
 def undivided(weights: int, divided: int, dtype: torch.dtype, way: str) -> int:
