@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,3 +92,29 @@ def test_one_odd_value_among_many_tensors_is_seen(dtype: torch.dtype, odd: float
 
 def test_a_norm_that_overflows_is_not_taken_for_an_odd_value() -> None:
     assert all_finite([torch.full((4,), 3e38), torch.full((4,), 1e308, dtype=torch.float64)])
+
+
+CALLS = """
+from torch import nn
+import lorakit
+from lorakit.combining import average_factors, combine, compress, difference
+
+for call in (
+    lambda given: lorakit.attach(nn.Linear(8, 8), given), lorakit.inspect, lorakit.spectrum,
+    lambda given: lorakit.save(given, "nowhere"), lambda given: combine([given]),
+    lambda given: average_factors([given]), lambda given: compress(given, rank=1),
+    lambda given: difference(given, given),
+):
+    for given in ("runs/a", {}):
+        try:
+            call(given)
+        except lorakit.LorakitError as told:
+            print(told)
+"""
+
+
+def test_a_path_instead_of_an_adapter_is_answered_with_how_to_read_it() -> None:
+    told = subprocess.run([sys.executable, "-c", CALLS], capture_output=True, text=True, check=True).stdout
+    path = "an adapter is needed here, not 'runs/a'; read it first: lorakit.load('runs/a')"
+    other = "an adapter is needed here, not a dict; lorakit.load and lorakit.state return one"
+    assert told.splitlines() == [path, other] * 8  # in a process of its own: here the types are checked before

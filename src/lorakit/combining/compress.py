@@ -25,7 +25,7 @@ from lorakit.core.approximation import Loss, total
 from lorakit.core.factored import factored_values
 from lorakit.core.method import LowRank
 from lorakit.core.spec import method_from_json
-from lorakit.core.state import AdapterState, Update
+from lorakit.core.state import AdapterState, Update, expect_adapter
 from lorakit.errors import CombineError, SpecError, did_you_mean, grouped, listing
 
 STORED = {
@@ -85,6 +85,7 @@ def compress(
         SpecError: more than one of rank, energy and size; a dtype that is not known; nothing asked for.
         CombineError: a size no adapter can have, updates without a dW, tensors that do not fit or are not finite.
     """
+    expect_adapter(state)
     kept_in = _checked(rank, energy, size, dtype)
     places = lineup([state], [1.0])
     if not places:

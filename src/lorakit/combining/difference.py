@@ -19,7 +19,7 @@ from lorakit.combining.change import added, size
 from lorakit.combining.how import rounding
 from lorakit.combining.lineup import Place, lineup
 from lorakit.core.method import Static
-from lorakit.core.state import AdapterState, Update
+from lorakit.core.state import AdapterState, Update, expect_adapter
 from lorakit.errors import CombineError, grouped, listing
 
 SAME = 1e-6
@@ -90,6 +90,8 @@ def difference(first: AdapterState, second: AdapterState, base: Mapping[str, Ten
             not finite, weights that are needed and not given.
     """
     states = [first, second]
+    for state in states:
+        expect_adapter(state)
     still = [replace(state, updates=_of_weights(state.updates, True)) for state in states]
     weights, problems = {}, []
     for place in lineup(still, [1.0, -1.0]):

@@ -20,7 +20,7 @@ from lorakit.combining.how import Term
 from lorakit.core.as_lora import refuse_unknown_widths
 from lorakit.core.method import Static
 from lorakit.core.site import Site
-from lorakit.core.state import AdapterState, Update, check_tensors, trim
+from lorakit.core.state import AdapterState, Update, check_tensors, expect_adapter, trim
 from lorakit.errors import AdapterFileError, CombineError, SpecError, grouped, listing
 
 
@@ -90,6 +90,8 @@ def checked_weights(states: Sequence[AdapterState], weights: Sequence[float] | N
     """Return one finite weight an adapter, 1 each unless given; not all of them 0."""
     if not states:
         raise CombineError("there is nothing to combine; give at least one adapter")
+    for state in states:
+        expect_adapter(state)
     if weights is None:
         return [1.0] * len(states)
     if len(weights) != len(states):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from lorakit.core.method import Method, Static, Trimmed
 from lorakit.core.site import Site
 from lorakit.core.spec import AdapterSpec
-from lorakit.errors import AdapterFileError, grouped, listing
+from lorakit.errors import AdapterFileError, SpecError, grouped, listing
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,17 @@ class AdapterState:
         """Return the number of stored values; a tensor that several sites share counts once."""
         stored = sum({id(t): t.numel() for u in self.updates for t in u.tensors.values()}.values())
         return stored + sum(t.numel() for t in self.trained.values())
+
+
+def expect_adapter(given: object) -> None:
+    """Raise `SpecError` for what is no adapter, such as the path of one, and say how it is read."""
+    if isinstance(given, AdapterState):
+        return
+    what, way = f"a {type(given).__name__}", "lorakit.load and lorakit.state return one"
+    if isinstance(given, str | PurePath):
+        what = repr(str(given))
+        way = f"read it first: lorakit.load({what})"
+    raise SpecError(f"an adapter is needed here, not {what}; {way}")
 
 
 def trim(state: AdapterState) -> AdapterState:

@@ -24,7 +24,7 @@ from lorakit.core.peft_form import settle
 from lorakit.core.registry import host_at
 from lorakit.core.site import Site, Skeleton
 from lorakit.core.spec import AdapterSpec
-from lorakit.core.state import AdapterState, Base, Update, check_tensors
+from lorakit.core.state import AdapterState, Base, Update, check_tensors, expect_adapter
 from lorakit.core.targets import parameters_named, resolve
 from lorakit.errors import AdapterFileError, AttachError, SpecError, did_you_mean, listing
 from lorakit.inject.context import refuse_context
@@ -75,7 +75,8 @@ def attach(
 
     Raises:
         TargetError: a pattern matched nothing, or matched what cannot be adapted.
-        SpecError: a method or rank that does not fit a site, an initialisation without the evidence it asks for.
+        SpecError: a method or rank that does not fit a site, an initialisation without the evidence it asks for; a path
+            instead of an adapter.
         AttachError: a name in use, a layer whose forward was patched.
         AdapterFileError: a state whose tensors, paths or base do not fit this model.
     """
@@ -86,6 +87,7 @@ def attach(
         spec, tensors, values = what, {}, {}
         placed = [(m.site, m.method) for m in resolve(spec, skeleton)]
     else:
+        expect_adapter(what)
         spec, values = what.spec, dict(what.trained)
         updates = fitted(what, skeleton)
         check_tensors(updates)

@@ -40,6 +40,9 @@ def save(
         AdapterFileError: a method or format that cannot be written, a dtype that would change a value, or a failed
             write (the old adapter is intact).
     """
+    from lorakit.core.state import expect_adapter
+
+    expect_adapter(state)
     if format == "peft":
         from lorakit.persist.peft import save_peft
 

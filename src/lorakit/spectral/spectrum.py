@@ -14,7 +14,7 @@ from torch import Tensor
 from lorakit.core.as_lora import refuse_unknown_widths
 from lorakit.core.method import Static
 from lorakit.core.site import Site
-from lorakit.core.state import AdapterState, Update, check_tensors
+from lorakit.core.state import AdapterState, Update, check_tensors, expect_adapter
 from lorakit.errors import SpecError, grouped, listing
 from lorakit.spectral.rank import EFFECTIVE_RANKS, SATURATED, energy, is_dead, is_saturated, numerical_rank, rank_at
 from lorakit.spectral.svd import singular_values
@@ -176,6 +176,7 @@ def weight_of(base: Mapping[str, Tensor], site: Site) -> Tensor:
 
 def refuse_unfit(state: AdapterState) -> None:
     """Raise for what has no spectrum: `SpecError`, or `AdapterFileError` for tensors that do not fit; all of a kind."""
+    expect_adapter(state)
     moving = [
         f"{u.site.key}: {u.method.name} "
         + ("acts on what the model reads, not on a weight" if u.site.kind == "model" else "depends on the input")
