@@ -61,7 +61,7 @@ def test_the_smallest_within_a_score_was_scored(run: Path, tmp_path: Path) -> No
     [
         ([], "compress to what"),
         (["--rank", 2, "--energy", 0.9], "give one of them"),
-        (["--size", "half"], "is no size"),
+        (["--size", "half"], "is no amount of bytes; write 50%"),
         (["--size", "1B"], "bytes hold nothing of it"),
         (["--rank", 2, "--data", "x.jsonl"], "give --within too"),
         (["--within", 0.1, "--rank", 2], "--rank and --within each say how much to keep"),

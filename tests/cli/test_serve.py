@@ -106,7 +106,7 @@ def test_ctrl_c_ends_the_server_in_one_line_without_a_traceback(server: tuple[su
 def test_what_cannot_be_served_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
     for words, why in (
         (("--host", "0.0.0.0"), "0.0.0.0 can be reached by others and no keys were given"),
-        (("--memory", "much"), "--memory is 'much'; give bytes, or an amount such as 512MB or 4GB"),
+        (("--memory", "much"), "--memory 'much' is no amount of bytes; write 800kB, 1.5MB or 4GB"),
         (("--adapters", str(tmp_path / "none")), "none is not a folder"),
         (("--adapters", str(tmp_path)), "holds no adapter"),
         (("--keys", str(tmp_path / "keys.json")), "keys.json cannot be read"),

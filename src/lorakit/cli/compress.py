@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from lorakit.cli.amounts import bytes_of
 from lorakit.cli.screen import Screen, screen, size, span, table
 from lorakit.cli.sources import (
     BASE_HELP,
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from lorakit.combining import Compressed
     from lorakit.core.state import AdapterState
     from lorakit.training.smallest import Smallest
-
-_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(%|b|[kmg]b)?")
-_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 def compress(
@@ -79,7 +76,7 @@ def compress(
             searched = _search(out, find(source, base), state, within, data, split, limit, dtype, weights)
             made = searched.made
         else:
-            most = None if budget is None else _bytes(budget, before)
+            most = None if budget is None else bytes_of("--size", budget, before)
             made = compressed(state, rank=rank, energy=energy, size=most, dtype=dtype, base=weights)
         if made.bytes > before:
             raise CombineError(
@@ -163,12 +160,3 @@ def _show(out: Screen, made: Compressed, before: int, searched: Smallest | None)
         ]
         title = f"{searched.measure} of the whole adapter: {searched.score:.4g}"
         out.show(table(title, "bytes", "error", searched.measure, "within", rows=rows, numbers=(0, 1, 2)))
-
-
-def _bytes(text: str, whole: int) -> int:
-    """Return `50%` of the whole, or `1.5MB`, as bytes."""
-    found = _AMOUNT.fullmatch(text.strip().lower())
-    if found is None:
-        raise RecipeError(f"--size {text!r} is no size; write 50%, 800kB or 1.5MB")
-    amount = float(found[1])
-    return round(amount / 100 * whole if found[2] == "%" else amount * _UNITS[found[2] or "b"])

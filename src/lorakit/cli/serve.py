@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from lorakit.cli.amounts import bytes_of
 from lorakit.cli.screen import print_json, screen, size, table
 from lorakit.cli.sources import BASE_HELP, SOURCE_HELP, Source, adapter_in, find
-from lorakit.errors import RecipeError, ServingError
+from lorakit.errors import RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from lorakit.serving.keys import Keys
     from lorakit.serving.requests import Engine
     from lorakit.serving.service import Service
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def serve(
@@ -85,7 +84,7 @@ def serve(
         found = find(source, base)
         if found.labels:
             raise RecipeError(f"{source} is a classifier, which writes no answers; score it: lorakit evaluate {source}")
-        room = _bytes(memory)
+        room = bytes_of("--memory", memory)
         place = Path(store) if store is not None else _home(found.base)
         shape = {"slots": slots or (64 if engine == "vllm" else 16), "context": context, "queue": queue}
         _refuse_odd(engine, engine_url, replicas)
@@ -228,13 +227,6 @@ def _leave_a_core(threads: int | None) -> None:
 
     if threads is not None or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads or max(1, torch.get_num_threads() - 1))
-
-
-def _bytes(text: str) -> int:
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)?\s*", text, re.IGNORECASE)
-    if found is None:
-        raise ServingError(f"--memory is {text!r}; give bytes, or an amount such as 512MB or 4GB")
-    return int(float(found[1]) * _UNITS[(found[2] or "").upper()])
 
 
 def _names(base: str) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import get_args
 
 from lorakit.errors import RequestError, ServingError, shown
+from lorakit.serving.percentiles import percentiles
 from lorakit.serving.requests import Reason
 
 VERSION = 1
@@ -236,20 +237,12 @@ def _row(
         requests=len(answers),
         errors=sum(reason == "error" for _, _, _, reason, _ in answers),
         tokens=sum(tokens for _, _, tokens, _, _ in answers),
-        seconds=_percentiles([seconds for _, seconds, *_ in whole]),
-        first=_percentiles([first for first, *_ in whole if first is not None]),
+        seconds=percentiles([seconds for _, seconds, *_ in whole]),
+        first=percentiles([first for first, *_ in whole if first is not None]),
         ratings=len(ratings),
         rating=mean,
         interval=None if mean is None else _wilson(mean, len(ratings)),
     )
-
-
-def _percentiles(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return the median and the 95th percentile, each one of the values (nearest rank)."""
-    if not values:
-        return None
-    ordered, count = sorted(values), len(values)
-    return ordered[(count - 1) // 2], ordered[-(-95 * count // 100) - 1]
 
 
 def _wilson(mean: float, count: int) -> tuple[float, float]:

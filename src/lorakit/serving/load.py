@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lorakit.errors import ServingError
+from lorakit.serving.percentiles import percentiles
 
 WORDS = ("king", "daughter", "wood", "river", "gold", "stone", "wolf", "bread", "night", "road", "house", "tree")
 MOST_OPEN = 256
@@ -86,22 +87,18 @@ class Seen:
             "seconds": self.seconds,
             "requests_per_second": len(self.whole) / self.seconds if self.seconds else 0.0,
             "tokens_per_second": sum(shares) / self.seconds if self.seconds else 0.0,
-            "first_token_ms": percentiles(self.first),
-            "between_tokens_ms": percentiles(self.between),
-            "answer_ms": percentiles(self.whole),
+            "first_token_ms": _milliseconds(self.first),
+            "between_tokens_ms": _milliseconds(self.between),
+            "answer_ms": _milliseconds(self.whole),
             "fairness": sum(shares) ** 2 / squares if squares else None,
             "answered": len(self.whole),
             "failed": dict(self.failed),
         }
 
 
-def percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
-    """Return the median and the 95th percentile in milliseconds, or None of nothing."""
-    if not seconds:
-        return None
-    ordered = sorted(seconds)
-    return {name: 1e3 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-            for name, share in (("p50", 0.5), ("p95", 0.95))}  # fmt: skip
+def _milliseconds(seconds: Sequence[float]) -> dict[str, float] | None:
+    found = percentiles(seconds)
+    return None if found is None else {"p50": 1e3 * found[0], "p95": 1e3 * found[1]}
 
 
 def asks(load: Load) -> Iterator[Ask]:

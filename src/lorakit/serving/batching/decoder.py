@@ -91,7 +91,7 @@ class Decoder:
             [(t, p) for t, p, _ in decoded], [(p.slot, p.offset, p.tokens) for p in pieces], self.model.device
         )
         n = len(decoded)
-        kept = list(range(n)) + [cut.stop - 1 for cut, piece in zip(step.pieces, pieces, strict=True) if piece.ends]
+        kept = list(range(n)) + [cut.stop - 1 for cut, piece in zip(step.cuts, pieces, strict=True) if piece.ends]
         self.slots.begin(step)
         self.bank.begin([c for _, _, c in decoded], [(len(p.tokens), p.choice, p.ends) for p in pieces])
         out = self.model(

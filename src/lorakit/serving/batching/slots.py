@@ -20,8 +20,8 @@ KNOWN = frozenset({"sliding_window", "softcap", "position_ids", "use_cache", "ou
 """What a layer may pass beside queries, keys and values: read here, or without bearing on a step."""
 
 
-class Piece(NamedTuple):
-    """A piece of a prompt: tokens `start:stop` of the step belong at `offset` and after in `slot`."""
+class Cut(NamedTuple):
+    """Where a piece of a prompt stands: tokens `start:stop` of a step belong at `offset` and after in `slot`."""
 
     slot: int
     start: int
@@ -40,20 +40,20 @@ class Step:
     positions: Tensor
     slots: Tensor
     decoding: int
-    pieces: tuple[Piece, ...]
+    cuts: tuple[Cut, ...]
 
     @classmethod
     def of(cls, decoded: list[tuple[int, int]], pieces: list[tuple[int, int, list[int]]], device: Any = None) -> Step:
         """Return the step of `(token, position)` of slots 0, 1, ... and of `(slot, offset, tokens)` of prompts."""
         tokens, positions = [t for t, _ in decoded], [p for _, p in decoded]
-        slots, cut = list(range(len(decoded))), []
+        slots, cuts = list(range(len(decoded))), list[Cut]()
         for slot, offset, piece in pieces:
-            cut.append(Piece(slot, len(tokens), len(tokens) + len(piece), offset))
+            cuts.append(Cut(slot, len(tokens), len(tokens) + len(piece), offset))
             tokens += piece
             positions += range(offset, offset + len(piece))
             slots += [slot] * len(piece)
         made = torch.tensor([tokens, positions, slots], device=device)
-        return cls(made[0], made[1], made[2], len(decoded), tuple(cut))
+        return cls(made[0], made[1], made[2], len(decoded), tuple(cuts))
 
 
 class Slots:
@@ -104,7 +104,7 @@ class Slots:
         if n:
             longest, seen = self._visible(sliding_window, query.dtype)
             found.append(_decoded(query[0, :, :n], keys[:n, :longest], values[:n, :longest], seen, scaling, softcap))
-        for slot, start, stop, offset in step.pieces:
+        for slot, start, stop, offset in step.cuts:
             end = offset + stop - start
             found.append(
                 _read(query[:, :, start:stop], keys[slot, :end], values[slot, :end], scaling, sliding_window, softcap)
