@@ -152,6 +152,8 @@ class Stats:
     preemptions: int
     steps: int
     step_seconds: float
+    broken: str = ""
+    """What ended the engine for good; nothing where it lives."""
 
 
 class Engine(Protocol):

@@ -139,6 +139,26 @@ def test_sequences_in_pieces_and_decoded_ones_share_a_step() -> None:
     assert_close(both, torch.stack([wanted[0][8], wanted[1][-1]]))
 
 
+@pytest.mark.parametrize("everywhere", ["decoded", "read", "both"])
+def test_an_adapter_of_the_head_acts_on_its_own_sequence_while_a_prompt_is_half_read(everywhere: str) -> None:
+    model = made("llama")
+    specs = {name: EVERYWHERE if everywhere in (name, "both") else SPECS["lora"] for name in ("decoded", "read")}
+    states = [adapter(model, spec) for spec in specs.values()]
+    short, long = prompt(8, 1), prompt(20, 2)
+    wanted = [logits_alone(model, states[0], short), logits_alone(model, states[1], long)]
+    decoder = Decoder(model, slots=2)
+    mine, other = (Choice(decoder.prepare(str(i), s)) for i, s in enumerate(states))
+    decoder.bank.hold(mine.adapter)
+    decoder.bank.hold(other.adapter)
+    found = decoder.step([], [Piece(0, 0, short[:7], mine, True), Piece(1, 0, long[:9], other, False)])
+    assert_close(found, wanted[0][6:7])
+    found = decoder.step([(short[7], 7, mine)], [Piece(1, 9, long[9:15], other, False)])
+    assert_close(found, wanted[0][7:8])
+    assert decoder.step([], [Piece(1, 15, long[15:18], other, False)]).shape == (0, VOCABULARY)
+    assert_close(decoder.step([], [Piece(1, 18, long[18:], other, True)]), wanted[1][-1:])
+    decoder.close()
+
+
 def test_a_moved_sequence_goes_on_where_it_was() -> None:
     model = made("llama")
     ids = prompt(14, 3)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from lorakit.errors import BusyError, RequestError, UnknownAdapterError
+import lorakit
+from lorakit.errors import BusyError, RequestError, ServingError, UnknownAdapterError
 from lorakit.serving.batching.engine import SlotEngine
+from lorakit.serving.batching.place import Place
 from lorakit.serving.requests import End, Request, Sampling, Token
 from tests.serving.answers import Answer, ask
 from tests.serving.models import VOCABULARY, made
@@ -74,6 +78,19 @@ def engine(folders: dict[str, Path]) -> Iterator[SlotEngine]:
     made_engine.close()
 
 
+def until(met: Callable[[], bool], seconds: float = 20.0) -> None:
+    began = time.monotonic()
+    while not met():
+        assert time.monotonic() - began < seconds
+        time.sleep(0.005)
+
+
+def note(order: list[str], name: str, event: Token | End) -> None:
+    """Remember the order in which requests get their first tokens."""
+    if name not in order:
+        order.append(name)
+
+
 def prompt(rng: random.Random, longest: int = 30) -> tuple[int, ...]:
     return tuple(rng.choices(range(VOCABULARY), k=rng.randint(1, longest)))
 
@@ -82,14 +99,14 @@ def until_stop(tokens: list[int]) -> list[int]:
     return tokens[: tokens.index(STOP)] if STOP in tokens else tokens
 
 
-def check(answer: Answer, request: Request, alone: Any) -> None:
-    """Assert that an answer is what PEFT alone writes, ended as it should."""
+def check(answer: Answer, request: Request, alone: Any, *, cancelled: bool = False) -> None:
+    """Assert that an answer is what PEFT alone writes, ended as it should; only some may have been cancelled."""
     wanted = alone(request.adapter, request.prompt, request.sampling.max_tokens)
-    if answer.end.reason in ("stop", "length"):
-        assert answer.tokens == until_stop(wanted)
-        assert answer.end.reason == ("stop" if STOP in wanted else "length")
-    else:
+    if cancelled and answer.end.reason == "cancelled":
         assert answer.tokens == until_stop(wanted)[: len(answer.tokens)]
+    else:
+        assert answer.tokens == until_stop(wanted)
+        assert answer.end == End("stop" if STOP in wanted else "length")
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -113,7 +130,7 @@ def test_each_request_gets_the_tokens_of_peft_alone_whoever_joins_and_leaves(
         if rng.random() < 0.3:
             time.sleep(0.01)
     for request, answer in asked:
-        check(answer, request, alone)
+        check(answer, request, alone, cancelled=True)
     ended = {answer.end.reason for _, answer in asked}
     assert {"length", "cancelled"} <= ended <= {"length", "stop", "cancelled"}
     assert engine.stats().running == engine.stats().waiting == 0
@@ -139,6 +156,116 @@ def test_a_long_prompt_is_read_in_pieces_beside_others(
              for n, a in ((60, "a"), (3, "b"), (47, None), (1, "c"), (80, "a"))]  # fmt: skip
     for request, answer in zip(asked, ask(engine, asked), strict=True):
         check(answer, request, alone)
+
+
+def test_a_prompt_that_takes_a_step_by_itself_is_answered(
+    monkeypatch: pytest.MonkeyPatch, engine: SlotEngine, alone: Any
+) -> None:
+    monkeypatch.setattr("lorakit.serving.batching.engine.PIECE", 5)
+    request = Request(tuple(random.Random(2).choices(range(VOCABULARY), k=70)), "a", sampling=Sampling(max_tokens=5))
+    check(ask(engine, [request])[0], request, alone)
+
+
+def test_the_oldest_prompt_is_read_first_whoever_ends_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, engine: SlotEngine
+) -> None:
+    monkeypatch.setattr("lorakit.serving.batching.engine.PIECE", 3)
+    order: list[str] = []
+    short, long = (Sampling(max_tokens=n, ignore_eos=True) for n in (3, 2))
+    asked = [
+        Request((1,), sampling=short, id="first"),
+        Request((1,), sampling=replace(short, max_tokens=30), id="stays"),
+    ]
+    asked += [Request((2,) * 60, sampling=long, id=name) for name in ("old", "middle", "new")]
+    heard = [partial(note, order, request.id) for request in asked]
+    for request, sink in zip(asked, heard, strict=True):
+        engine.submit(request, sink)
+    until(lambda: {"old", "middle", "new"} <= set(order))
+    assert [name for name in order if name not in ("first", "stays")] == ["old", "middle", "new"]
+
+
+def test_an_adapter_no_memory_is_left_for_ends_its_own_request_alone(
+    monkeypatch: pytest.MonkeyPatch, engine: SlotEngine, alone: Any
+) -> None:
+    made_rows = Place.make_rows
+
+    def small(self: Place, count: int, rank: int, stretched: bool) -> None:
+        if rank == RANKS["b"]:
+            raise MemoryError("no more")
+        made_rows(self, count, rank, stretched)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Place, "make_rows", small)
+        others = [Request((3, 1, n), "a", sampling=Sampling(max_tokens=10)) for n in range(3)]
+        *fine, failed = ask(engine, [*others, Request((1, 2), "b")])
+        for request, answer in zip(others, fine, strict=True):
+            check(answer, request, alone)
+    assert failed.end == End("error", "the adapter could not be taken in: MemoryError: no more")
+    request = Request((1, 2), "b", sampling=Sampling(max_tokens=10))
+    check(ask(engine, [request])[0], request, alone)
+
+
+def test_an_engine_that_breaks_ends_everybody_says_so_and_takes_nothing_more(
+    monkeypatch: pytest.MonkeyPatch, engine: SlotEngine
+) -> None:
+    def fail(*args: Any) -> Any:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(engine, "_sweep", fail)
+    (answer,) = ask(engine, [Request((1, 2))])
+    assert answer.end == End("error", "the engine broke: MemoryError: no more")
+    assert engine.stats().broken == "MemoryError: no more"
+    with pytest.raises(ServingError, match="the engine broke: MemoryError: no more; start the server again"):
+        engine.submit(Request((1, 2)), Answer())
+
+
+def test_an_adapter_unloaded_while_its_request_waits_is_let_go(engine: SlotEngine) -> None:
+    answers = [Answer() for _ in range(9)]
+    for number, answer in enumerate(answers):
+        engine.submit(Request((1,), "b" if number == 8 else None, sampling=Sampling(max_tokens=20)), answer)
+    engine.unload("b")
+    assert {answer.end.reason for answer in answers} <= {"stop", "length"}
+    until(lambda: not engine._orphans)
+    assert not engine._held
+
+
+def test_numbers_that_are_none_end_their_request_and_nobody_after_it_in_that_slot(
+    engine: SlotEngine, folders: dict[str, Path], tmp_path: Path, alone: Any
+) -> None:
+    state = lorakit.load(folders["b"])
+    huge = tuple(replace(u, tensors={k: t * 1e30 for k, t in u.tensors.items()}) for u in state.updates)
+    lorakit.save(replace(state, updates=huge), tmp_path / "huge")
+    engine.load("huge", tmp_path / "huge")
+    request = Request((3, 1, 4), "a", sampling=Sampling(max_tokens=12, ignore_eos=True))
+    damaged = [Request((1,) * 60, "huge") for _ in range(4)]
+    assert {answer.end.reason for answer in ask(engine, damaged)} == {"error"}
+    long = Request((1,) * 50, sampling=Sampling(max_tokens=12, ignore_eos=True))  # so that slots are read that far
+    first, second = ask(engine, [long, request])
+    assert first.end.reason == second.end.reason == "length"
+    assert second.tokens == alone("a", (3, 1, 4), 12)
+
+
+def test_a_closed_engine_keeps_no_keys_and_values(folders: dict[str, Path]) -> None:
+    running = SlotEngine(made("llama", torch.float32), slots=2)
+    ask(running, [Request((1, 2))])
+    assert running._decoder.slots.bytes > 0
+    running.close()
+    assert running._decoder.slots.bytes == 0
+
+
+def test_a_tenant_that_fills_the_queue_leaves_room_for_others() -> None:
+    small = SlotEngine(made("llama", torch.float32), slots=1, queue=4, context=40)
+    with pytest.raises(BusyError):
+        for _ in range(40):
+            small.submit(Request((1,), sampling=Sampling(max_tokens=39), tenant="loud"), Answer())
+    quiet = [Answer() for _ in range(2)]
+    for answer in quiet:
+        small.submit(Request((1,), sampling=Sampling(max_tokens=1), tenant="quiet"), answer)
+    with pytest.raises(BusyError, match="wait, and no more may"):
+        for _ in range(8):
+            small.submit(Request((1,), sampling=Sampling(max_tokens=39), tenant="quiet"), Answer())
+    assert [answer.end.reason for answer in quiet] == ["length", "length"]
+    small.close()
 
 
 def test_a_deadline_ends_a_request_in_the_queue_and_a_running_one(engine: SlotEngine) -> None:

@@ -61,6 +61,35 @@ def test_whoever_was_away_comes_back_without_arrears() -> None:
     assert Counter(served) == {"busy": 4, "late": 4}
 
 
+def test_whoever_comes_while_nobody_waits_begins_at_the_level_of_who_was_served_last() -> None:
+    queue = filled([("busy", "a")])
+    queue.pop()
+    queue.charge("busy", "a", 500_000)
+    queue.forget({("busy", "a")})
+    for number in range(8):
+        queue.push(("late", "b", number), "late", "b")
+        queue.push(("busy", "a", number), "busy", "a")
+        queue.push(("busy", "c", number), "busy", "c")
+    served = []
+    for _ in range(8):
+        tenant, adapter, _ = queue.pop() or ("", None, 0)
+        queue.charge(tenant, adapter, 100)
+        served.append((tenant, adapter))
+    assert Counter(served) == {("late", "b"): 4, ("busy", "a"): 2, ("busy", "c"): 2}
+
+
+def test_a_full_queue_takes_from_those_alone_who_have_less_than_their_share() -> None:
+    queue = filled([("loud", None)] * 9)
+    assert not queue.full("loud", 10)
+    queue.push(("loud", None, 9), "loud", None)
+    assert queue.full("loud", 10)
+    for number in range(5):
+        assert not queue.full("quiet", 10)
+        queue.push(("quiet", None, number), "quiet", None)
+    assert queue.full("quiet", 10)
+    assert not queue.full("third", 10)
+
+
 @given(st.lists(st.tuples(st.sampled_from("xyz"), st.sampled_from([None, "a", "b"])), max_size=30))
 def test_every_item_comes_once_and_those_of_one_tenant_and_adapter_in_order(
     items: list[tuple[str, str | None]],

@@ -7,6 +7,8 @@ from collections import Counter
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lorakit.errors import RequestError
@@ -50,8 +52,25 @@ def test_draws_have_the_shares_of_their_probabilities() -> None:
         assert abs(shares[token] / 4000 - p) < 4 * math.sqrt(p * (1 - p) / 4000)
 
 
-def test_a_temperature_near_0_takes_the_likeliest() -> None:
-    assert choose(LOGITS[:1] * 1e6, [Draw(Sampling(temperature=1e-9, seed=1))]) == [Token(1)]
+@pytest.mark.parametrize("temperature", [1e-5, 1e-9, 1e-50, 5e-324])
+def test_a_temperature_near_0_takes_the_likeliest(temperature: float) -> None:
+    assert choose(LOGITS[:1] * 1e6, [Draw(Sampling(temperature=temperature, seed=1))]) == [Token(1)]
+
+
+@given(
+    temperature=st.floats(0, 2), top_p=st.floats(0, 1, exclude_min=True), top_k=st.integers(0, 9),
+    frequency=st.floats(-2, 2), bias=st.dictionaries(st.integers(0, 3), st.floats(-100, 100)),
+    logits=st.lists(st.floats(-(2.0**126), 2.0**126, width=32), min_size=4, max_size=4),
+)  # fmt: skip
+def test_whatever_may_be_asked_a_token_comes(
+    temperature: float, top_p: float, top_k: int, frequency: float, bias: dict[int, float], logits: list[float]
+) -> None:
+    draw = Draw(Sampling(temperature=temperature, top_p=top_p, top_k=top_k, frequency_penalty=frequency,
+                         logit_bias=bias, logprobs=4))  # fmt: skip
+    for _ in range(3):
+        (token,) = choose(torch.tensor([logits]), [draw])
+        assert token is not None
+        assert 0 <= token.id < 4
 
 
 def test_penalties_by_hand() -> None:

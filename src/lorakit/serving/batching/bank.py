@@ -20,6 +20,8 @@ from lorakit.serving.batching.place import Banked, Choice, Place, Prepared, Rout
 KINDS = frozenset({"linear", "transposed-linear", "embedding"})
 RESIDENT = 512 << 20
 """Bytes the rows of all layers may take together; above, sequences are gathered adapter by adapter instead."""
+Groups = tuple[tuple[Tensor, Choice], ...]
+"""Decoded rows by who acts on them."""
 _STALE = Choice(Prepared("", {}))
 """Whose factors are in a row that must be written before it is used."""
 
@@ -70,9 +72,15 @@ class Bank:
         return sum(place.packed is not None for place in self.places.values())
 
     def hold(self, adapter: Prepared) -> None:
-        """Take an adapter in, before its first step."""
+        """Take an adapter in, before its first step; raises, and holds what it held, where no memory is left for it."""
         self._held.append(adapter)
-        self._fit()
+        try:
+            self._fit()
+        except BaseException:
+            self._held.remove(adapter)
+            self._make_rows(0, 0, False)
+            self._rows, self._made = False, (-1, False)  # made anew the next time; until then rows are gathered
+            raise
 
     def drop(self, adapter: Prepared) -> None:
         """Let an adapter go, after its last step."""
@@ -104,10 +112,9 @@ class Bank:
                 spans.append(Span(at, at + tokens, choice))
                 ends += [Span(head, head + 1, choice)] * last
             at, head = at + tokens, head + last
-        choices = frozenset([*(choice for _, choice in groups), *(span.choice for span in spans)])
-        body = Route(at, *rows, _merged(spans), choices) if choices else None
-        last_of_each = Route(head, *rows, _merged(ends), choices) if choices else None
-        embedding = Route(at, *looked_up, _merged(spans), choices) if choices else None
+        body = _route(at, rows, groups, spans)
+        last_of_each = _route(head, rows, groups, ends)
+        embedding = _route(at, looked_up, groups, spans)
         for place in self.places.values():
             place.take(last_of_each if place.head else embedding if place.site.kind == "embedding" else body)
 
@@ -132,9 +139,12 @@ class Bank:
         places = self._by_row()
         size = sum(4 * self._count * rank * (place.site.in_ + place.site.height) for place in places)
         self._rows, self._made = 0 < size <= RESIDENT, (rank, stretched)
+        self._make_rows(self._count if self._rows else 0, rank, stretched)
+
+    def _make_rows(self, count: int, rank: int, stretched: bool) -> None:
         self._seated = [_STALE] * self._count
-        for place in places:
-            place.make_rows(self._count if self._rows else 0, rank, stretched)
+        for place in self._by_row():
+            place.make_rows(count, rank, stretched)
 
     def _unpack(self, place: Place) -> None:
         weight = place.module._parameters["weight"]
@@ -143,6 +153,12 @@ class Bank:
         place.packed = None
         if weight.numel() == 0:
             weight.data = canonical.T.contiguous() if place.site.kind == "transposed-linear" else canonical
+
+
+def _route(tokens: int, rows: tuple[int, int, Groups], groups: Groups, spans: list[Span]) -> Route | None:
+    """Return the route of so many tokens, or None where nobody acts on any of them."""
+    choices = frozenset([*(choice for _, choice in groups), *(span.choice for span in spans)])
+    return Route(tokens, *rows, _merged(spans), choices) if choices else None
 
 
 def _merged(spans: list[Span]) -> tuple[Span, ...]:
@@ -156,7 +172,7 @@ def _merged(spans: list[Span]) -> tuple[Span, ...]:
     return tuple(joined)
 
 
-def _gather(decoded: Sequence[Choice | None], device: torch.device) -> tuple[tuple[Tensor, Choice], ...]:
+def _gather(decoded: Sequence[Choice | None], device: torch.device) -> Groups:
     """Return each choice with the rows it acts on."""
     at: dict[Choice, list[int]] = {}
     for row, choice in enumerate(decoded):

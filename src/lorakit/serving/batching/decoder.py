@@ -71,8 +71,9 @@ class Decoder:
             raise
 
     def close(self) -> None:
-        """Give the model back as it was."""
+        """Give the model back as it was, and the memory of the slots."""
         self.bank.close()
+        self.slots.free()
         self.model.set_attn_implementation(self._own)
 
     def prepare(self, digest: str, state: AdapterState) -> Prepared:
@@ -98,7 +99,7 @@ class Decoder:
             input_ids=step.tokens[None],
             position_ids=step.positions[None],
             use_cache=False,
-            logits_to_keep=torch.tensor(kept, device=self.model.device),
+            logits_to_keep=torch.tensor(kept, dtype=torch.long, device=self.model.device),  # maybe of none
         )
         return _wide(out.logits[0])
 

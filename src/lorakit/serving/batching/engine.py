@@ -11,13 +11,13 @@ import atexit
 import logging
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import BusyError, RequestError, UnknownAdapterError
+from lorakit.errors import BusyError, RequestError, ServingError, UnknownAdapterError
 from lorakit.persist import load
 from lorakit.serving.batching.decoder import Decoder, Piece
 from lorakit.serving.batching.fair_queue import FairQueue
@@ -53,6 +53,7 @@ class Sequence:
     choice: Choice | None
     tokens: list[int]
     cached: int = 0
+    charged: int = 0
     admitted: int = 0
     cancelled: bool = False
 
@@ -101,7 +102,7 @@ class SlotEngine:
         self._adapters: dict[str, Prepared] = {}
         self._held: set[Prepared] = set()
         self._orphans: set[Prepared] = set()
-        self._closing = False
+        self._closing, self._broken = False, ""
         self._swept, self._numbers = 0.0, count()
         self._prompt_tokens = self._generated = self._preemptions = self._steps = 0
         self._seconds = 0.0
@@ -127,8 +128,7 @@ class SlotEngine:
     def unload(self, digest: str) -> None:
         """Forget an adapter; sequences that run with it end as they would have."""
         with self._lock:
-            found = self._adapters.pop(digest, None)
-            if found is not None and found in self._held:
+            if (found := self._adapters.pop(digest, None)) is not None:
                 self._orphans.add(found)
                 self._lock.notify()
 
@@ -137,6 +137,8 @@ class SlotEngine:
         check_request(request, self._limits)
         draw = Draw(request.sampling)
         with self._lock:
+            if self._broken:
+                raise ServingError(f"the engine broke: {self._broken}; start the server again")
             if self._closing:
                 raise BusyError("the engine is stopping", 1.0)
             if request.id in self._by_id:
@@ -146,7 +148,7 @@ class SlotEngine:
                 if request.adapter not in self._adapters:
                     raise UnknownAdapterError(f"no adapter {request.adapter!r} is loaded")
                 choice = Choice(self._adapters[request.adapter], request.scale)
-            if len(self._by_id) - len(self._running) >= self._limits.queue:
+            if self._queue.full(request.tenant, self._limits.queue):
                 raise BusyError(f"{self._limits.queue} requests wait, and no more may", self._wait())
             made = Sequence(request, sink, draw, choice, list(request.prompt))
             self._by_id[request.id] = made
@@ -169,7 +171,7 @@ class SlotEngine:
             waiting = self._queue.waiting()
             return Stats(
                 len(self._running), sum(waiting.values()), waiting, running, self._prompt_tokens, self._generated,
-                self._preemptions, self._steps, self._seconds,
+                self._preemptions, self._steps, self._seconds, self._broken,
             )  # fmt: skip
 
     def close(self) -> None:
@@ -183,29 +185,37 @@ class SlotEngine:
             self._decoder.close()
 
     def _run(self) -> None:
-        while True:
+        try:
+            while self._prepared():
+                try:
+                    self._step()
+                except Exception as fault:  # whatever the model raises, its requests end and the engine goes on
+                    _log.exception("a step failed")
+                    with self._lock:
+                        self._drop(self._running, "error", f"{type(fault).__name__}: {fault}")
+        except Exception as fault:
+            _log.exception("the engine broke")
             with self._lock:
+                self._broken = f"{type(fault).__name__}: {fault}"
+                self._drop(self._by_id.values(), "error", f"the engine broke: {self._broken}")
+
+    def _prepared(self) -> bool:
+        """Wait for work and let everybody in whom there is room for; False where the engine shall stop."""
+        with self._lock:
+            self._sweep()
+            self._admit()
+            while not (self._running or self._closing):
+                self._let_go()
+                self._lock.wait()
                 self._sweep()
                 self._admit()
-                while not (self._running or self._closing):
-                    self._let_go()
-                    self._lock.wait()
-                    self._sweep()
-                    self._admit()
-                if self._orphans:
-                    self._let_go()
-                if self._closing:
-                    for one in list(self._by_id.values()):
-                        self._end(one, "cancelled", "the engine stopped")
-                    return
-                self._make_room()
-            try:
-                self._step()
-            except Exception as fault:  # whatever the model raises, its requests end and the engine goes on
-                _log.exception("a step failed")
-                with self._lock:
-                    for one in list(self._running):
-                        self._end(one, "error", f"{type(fault).__name__}: {fault}")
+            if self._orphans:
+                self._let_go()
+            if self._closing:
+                self._drop(self._by_id.values(), "cancelled", "the engine stopped")
+                return False
+            self._make_room()
+            return True
 
     def _sweep(self) -> None:
         """End what nobody waits for any more; those in the queue are looked at now and then."""
@@ -228,13 +238,18 @@ class SlotEngine:
             if self._running and taken + len(one.tokens) + 1 > self._positions:
                 self._queue.push(one, one.request.tenant, one.request.adapter, first=True)
                 return
+            if one.choice is not None and one.choice.adapter not in self._held:
+                try:
+                    self._decoder.bank.hold(one.choice.adapter)
+                except Exception as fault:  # of memory, most likely
+                    _log.exception("adapter %s could not be taken in", one.request.adapter)
+                    self._end(one, "error", f"the adapter could not be taken in: {type(fault).__name__}: {fault}")
+                    continue
+                self._held.add(one.choice.adapter)
             one.admitted = next(self._numbers)
             self._running.append(one)
             taken += len(one.tokens) + 1
-            self._queue.charge(one.request.tenant, one.request.adapter, len(one.tokens))
-            if one.choice is not None and one.choice.adapter not in self._held:
-                self._held.add(one.choice.adapter)
-                self._decoder.bank.hold(one.choice.adapter)
+            self._charge(one)
 
     def _make_room(self) -> None:
         """Let the youngest step back while the coming step would take more positions than there are."""
@@ -276,7 +291,7 @@ class SlotEngine:
                     self._tell(one, token)
                     one.tokens.append(token.id)
                     self._generated += 1
-                    self._queue.charge(one.request.tenant, one.request.adapter, 1.0)
+                    self._charge(one)
                     if one.generated >= one.request.sampling.max_tokens or len(one.tokens) >= self._limits.context:
                         self._end(one, "length")
             self._steps += 1
@@ -286,10 +301,27 @@ class SlotEngine:
         """Send a request its last event, and free its slot."""
         del self._by_id[one.request.id]
         if one in self._running:
+            if reason not in ("stop", "length"):
+                self._decoder.slots.wipe(self._running.index(one))
             self._leave(one)
         else:
             self._queue.remove(one)
         self._tell(one, End(reason, detail))
+
+    def _drop(self, those: Iterable[Sequence], reason: Reason, detail: str) -> None:
+        """End requests, all that run among them, without a look at the model, which may have failed."""
+        gone = list(those)
+        self._running.clear()
+        self._decoding = 0
+        for one in gone:
+            del self._by_id[one.request.id]
+            self._queue.remove(one)
+            self._tell(one, End(reason, detail))
+
+    def _charge(self, one: Sequence) -> None:
+        """Count what a request took that was not counted yet: a text that is read again was not its wish."""
+        self._queue.charge(one.request.tenant, one.request.adapter, len(one.tokens) - one.charged)
+        one.charged = len(one.tokens)
 
     def _tell(self, one: Sequence, event: Event) -> None:
         try:
@@ -299,13 +331,18 @@ class SlotEngine:
             one.cancelled, one.sink = True, nobody
 
     def _leave(self, one: Sequence) -> None:
-        """Take a sequence out of its slot and close the gap: from the last decoded, and that one's from the last."""
+        """Take a sequence out of its slot and close the gap: the last decoded fills it, and the prompts move up.
+
+        The prompts stay in their order, or one that is half read could be overtaken for ever; few of them have
+        positions to copy.
+        """
         at = self._running.index(one)
         if at < self._decoding:
             self._decoding -= 1
             self._move(self._decoding, at)
             at = self._decoding
-        self._move(len(self._running) - 1, at)
+        for source in range(at + 1, len(self._running)):
+            self._move(source, source - 1)
         self._running.pop()
 
     def _move(self, source: int, target: int) -> None:
@@ -319,8 +356,9 @@ class SlotEngine:
         used = {one.choice.adapter for one in self._by_id.values() if one.choice is not None}
         for adapter in self._orphans - used:
             self._orphans.discard(adapter)
-            self._held.discard(adapter)
-            self._decoder.bank.drop(adapter)
+            if adapter in self._held:
+                self._held.discard(adapter)
+                self._decoder.bank.drop(adapter)
         self._queue.forget({(one.request.tenant, one.request.adapter) for one in self._running})
 
     def _wait(self) -> float:

@@ -22,6 +22,7 @@ class FairQueue(Generic[T]):
         self._waiting: dict[str, dict[str | None, deque[T]]] = {}
         self._tenants: dict[str, float] = {}
         self._adapters: dict[tuple[str, str | None], float] = {}
+        self._left: tuple[str, str | None] | None = None  # served last: the level of who finds nobody waiting
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -41,11 +42,12 @@ class FairQueue(Generic[T]):
 
     def push(self, item: T, tenant: str, adapter: str | None, *, first: bool = False) -> None:
         """Let an item wait behind those of its tenant and adapter, or before them."""
+        left = [] if self._left is None else [self._left]
         if tenant not in self._waiting:
-            self._lift(self._tenants, tenant, [t for t in self._waiting if t != tenant])
+            self._lift(self._tenants, tenant, list(self._waiting) or [last for last, _ in left])
         lines = self._waiting.setdefault(tenant, {})
         if adapter not in lines:
-            others = [(tenant, other) for other in lines]
+            others = [(tenant, other) for other in lines] or [pair for pair in left if pair[0] == tenant]
             self._lift(self._adapters, (tenant, adapter), others)
         line = lines.setdefault(adapter, deque())
         line.appendleft(item) if first else line.append(item)
@@ -58,6 +60,7 @@ class FairQueue(Generic[T]):
         lines = self._waiting[tenant]
         adapter = min(lines, key=lambda a: self._adapters[tenant, a])
         item = lines[adapter].popleft()
+        self._left = tenant, adapter
         self._tidy(tenant, adapter)
         return item
 
@@ -71,6 +74,13 @@ class FairQueue(Generic[T]):
                     return True
         return False
 
+    def full(self, tenant: str, most: int) -> bool:
+        """Return whether nothing more of a tenant's may wait: `most` wait, and of them it has its share."""
+        if len(self) < most:
+            return False
+        own = sum(map(len, self._waiting.get(tenant, {}).values()))
+        return own >= max(1, most // len(self._waiting.keys() | {tenant}))
+
     def charge(self, tenant: str, adapter: str | None, tokens: float) -> None:
         """Count tokens served."""
         self._tenants[tenant] = self._tenants.get(tenant, 0.0) + tokens
@@ -78,15 +88,18 @@ class FairQueue(Generic[T]):
 
     def forget(self, running: set[tuple[str, str | None]]) -> None:
         """Drop the counters of those who neither wait nor run: they would come back lifted anyway."""
-        busy = running | {(tenant, adapter) for tenant, lines in self._waiting.items() for adapter in lines}
+        if not (running or self._waiting):
+            self._left = None
+        waiting = {(tenant, adapter) for tenant, lines in self._waiting.items() for adapter in lines}
+        busy = running | waiting | ({self._left} if self._left else set())
         tenants = {tenant for tenant, _ in busy}
         self._tenants = {t: n for t, n in self._tenants.items() if t in tenants}
         self._adapters = {k: n for k, n in self._adapters.items() if k in busy}
 
     @staticmethod
     def _lift(counters: dict[K, float], key: K, others: list[K]) -> None:
-        """Raise a counter to the least of those who were waiting all the while."""
-        least = min((counters[other] for other in others), default=0.0)
+        """Raise a counter to the least of those who were waiting all the while, or that of who was served last."""
+        least = min((counters.get(other, 0.0) for other in others), default=0.0)
         counters[key] = max(counters.get(key, 0.0), least)
 
     def _tidy(self, tenant: str, adapter: str | None) -> None:

@@ -146,7 +146,8 @@ class Place:
             down, up = self.down[: route.rows, :, : route.rank], self.up[: route.rows, : route.rank]
             self.work = lambda x, y: grouped.rows(y, x, down, up)
         elif len(route.spans) == 1 and route.spans[0][:2] == (0, route.tokens):
-            (pair,), scale = acting, route.spans[0].choice.scale
+            choice = route.spans[0].choice
+            pair, scale = choice.adapter.pairs[self.site.path], choice.scale
             self.work = lambda x, y: grouped.span(y, x, pair.down, pair.up, scale)
 
     def seat(self, row: int, choice: Choice | None) -> None:

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from lorakit.serving.requests import Sampling, Token
 
+COLDEST = 1e-5
+"""Temperatures below draw the likeliest token; divided by one of them, logits leave the range of fp32."""
+
 
 @dataclass(eq=False)
 class Draw:
@@ -25,7 +28,7 @@ class Draw:
     rng: torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        if self.sampling.temperature > 0:
+        if self.sampling.temperature >= COLDEST:
             seed = randbits(63) if self.sampling.seed is None else self.sampling.seed
             self.rng = torch.Generator().manual_seed(seed % (1 << 63))
 
@@ -76,10 +79,11 @@ def _adjusted(logits: Tensor, sampling: Sampling, counts: Mapping[int, int]) -> 
     if not (sampling.logit_bias or counts):
         return logits
     adjusted = logits.clone()
-    for token, bias in sampling.logit_bias.items():
-        adjusted[token] += bias
-    for token, count in counts.items():
-        adjusted[token] -= sampling.frequency_penalty * count + sampling.presence_penalty
+    if bias := sampling.logit_bias:
+        adjusted[list(bias)] += adjusted.new_tensor(list(bias.values()))
+    if counts:
+        times = adjusted.new_tensor(list(counts.values()))
+        adjusted[list(counts)] -= sampling.frequency_penalty * times + sampling.presence_penalty
     return adjusted
 
 

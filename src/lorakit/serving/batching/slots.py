@@ -82,9 +82,22 @@ class Slots:
     @torch.inference_mode()
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one slot into another."""
-        for pair in self._held.values():
+        for pair in self._held.values() if length else ():
             for held in pair:
                 held[target, :length] = held[source, :length]
+
+    @torch.inference_mode()
+    def wipe(self, slot: int) -> None:
+        """Write zeros into a slot, which may hold NaN: a hidden position counts 0 times what stands there."""
+        for pair in self._held.values():
+            for held in pair:
+                held[slot].zero_()
+
+    def free(self) -> None:
+        """Let go of the memory; transformers' register of attentions keeps this object for ever."""
+        self.step = None
+        self._held.clear()
+        self._seen.clear()
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None,
