@@ -9,7 +9,8 @@ is faster. vLLM runs in a process of its own, given its Python: it needs a torch
     generate      the same prompts on the base alone: transformers' static generate over ours
     continuous    the same: transformers' continuous batching over ours
     queue         64 requests of 8 to 64 new tokens on 16 slots: static batches in their order over ours
-    load          a 3 MB adapter loaded beside 16 running sequences, milliseconds
+    pace          64 requests of 64 new tokens on 16 slots, 16 adapters mixed: tokens a second
+    load          a 3 MB adapter loaded by an idle engine and beside 16 running sequences, milliseconds
     vllm          as peft, in vLLM with 16 adapters
 
 Run: python bench/serving.py [--models s256,m768] [--parts decode,peft,...] [--rounds N] [--threads N] [--vllm PYTHON]
@@ -276,14 +277,34 @@ def queue(folder: Path, rounds: int) -> dict[str, Any]:
     return found
 
 
+def pace(folder: Path, rounds: int) -> dict[str, Any]:
+    """Tokens a second with prompts of 16 to 96 tokens, which are not counted."""
+    texts, ours = prompts(64, 3), engine(folder)
+    names: list[str | None] = [str(i % ADAPTERS) for i in range(64)]
+    each = sorted(64 * 64 / run(ours, requests(texts, [64] * 64, names))[0] for _ in range(rounds))
+    ours.close()
+    return {"tokens a second": round(statistics.median(each)), "lowest": round(each[0]), "highest": round(each[-1])}
+
+
 def loading(folder: Path, rounds: int) -> dict[str, Any]:
-    """How long an adapter takes to be served beside 16 running sequences, and what they notice."""
+    """How long an adapter takes to be served by an idle engine and beside 16 running sequences, which notice it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads - 1))  # as `lorakit serve`, which leaves a core to HTTP and to loads
     ours = engine(folder, 15)
     new = folder / "adapter-15"
     size = sum(file.stat().st_size for file in new.iterdir())
-    took, beside, before = [], [], []
+    idle, took, beside, before = list[float](), list[float](), list[float](), list[float]()
+
+    def load_once() -> tuple[float, float]:
+        began = time.perf_counter()
+        ours.load("new", new)
+        ended = time.perf_counter()
+        ours.unload("new")
+        return began, ended
+
+    for _ in range(8 * rounds):
+        began, ended = load_once()
+        idle.append(1e3 * (ended - began))
     for _ in range(rounds):
         texts = prompts()
         counter = Counter(16)
@@ -292,11 +313,8 @@ def loading(folder: Path, rounds: int) -> dict[str, Any]:
         while any(len(times) < 40 for times in counter.times.values()):
             time.sleep(0.01)
         for _ in range(8):
-            began = time.perf_counter()
-            ours.load("new", new)
-            ended = time.perf_counter()
+            began, ended = load_once()
             took.append(1e3 * (ended - began))
-            ours.unload("new")
             time.sleep(0.05)
             for times in counter.times.values():
                 gaps = [(b, 1e3 * (b - a)) for a, b in pairwise(times[2:])]
@@ -311,6 +329,7 @@ def loading(folder: Path, rounds: int) -> dict[str, Any]:
     return {
         "megabytes": round(size / 1e6, 2),
         "loads": len(took),
+        "milliseconds, idle": {"p50": _share(idle, 0.5), "p95": _share(idle, 0.95)},
         "milliseconds": {"p50": _share(took, 0.5), "p95": _share(took, 0.95)},
         "between tokens, ms": {"p50": _share(before, 0.5), "p95": _share(before, 0.95)},
         "between tokens during a load, ms": {"p50": _share(beside, 0.5), "p95": _share(beside, 0.95)},
@@ -378,8 +397,8 @@ def vllm(folder: Path, rounds: int, python: str) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[..., dict[str, Any]]] = {
-    "decode": decode, "peft": peft, "generate": generate, "continuous": batching, "queue": queue, "load": loading,
-    "vllm": vllm,
+    "decode": decode, "peft": peft, "generate": generate, "continuous": batching, "queue": queue, "pace": pace,
+    "load": loading, "vllm": vllm,
 }  # fmt: skip
 
 

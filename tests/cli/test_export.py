@@ -112,8 +112,13 @@ def test_llama_cpp_gets_the_merged_model_and_its_converter_s_command(base: Path,
     result = invoke("export", tmp_path / "adapter", "--output", tmp_path / "out", "--for", "llama.cpp")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.splitlines()[-1] == (
-        f"convert it: python convert_hf_to_gguf.py {tmp_path / 'out'} --outfile {tmp_path / 'out' / 'model.gguf'}"
+        f"convert it: python convert_hf_to_gguf.py {tmp_path / 'out'} --outfile {tmp_path / 'out'}.gguf"
     )
+    (tmp_path / "out" / "mine.gguf").write_text("x")
+    kept = invoke("export", tmp_path / "adapter", "--output", tmp_path / "out", "--for", "llama.cpp")
+    assert kept.exit_code == 2
+    assert "holds what no merge wrote; move it away:\n  - mine.gguf" in kept.stderr
+    assert (tmp_path / "out" / "mine.gguf").read_text() == "x"
     assert_close(logits(load_base(str(tmp_path / "out"))[0]), wanted, scale=10)
     refused = invoke("export", tmp_path / "adapter", "--output", tmp_path / "b", "--for", "llama.cpp", "--rank", 4)
     assert "leave it out" in refused.stderr

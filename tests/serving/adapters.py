@@ -12,7 +12,7 @@ import torch
 from lorakit import AdapterSpec, LoRA, Targets, save
 from lorakit.core.site import Site
 from lorakit.core.state import AdapterState, Base, Purpose, Update
-from lorakit.serving.shelf.manifest import File, Golden, Manifest
+from lorakit.serving.shelf.manifest import File, Golden, Manifest, digest_of
 from lorakit.serving.shelf.store import Store, describe
 
 
@@ -38,14 +38,15 @@ def with_golden(folder: Path, *golden: Golden) -> Path:
 
 
 def shelve(store: Store, size: int, count: int = 1, golden: tuple[Golden, ...] = ()) -> list[str]:
-    """Put adapters of `size` bytes into a store behind its back, and return their digests; no file of them is real."""
+    """Put files of `size` bytes into a store behind its back, as adapters, and return their digests."""
     digests = []
     for number in range(count):
-        digest = hashlib.sha256(f"{size} {number}".encode()).hexdigest()
-        files = {"adapter_model.safetensors": File("0" * 64, size)}
+        content = number.to_bytes(4, "big") + bytes(size - 4)
+        files = {"adapter_model.safetensors": File(hashlib.sha256(content).hexdigest(), size)}
+        digest = digest_of({name: file.sha256 for name, file in files.items()})
         place = store.root / "adapters" / digest
         place.mkdir()
-        (place / "adapter_model.safetensors").write_bytes(bytes(size))
+        (place / "adapter_model.safetensors").write_bytes(content)
         manifest = Manifest(digest, files, Base(), "lora", 2, 0, "2026-01-02T03:04:05+00:00", golden=golden)
         (place / "manifest.json").write_text(manifest.text())
         digests.append(digest)

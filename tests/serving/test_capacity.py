@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import OrderedDict
 from pathlib import Path
@@ -10,11 +11,13 @@ import pytest
 
 from lorakit.serving.capacity import Widths, adapter_bytes, distinct, hit_rate, need, popularity, replicas
 
-PAGE = (Path(__file__).parents[2] / "docs" / "deployment.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "deployment.md").read_text(encoding="utf-8")
+RESULTS = json.loads((DOCS / "results" / "serving.json").read_text(encoding="utf-8"))["results"]
 SMALL, MIDDLE = Widths(256, 256, 688, 4), Widths(768, 768, 2048, 6)
 ONE_B, EIGHT_B = Widths(2048, 512, 8192, 16), Widths(4096, 1024, 14336, 32)
-MEASURED = {"5M": (SMALL, 2271), "49M": (MIDDLE, 371)}
-"""Tokens per second of one process on two cores, 16 adapters of rank 8 mixed, on an AMD EPYC."""
+MEASURED = {"5M": (SMALL, "s256"), "49M": (MIDDLE, "m768")}
+"""Of one process on two cores, 16 adapters of rank 8 mixed: `python bench/serving.py --parts pace --keep`."""
 
 
 def test_bytes_are_those_of_the_files_that_were_measured() -> None:
@@ -76,7 +79,8 @@ def mega(count: int) -> str:
 @pytest.mark.parametrize("memory", [10**9, 4 * 10**9])
 @pytest.mark.parametrize("name", MEASURED)
 def test_the_page_s_table_of_measured_bases_is_what_comes_out(name: str, memory: int) -> None:
-    widths, speed = MEASURED[name]
+    widths, model = MEASURED[name]
+    speed = RESULTS[model]["pace"]["tokens a second"]
     plan = need(adapter_bytes(widths, 8, 4), popularity(10_000), 1000, 64, speed, memory)
     row = (
         f"| {name}, rank 8, fp32 | {mega(plan.adapter_bytes)} | {mega(plan.store_bytes)} | {mega(memory)} | "

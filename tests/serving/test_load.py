@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
 from collections import Counter
 from collections.abc import Iterator
 
@@ -53,6 +55,36 @@ def test_a_server_tells_its_base_from_its_adapters(url: str) -> None:
         served("http://127.0.0.1:9")
     with pytest.raises(ServingError, match="is no address of a server"):
         served("ftp://there")
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:abc", "http://127.0.0.1:99999", "//"])
+def test_what_is_no_address_is_said_to_be_none(url: str) -> None:
+    refused = invoke("bench", "serve", url)
+    assert refused.exit_code == 2
+    assert "is no address of a server" in refused.stderr
+    assert "no header can carry" in invoke("bench", "serve", "http://127.0.0.1:9", "--key", "schl\u00fcssel").stderr
+
+
+@pytest.mark.parametrize("words", [b"SSH-2.0-x\r\n", b'HTTP/1.1 200 OK\r\n\r\ndata: {"choices": [{"text": "a"}]}\n\n'])
+def test_another_kind_of_server_and_an_answer_that_breaks_off_are_told(words: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+
+        def speak() -> None:
+            for _ in range(2):
+                visitor, _ = listening.accept()
+                with visitor:
+                    visitor.recv(1 << 16)
+                    visitor.sendall(words)
+
+        speaker = threading.Thread(target=speak, daemon=True)
+        speaker.start()
+        with pytest.raises(ServingError, match="answers, but not as a server of OpenAI's API does"):
+            served(f"http://127.0.0.1:{port}")
+        ((why, count),) = drive(Load(f"http://127.0.0.1:{port}", ("a",), requests=1)).failed.items()
+        speaker.join(5)
+    assert count == 1
+    assert why.startswith("BadStatusLine" if words.startswith(b"SSH") else "the answer broke off")
 
 
 @given(st.integers(0, 5), st.integers(1, 40))

@@ -117,5 +117,5 @@ def _merged(source: str, output: str, rank: int | None, base: str | None, json: 
         raise RecipeError("--rank says how to write a LoRA, and llama.cpp gets the merged model; leave it out")
     merge(source, output, base, "auto", untie=False, lossy=False, dequantize=False, stream=False, json=json)
     if not json:
-        file = Path(output) / "model.gguf"
-        print(f"convert it: {shlex.join(['python', 'convert_hf_to_gguf.py', output, '--outfile', str(file)])}")
+        file = f"{output.rstrip('/')}.gguf"
+        print(f"convert it: {shlex.join(['python', 'convert_hf_to_gguf.py', output, '--outfile', file])}")

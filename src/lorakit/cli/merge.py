@@ -17,7 +17,7 @@ import typer
 
 from lorakit.cli.screen import screen, size
 from lorakit.cli.sources import BASE_HELP, Source, find, need_adapter
-from lorakit.errors import MergeError
+from lorakit.errors import MergeError, listing
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lorakit.training.recipe import Recipe
 
 MARK = "lorakit-merge.json"
+_MERGED = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md")  # ends of what a merge writes
 """What a merge was, in the folder it wrote: by it a later merge knows that the folder may be replaced."""
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Allowed difference of a logit, as a share of the largest: a thousand roundings of fp32, ten of fp16, six of bf16.
@@ -299,3 +300,7 @@ def _refuse_to_overwrite(output: Path) -> None:
     """A merged model may replace one that lorakit merged; a base, a run, an adapter or anything else stays."""
     if output.exists() and not (output.is_dir() and ((output / MARK).is_file() or not any(output.iterdir()))):
         raise MergeError(f"{output} holds something that no merge of lorakit wrote; name another --output")
+    if output.is_dir() and (foreign := sorted(f.name for f in output.iterdir() if f.suffix not in _MERGED)):
+        raise MergeError(
+            f"{output} would be replaced, and holds what no merge wrote; move it away:\n{listing(foreign)}"
+        )

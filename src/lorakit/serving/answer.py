@@ -94,6 +94,8 @@ class Answer:
         self._engine, self._metrics, self.started, self._ended = engine, metrics, started, ended
         self._feed = Feed(most_unread * len(requests), self.close)
         self._lost: Interrupted | None = None
+        self.submitted = False
+        """Whether the engine took it."""
         self._closed = self._cut = False
         self._timer: asyncio.TimerHandle | None = None
 
@@ -116,6 +118,7 @@ class Answer:
         """
         for number, choice in enumerate(self._choices):
             self._engine.submit(choice.request, self._feed.sink(number))
+        self.submitted = True
         deadline = self._choices[0].request.deadline
         if deadline is not None:
             wait = max(0.0, deadline - time.monotonic())

@@ -128,7 +128,7 @@ def served(url: str, key: str | None = None) -> list[tuple[str, bool]]:
         return [(model["id"], model.get("parent") is not None) for model in found["data"]]
     except OSError as failed:
         raise ServingError(f"nobody answers at {url}: {failed}; start one: lorakit serve BASE") from failed
-    except (ValueError, KeyError, TypeError) as failed:
+    except (ValueError, KeyError, TypeError, http.client.HTTPException) as failed:
         raise ServingError(f"{url} answers, but not as a server of OpenAI's API does") from failed
     finally:
         link.close()
@@ -165,7 +165,7 @@ def _one(load: Load, ask: Ask, began: float, seen: Seen, lock: threading.Lock) -
     body = {"model": ask.model, "prompt": ask.prompt, "max_tokens": ask.tokens, "temperature": 0, "stream": True,
             "ignore_eos": True, "stream_options": {"include_usage": True}}  # fmt: skip
     times: list[float] = []
-    tokens, failed = 0, None
+    tokens, failed, whole = 0, None, False
     link = _link(load.url)
     try:
         link.request("POST", "/v1/completions", json.dumps(body), _headers(load.key))
@@ -173,6 +173,7 @@ def _one(load: Load, ask: Ask, began: float, seen: Seen, lock: threading.Lock) -
         if answer.status != 200:
             failed = f"{answer.status} {_said(json.loads(answer.read()))}"
         for line in answer if failed is None else ():
+            whole |= line.startswith(b"data: [DONE]")
             if line.startswith(b"data: {"):
                 event = json.loads(line[6:])
                 if "error" in event:
@@ -181,6 +182,8 @@ def _one(load: Load, ask: Ask, began: float, seen: Seen, lock: threading.Lock) -
                     tokens = usage["completion_tokens"]
                 if any(choice.get("text") for choice in event.get("choices", ())):
                     times.append(time.perf_counter())
+        if failed is None and not whole:
+            failed = "the answer broke off"
     except (OSError, ValueError, http.client.HTTPException) as broken:
         failed = f"{type(broken).__name__}: {broken}"
     finally:
@@ -196,11 +199,15 @@ def _one(load: Load, ask: Ask, began: float, seen: Seen, lock: threading.Lock) -
 
 
 def _link(url: str) -> http.client.HTTPConnection:
-    parts = urlsplit(url if "//" in url else f"http://{url}")
-    if parts.scheme not in ("http", "https") or parts.hostname is None:
+    try:
+        parts = urlsplit(url if "//" in url else f"http://{url}")
+        host, port = parts.hostname, parts.port
+    except ValueError:  # of a port that is no number, or none there can be
+        host = None
+    if host is None or parts.scheme not in ("http", "https"):
         raise ServingError(f"{url!r} is no address of a server; give one such as http://127.0.0.1:8000")
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    return kind(parts.hostname, parts.port, timeout=600)
+    return kind(host, port, timeout=600)
 
 
 def _headers(key: str | None) -> dict[str, str]:

@@ -32,10 +32,15 @@ class Reading:
 
 
 class Prompts:
-    """Encodes prompts and writes tokens out, with one tokenizer; every function may be called on any thread."""
+    """Encodes prompts and writes tokens out, with one tokenizer; every function may be called on any thread.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+    A text that cannot fit into `context` tokens, however long each is, is refused before it is encoded: encoding
+    megabytes would hold everybody up.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int) -> None:
+        self.tokenizer, self._context = tokenizer, context
+        self._most = context * max(map(len, tokenizer.get_vocab()), default=1)
         self._alone = threading.Lock()
 
     def completion(self, prompt: str | Sequence[Any]) -> list[Ids]:
@@ -62,6 +67,7 @@ class Prompts:
         """
         if turns[-1]["role"] == "assistant":
             raise RequestError("the last message is the assistant's, so nothing asks for an answer; end with a user's")
+        self._refuse_long(sum(len(turn["content"]) for turn in turns), "the messages have")
         purpose = reading.purpose
         if purpose is not None and purpose.format in _ASKS:
             if [turn["role"] for turn in turns] != ["user"]:
@@ -90,7 +96,14 @@ class Prompts:
         """Return the text of one token by itself, a special one by its name."""
         return str(self.tokenizer.decode([id], clean_up_tokenization_spaces=False))
 
+    def _refuse_long(self, characters: int, what: str) -> None:
+        if characters > self._most:
+            raise RequestError(
+                f"{what} {characters:,} characters, more than the context of {self._context} tokens can hold; send less"
+            )
+
     def _encoded(self, text: str) -> Ids:
+        self._refuse_long(len(text), "the prompt has")
         with self._alone:
             return tuple(self.tokenizer(text, verbose=False)["input_ids"])
 

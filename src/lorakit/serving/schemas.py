@@ -18,7 +18,7 @@ from lorakit.serving.requests import MOST_LOGPROBS
 
 MOST_CHOICES = 16
 MOST_PROMPTS = 64
-MOST_STOPS = 4
+MOST_STOPS, MOST_BIASES = 4, 1024
 LONGEST_STOP = 256
 _WHOLE = 2**31 - 1
 Code = Literal["unknown_parameter", "unsupported_parameter", "invalid_value"]
@@ -84,12 +84,24 @@ class Strict(BaseModel):
             if value is None and name in {*cls.model_fields, *cls.refused}:
                 continue
             if name in cls.model_fields:
+                if _half(value):
+                    raise _fault("invalid_value", name, "holds half of a surrogate pair, which is no text")
                 kept[name] = value
             elif name not in cls.refused:
                 raise _fault("unknown_parameter", name, f"is unknown{did_you_mean(str(name), cls.model_fields)}")
             elif value not in cls.refused[name][0]:
                 raise _fault("unsupported_parameter", name, f"is not supported: {cls.refused[name][1]}; leave it out")
         return kept
+
+
+def _half(value: Any) -> bool:
+    """Return whether a text, or one of several, has no UTF-8: in JSON half of a surrogate pair may stand alone."""
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return True
+    return isinstance(value, list) and any(isinstance(one, str) and _half(one) for one in value)
 
 
 def _fault(code: Code, name: object, what: str) -> PydanticCustomError:
@@ -128,7 +140,7 @@ class Asked(Strict):
     seed: Seed | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    logit_bias: dict[str, Bias] = {}
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MOST_BIASES)] = {}
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: Text = ""

@@ -11,13 +11,13 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lorakit.errors import BusyError, LorakitError, RequestError
+from lorakit.errors import BusyError, LorakitError, RequestError, UnknownAdapterError, shown
 from lorakit.serving.answer import Answer
 from lorakit.serving.feedback import Answered, Feedback
 from lorakit.serving.keys import ANYONE, Key
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lorakit.serving.shelf.names import Resolved
-    from lorakit.serving.shelf.registry import Registry
+    from lorakit.serving.shelf.registry import Registry, Use
 
 T = TypeVar("T")
 _log = logging.getLogger("lorakit.serving")
-_THREADS = 32  # they wait for disks and locks, not for a processor
+_THREADS = 32  # of each pool; they wait for disks and locks, not for a processor
 
 
 class Draining(BusyError):
@@ -94,14 +94,16 @@ class Service:
         most_unread: int = 4096,
     ) -> None:
         self.engine, self.registry, self.metrics, self.feedback = engine, registry, metrics, feedback
-        self.prompts = Prompts(tokenizer)
+        self.prompts = Prompts(tokenizer, engine.limits.context)
         self.timeout, self.most_unread = timeout, most_unread
         self.warm = self.draining = False
         self.since = time.time()
         self._open: set[Answer] = set()
         self._readings: dict[str, Reading] = {}
         self._threads = ThreadPoolExecutor(_THREADS, "serve")
+        self._loads = ThreadPoolExecutor(_THREADS, "load")  # of their own: a slow disk holds up nobody who needs none
         self._ends = ThreadPoolExecutor(1, "end")  # of its own: loads may be waiting for a release
+        self._notes = ThreadPoolExecutor(1, "note")  # of its own: somebody else may hold the file
 
     @property
     def bases(self) -> tuple[str, ...]:
@@ -116,7 +118,7 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether new questions are taken, and answered at full speed."""
-        return self.warm and not self.draining
+        return self.warm and not self.draining and not self.engine.stats().broken
 
     @property
     def open(self) -> int:
@@ -142,7 +144,9 @@ class Service:
         for answer in list(self._open):
             answer.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._loads.shutdown(wait=False, cancel_futures=True)
         self._ends.shutdown(wait=True)
+        self._notes.shutdown(wait=True)
 
     async def ask(self, question: Question, key: Key = ANYONE, id: str | None = None) -> Answer:
         """Return the answer to a question, which is being made from now on; read it, or close it.
@@ -160,7 +164,8 @@ class Service:
         self.need_model(key, question.model)
         id = id or f"answer-{uuid.uuid4().hex}"
         held = self.registry.use(question.model, question.user or None, id)
-        resolved, prompts = await self._held(held, question)
+        with telling_only(key, question.model):
+            resolved, prompts = await self._held(held, question)
         try:
             answer = self._answer(question, key, id, resolved, prompts, started, held)
         except BaseException:
@@ -178,22 +183,35 @@ class Service:
         """Raise `AccessError` unless `key` may ask `model`, with the base before its name or without."""
         key.need_model(next((model[len(base) + 1 :] for base in self.bases if model.startswith(f"{base}:")), model))
 
-    async def _held(self, held: AbstractContextManager[Resolved], question: Question) -> tuple[Resolved, list[Ids]]:
-        """Find and pin the adapter and encode the prompts; where nobody waits for it any more, let go of it again."""
+    async def _held(self, held: Use, question: Question) -> tuple[Resolved, list[Ids]]:
+        """Find and pin the adapter, which may have to be loaded first, and encode the prompts."""
+        found = await self._entered(self._threads, held, held.enter_at_once, question)
+        if found is None:
+            found = await self._entered(self._loads, held, held.__enter__, question)
+        assert found is not None
+        return found
 
-        def enter() -> tuple[Resolved, list[Ids]]:
-            resolved = held.__enter__()
+    async def _entered(
+        self, pool: ThreadPoolExecutor, held: Use, enter: Callable[[], Resolved | None], question: Question
+    ) -> tuple[Resolved, list[Ids]] | None:
+        """Enter and encode on a pool; where nobody waits for it any more, let go of the adapter again."""
+
+        def work() -> tuple[Resolved, list[Ids]] | None:
+            if (resolved := enter()) is None:
+                return None
             try:
                 return resolved, self._encoded(question, resolved)
             except BaseException:
                 self._release(held)
                 raise
 
-        work = asyncio.get_running_loop().run_in_executor(self._threads, enter)
+        working = asyncio.get_running_loop().run_in_executor(pool, work)
         try:
-            return await asyncio.shield(work)
+            return await asyncio.shield(working)
         except asyncio.CancelledError:
-            work.add_done_callback(lambda done: None if done.cancelled() or done.exception() else self._release(held))
+            working.add_done_callback(
+                lambda done: None if done.cancelled() or done.exception() else self._release(held)
+            )
             raise
 
     def _encoded(self, question: Question, resolved: Resolved) -> list[Ids]:
@@ -220,7 +238,7 @@ class Service:
         resolved: Resolved,
         prompts: list[Ids],
         started: float,
-        held: AbstractContextManager[Resolved],
+        held: Use,
     ) -> Answer:
         limits, count = self.engine.limits, len(prompts) * question.n
         if count > (most := limits.slots + limits.queue):
@@ -258,23 +276,34 @@ class Service:
         if feedback is None:
             raise RequestError("this server takes no ratings; it was started without a place for them")
         loop = asyncio.get_running_loop()  # on the thread that writes answers down, and so after this one was
-        await loop.run_in_executor(self._ends, feedback.rate, response_id, rating, comment or None)
+        await loop.run_in_executor(self._notes, feedback.rate, response_id, rating, comment or None)
 
     def _note(self, answer: Answer, key: Key) -> None:
-        if self.feedback is None:
+        if self.feedback is None or not answer.submitted:
             return
         resolved, seconds = answer.resolved, time.monotonic() - answer.started
         alias = resolved.name if "@" in resolved.name else None
         told = Answered(answer.id, resolved.name, resolved.digest, resolved.arm, alias, key.tenant, answer.first,
                         seconds, answer.completion_tokens, answer.reason)  # fmt: skip
         with suppress(RuntimeError):  # closing: there is no thread any more
-            self._ends.submit(_noted, self.feedback, told)
+            self._notes.submit(_noted, self.feedback, told)
 
-    def _release(self, held: AbstractContextManager[Resolved]) -> None:
+    def _release(self, held: Use) -> None:
         try:
             self._ends.submit(held.__exit__, None, None, None)
         except RuntimeError:  # closing: there is no thread any more
             held.__exit__(None, None, None)
+
+
+@contextmanager
+def telling_only(key: Key, model: str) -> Iterator[None]:
+    """Name no other models to a key that may not ask all of them, where `model` is not served."""
+    try:
+        yield
+    except UnknownAdapterError:
+        if "*" in key.models:
+            raise
+        raise UnknownAdapterError(f"{shown(model)} is not served here; GET /v1/models lists what you may ask") from None
 
 
 def _noted(feedback: Feedback, told: Answered) -> None:

@@ -51,6 +51,47 @@ def test_an_unknown_model_is_404_and_never_the_base(web: Any, model: str) -> Non
     assert "x-lora-adapter" not in answer.headers
 
 
+def test_half_of_a_surrogate_pair_is_no_text(web: Any) -> None:
+    message = "holds half of a surrogate pair, which is no text"
+    for body, param in (
+        (b'{"model": "first", "prompt": "\\ud800"}', "prompt"),
+        (b'{"model": "first", "prompt": ["a", "\\udc00"]}', "prompt"),
+        (b'{"model": "first", "prompt": "a", "stop": "\\ud800"}', "stop"),
+    ):
+        answer = web.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"] == f"{param} {message}"
+        assert answer.json()["error"]["param"] == param
+
+
+def test_a_prompt_no_context_holds_is_refused_before_it_is_encoded(web: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = "fox " * 100_000
+    for path, body in (("completions", {"prompt": long}), ("chat/completions", {"messages": [said("user", long)]})):
+        answer = web.post(f"/v1/{path}", json={"model": "first", **body})
+        assert answer.status_code == 400
+        assert "400,000 characters, more than the context of" in answer.json()["error"]["message"]
+
+
+def test_a_body_of_another_kind_says_how_to_send_one(web: Any) -> None:
+    answer = web.post("/v1/completions", content=b'{"model": "first", "prompt": "a"}')
+    assert answer.status_code == 400
+    assert "send one JSON object, with the header content-type: application/json" in answer.json()["error"]["message"]
+    answer = web.put("/admin/adapters/x", json={})
+    assert answer.json()["error"]["message"] == "path is missing"
+    assert answer.json()["error"]["param"] == "path"
+
+
+def test_no_more_biases_than_there_is_time_for(web: Any) -> None:
+    body = {"model": "first", "prompt": "a", "logit_bias": {str(token): 1.0 for token in range(1025)}}
+    answer = web.post("/v1/completions", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "logit_bias"
+
+
+def said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
 def test_prompts_come_as_texts_and_as_tokens(web: Any) -> None:
     ids = tokenizer()("a hen")["input_ids"]
     for prompt, texts in (

@@ -114,6 +114,25 @@ def test_a_key_sees_the_models_it_may_ask(web: Any) -> None:
     assert [one["id"] for one in ask(web, "GET", "/v1/models", "web").json()["data"]] == ["first"]
 
 
+@pytest.mark.parametrize("model", ["firstly", "first@01234567"])
+def test_an_unknown_model_names_no_other_to_a_key_that_may_not_ask_all(web: Any, model: str) -> None:
+    for answer in (
+        ask(web, "POST", "/v1/completions", "web", {"model": model, "prompt": "Hi"}),
+        ask(web, "GET", f"/v1/models/{model}", "web"),
+    ):
+        assert answer.status_code == 404
+        assert answer.json()["error"]["message"] == (
+            f"'{model}' is not served here; GET /v1/models lists what you may ask"
+        )
+    whole = ask(web, "POST", "/v1/completions", "all", {"model": model, "prompt": "Hi"})
+    assert "first" in whole.json()["error"]["message"].replace(model, "")
+
+
+def test_an_open_route_reads_no_body(web: Any) -> None:
+    assert web.get("/health").status_code == 200
+    assert web.request("GET", "/health", content=b"x").status_code == 413
+
+
 def test_a_key_s_tenant_reaches_the_engine(made: Server, web: Any) -> None:
     assert ask(web, "POST", "/v1/completions", "web", ASKED).status_code == 200
     assert made.engine.submitted[-1].tenant == "shop"

@@ -307,6 +307,18 @@ def test_another_process_is_not_written_over(names: Names) -> None:
     assert {"theirs", "mine", "again"} <= set(Names(names.path, names.bases).pointers())
 
 
+def test_what_another_server_turns_is_seen_and_a_corrupt_file_is_not(names: Names) -> None:
+    other = Names(names.path, names.bases)
+    names.point("theirs", A)
+    assert other.resolve("theirs").digest == A
+    names.point("theirs", B)
+    assert other.pointers()["theirs"] == B
+    names.rollback("theirs")
+    assert other.digests("theirs") == {A}
+    names.path.write_text("{")
+    assert other.resolve("theirs").digest == A
+
+
 def test_a_kill_in_the_middle_leaves_the_old_file_or_the_new(names: Names) -> None:
     code = f"""
 import os, signal

@@ -156,14 +156,44 @@ def test_an_adapter_the_engine_refuses_leaves_the_name_as_it_was(
         registry.add("../x", tmp_path / "root" / "a")
 
 
-def test_a_changed_file_in_the_store_is_not_served(registry: Registry, tmp_path: Path) -> None:
+def test_a_changed_file_in_the_store_is_not_served_and_the_adapter_may_be_added_anew(
+    registry: Registry, tmp_path: Path
+) -> None:
     folder = folder_of(tmp_path / "root" / "a")
-    file = registry.store.get(registry.store.add(folder).digest) / "adapter_config.json"
+    digest = registry.store.add(folder).digest
+    registry.names.point("support", digest)
+    file = registry.store.get(digest) / "adapter_model.safetensors"
     file.chmod(0o644)
-    file.write_text("{}")
-    with pytest.raises(AdapterFileError, match="is not as it was stored"):
-        registry.add("support", folder)
-    assert registry.names.pointers() == {}
+    good = file.read_bytes()
+    file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with (
+        pytest.raises(AdapterFileError, match="is not as it was stored; delete that folder and add"),
+        registry.use("support"),
+    ):
+        pass
+    registry.add("support", folder)
+    assert file.read_bytes() == good
+    with registry.use("support") as found:
+        assert found.digest == digest
+
+
+def test_a_folder_of_runs_is_one_of_their_adapters(registry: Registry, tmp_path: Path) -> None:
+    folder_of(tmp_path / "runs" / "one" / "adapter", 1.0)
+    folder_of(tmp_path / "runs" / "two", 2.0)
+    (tmp_path / "runs" / "other").mkdir()
+    assert registry.scan(tmp_path / "runs") == ["one", "two"]
+
+
+def test_a_use_that_needs_no_load_begins_at_once(registry: Registry, tmp_path: Path) -> None:
+    registry.names.point("support", registry.store.add(folder_of(tmp_path / "a")).digest)
+    first = registry.use("support")
+    assert first.enter_at_once() is None
+    with first:
+        again = registry.use("support")
+        assert again.enter_at_once() is not None
+        assert registry.usage().in_use == 1
+    again.__exit__(None, None, None)
+    assert registry.usage().in_use == 0
 
 
 def test_a_removed_adapter_leaves_memory_with_its_last_user(

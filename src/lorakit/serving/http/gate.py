@@ -110,7 +110,7 @@ class Gate:
         sending = self._sending(visit, send)
         try:
             visit.key = self._admitted(scope["path"], headers)
-            body = await self._body(headers, receive)
+            body = await self._body(headers, receive, 0 if scope["path"] in _OPEN else self._bounds.body_bytes)
             await self._app(scope, _replayed(body, receive), sending)
         except Refused as refused:
             visit.code = refused.code
@@ -150,9 +150,9 @@ class Gate:
             raise Refused(403, "permission_denied", str(refused)) from None
         return key
 
-    async def _body(self, headers: MutableMapping[bytes, bytes], receive: Receive) -> bytes:
+    async def _body(self, headers: MutableMapping[bytes, bytes], receive: Receive, most: int) -> bytes:
         """Return the whole body, which is bounded in bytes and in time."""
-        most, stated = self._bounds.body_bytes, headers.get(b"content-length", b"0")
+        stated = headers.get(b"content-length", b"0")
         large = Refused(413, "body_too_large", f"the body is larger than {most:,} bytes; send less at once")
         if not stated.isdigit() or int(stated[:20]) > most:
             raise large

@@ -10,7 +10,7 @@ from lorakit.serving.http.answers import DONE, Shape
 from lorakit.serving.http.asking import asked, model_named, streamed, unless_gone, visit_of
 from lorakit.serving.requests import Sampling
 from lorakit.serving.schemas import Asked, ChatRequest, CompletionRequest
-from lorakit.serving.service import Question, Service
+from lorakit.serving.service import Question, Service, telling_only
 from lorakit.serving.shelf.registry import Model
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ def add_models(app: "FastAPI", service: Service) -> None:
         known = {one.id: one for one in await service.aside(service.registry.models)}
         if model in known:
             return _listed(known[model], service)
-        resolved = service.registry.names.resolve(model, request=visit_of(request).id)
+        with telling_only(visit_of(request).key, model):
+            resolved = service.registry.names.resolve(model, request=visit_of(request).id)
         return _listed(Model(model, resolved.digest, service.base), service)
 
 

@@ -54,7 +54,7 @@ def of_faults(faults: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the error of a request that is not of its schema: the first fault names its parameter, all are told."""
     told: dict[str, tuple[str, str]] = {}
     for fault in faults:
-        place = [part for part in fault["loc"] if part not in ("body", "query", "path")]
+        place = list(fault["loc"])[fault["loc"][:1] in (("body",), ("query",), ("path",)) :]
         ours = fault["type"] in ("unknown_parameter", "unsupported_parameter", "invalid_value")
         if ours:
             where = _dotted([*place, fault["ctx"]["name"]])
@@ -68,6 +68,8 @@ def of_faults(faults: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             what = fault["msg"][:1].lower() + fault["msg"][1:]
             missing = fault["type"] == "missing"
             message = f"{where or 'the body'} {'is missing' if missing else f'is wrong: {what}'}"
+            if not where:
+                message += "; send one JSON object, with the header content-type: application/json"
             told.setdefault(where, (message, "missing_parameter" if missing else "invalid_value"))
     (param, (_, kind)), *_ = told.items()
     return body(400, "; ".join(message for message, _ in list(told.values())[:8]), kind, param or None)

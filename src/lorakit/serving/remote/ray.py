@@ -15,6 +15,7 @@ import uuid
 import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,7 @@ class Replica:
         self.engine = build()
         self.places: dict[str, str] = {}
         self._users: Counter[str] = Counter()
-        self._lock = threading.RLock()  # what was held may go at any moment, also while its thread has the lock
+        self._lock = threading.Lock()
 
     async def limits(self) -> Limits:
         """Return what one request may ask of this replica."""
@@ -175,7 +176,8 @@ class Replica:
             self._release(digest)
             raise
         one = Held()
-        weakref.finalize(one, self._release, digest)
+        # On the loop: it may go at any moment, on any thread, also on the engine's with the engine's lock in its hands.
+        weakref.finalize(one, _soon, asyncio.get_running_loop(), self._release, digest)
         return one
 
     async def answer(self, request: Request, left: float | None) -> AsyncIterator[list[Event]]:
@@ -206,6 +208,11 @@ class Replica:
             if self._users[digest] == 0:
                 del self._users[digest]
                 self.engine.unload(digest)
+
+
+def _soon(loop: asyncio.AbstractEventLoop, function: Callable[[str], None], digest: str) -> None:
+    with suppress(RuntimeError):  # the loop is closed, and the replica with it
+        loop.call_soon_threadsafe(function, digest)
 
 
 def _deployment(serve: Any, adapters: int) -> Any:

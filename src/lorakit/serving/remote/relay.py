@@ -85,7 +85,7 @@ class Relay:
             if request.id in self._by_id:
                 raise RequestError(f"a request named {request.id!r} is running; give another id")
             running = sum(one.begun for one in self._by_id.values())
-            if len(self._by_id) - running >= self._most + max(0, self._slots - running):
+            if self._queue.full(request.tenant, self._most + max(0, self._slots - running)):
                 raise BusyError(f"{self._most} requests wait, and no more may", 1.0)
             made = self._by_id[request.id] = Errand(request, sink, self)
             self._queue.push(made, request.tenant, request.adapter)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -28,6 +29,7 @@ from lorakit.serving.shelf.typed import Mistyped, mapping, number, record, sever
 
 Target = str | Mapping[str, float]
 """A digest or a pointer; or arms: pointers or digests with their weights."""
+_log = logging.getLogger("lorakit.serving")
 KEPT = 20
 """Targets that a pointer remembers, the one it has included."""
 VERSION = 1
@@ -74,6 +76,7 @@ class Names:
     def __init__(self, path: Path, bases: Sequence[str] = ()) -> None:
         self.path, self.bases = Path(path), tuple(bases)
         self._writing = threading.Lock()
+        self._seen = _stamp(self.path)
         self._turns = self._read()  # never changed, only exchanged: readers need no lock
 
     def resolve(self, model: str, user: str | None = None, request: str | None = None) -> Resolved:
@@ -92,7 +95,7 @@ class Names:
         """
         if model in self.bases:
             return Resolved(None, model)
-        turns = self._turns
+        turns = self._now()
         name = next((model[len(base) + 1 :] for base in self.bases if model.startswith(f"{base}:")), model)
         if name not in turns:
             return self._version(turns, name)
@@ -147,11 +150,11 @@ class Names:
 
     def history(self, name: str) -> tuple[Turn, ...]:
         """Return the targets a pointer had, the present one first; raises `UnknownAdapterError`."""
-        return _past(self._turns, name)
+        return _past(self._now(), name)
 
     def pointers(self) -> dict[str, Target]:
         """Return every pointer with its present target, by name."""
-        return {name: past[0].target for name, past in sorted(self._turns.items())}
+        return {name: past[0].target for name, past in sorted(self._now().items())}
 
     def digests(self, name: str | None = None) -> set[str]:
         """Return the digests that a pointer leads to now, over all arms; without a name, those of every pointer.
@@ -159,7 +162,7 @@ class Names:
         Raises:
             UnknownAdapterError: no such pointer.
         """
-        turns = self._turns
+        turns = self._now()
         if name is not None:
             _past(turns, name)
         ahead, found = list(turns if name is None else [name]), set[str]()
@@ -183,7 +186,8 @@ class Names:
             if found:
                 return Resolved(found[0], name or found[0])
         served = [*self.bases, *turns]
-        near = did_you_mean(asked, served) or (f"; served are {', '.join(sorted(served)[:8])}" if served else "")
+        more = f" and {len(served) - 8} more" if len(served) > 8 else ""
+        near = did_you_mean(asked, served) or (f"; served are {', '.join(sorted(served)[:8])}{more}" if served else "")
         raise UnknownAdapterError(f"{shown(asked)} is not served here{near}")
 
     @contextmanager
@@ -192,13 +196,25 @@ class Names:
         with self._writing, self._telling():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with one_at_a_time(self.path.with_name(f".{self.path.name}.lock")):
-                before = self._read() if self.path.exists() else self._turns  # another process may have written
+                before = self._read() if self.path.exists() else self._turns  # another server may have written
                 turns = dict(before)
                 yield turns
                 _check(turns, self.bases)
                 if turns != before:
                     self._write(turns)
-                self._turns = turns
+                self._seen, self._turns = _stamp(self.path), turns
+
+    def _now(self) -> _Turns:
+        """Return the pointers as they are in the file, which another server may have written since."""
+        if (stamp := _stamp(self.path)) != self._seen and self._writing.acquire(blocking=False):
+            try:
+                self._turns = self._read() if stamp is not None else self._turns
+            except ServingError as wrong:
+                _log.error("%s; the names stay as they were", wrong)
+            finally:
+                self._seen = stamp
+                self._writing.release()
+        return self._turns
 
     def _read(self) -> _Turns:
         try:
@@ -242,6 +258,15 @@ class Names:
             raise ServingError(
                 f"{self.path} could not be written: {failed.strerror or failed}; the names are as they were"
             ) from failed
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Return what changes when a file is replaced, or None without one."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def is_digest(word: str) -> bool:

@@ -56,6 +56,15 @@ class Use(AbstractContextManager[Resolved]):
             self._held.append(resolved.digest)
         return resolved
 
+    def enter_at_once(self) -> Resolved | None:
+        """Enter, unless the adapter would have to be loaded: then return None, and hold nothing."""
+        resolved = self._names.resolve(*self._asked)
+        if resolved.digest is not None:
+            if not self._residents.hold_if_here(resolved.digest):
+                return None
+            self._held.append(resolved.digest)
+        return resolved
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -106,7 +115,7 @@ class Registry:
             return self._added(name, examine(source), replace)
 
     def scan(self, folder: Path) -> list[str]:
-        """Add each adapter in a folder under its own folder's name, and return the names.
+        """Add each adapter in a folder, also that of a run, under its own folder's name, and return the names.
 
         A name that had the folder's adapter before, and was turned to another since, stays as it was turned.
 
@@ -117,11 +126,11 @@ class Registry:
             raise ServingError(f"{folder} is not a folder; give the folder that the adapters' folders lie in")
         found, broken = [], []
         for place in sorted(folder.iterdir()):
-            if place.name.startswith(".") or not _like_an_adapter(place):
+            if place.name.startswith(".") or (adapter := _adapter_in(place)) is None:
                 continue
             try:
                 with self._changing:
-                    self._scanned(place, self._inside(place, (Path(os.path.realpath(folder)), *self.roots)))
+                    self._scanned(place.name, self._inside(adapter, (Path(os.path.realpath(folder)), *self.roots)))
                 found.append(place.name)
             except LorakitError as wrong:
                 broken.append(f"{place.name}: {' '.join(str(wrong).split())}")
@@ -131,7 +140,7 @@ class Registry:
                 f"them away:\n{listing(broken)}"
             )
         if not found:
-            raise ServingError(f"{folder} holds no adapter; each is a folder with {CONFIG} or {NATIVE}")
+            raise ServingError(f"{folder} holds no adapter; each is a run's folder, or one with {CONFIG} or {NATIVE}")
         return found
 
     def point(self, name: str, target: Target) -> None:
@@ -216,21 +225,20 @@ class Registry:
                 "choose another name"
             )
         stored = self.store.keep(found)
-        self.store.verify(stored.digest)
         if present != stored.digest:
             self._try(stored.digest)
             self.names.point(name, stored.digest)
         return stored
 
-    def _scanned(self, place: Path, source: Path) -> None:
+    def _scanned(self, name: str, source: Path) -> None:
         found = examine(source)
         turned_since = False
         with suppress(UnknownAdapterError):
-            turned_since = found.manifest.digest in [turn.target for turn in self.names.history(place.name)[1:]]
+            turned_since = found.manifest.digest in [turn.target for turn in self.names.history(name)[1:]]
         if turned_since:
             self.store.keep(found)
         else:
-            self._added(place.name, found, replace=True)
+            self._added(name, found, replace=True)
 
     def _try(self, target: Target) -> None:
         """Load each adapter that a target leads to, and let go of it; what it does not know is for `Names` to tell."""
@@ -259,5 +267,9 @@ def _targets(target: Target) -> list[str]:
     return [target] if isinstance(target, str) else list(target)
 
 
-def _like_an_adapter(place: Path) -> bool:
-    return place.is_dir() and any((place / name).exists() for name in (CONFIG, WEIGHTS, PICKLE, NATIVE))
+def _adapter_in(place: Path) -> Path | None:
+    """Return the folder of an adapter: this one, or that of a run; None where neither looks like one."""
+    for folder in (place, place / "adapter"):
+        if folder.is_dir() and any((folder / name).exists() for name in (CONFIG, WEIGHTS, PICKLE, NATIVE)):
+            return folder
+    return None

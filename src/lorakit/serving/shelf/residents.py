@@ -82,6 +82,12 @@ class Residents:
                 self._load(one, manifest)
         one.ready.result()
 
+    def hold_if_here(self, digest: str) -> bool:
+        """Keep an adapter until `release` where it is loaded already, and return whether it is."""
+        with self._lock:
+            one = self._here.get(digest)
+            return one is not None and one.ready.done() and self._joined(digest) is not None
+
     def release(self, digest: str) -> None:
         """End one use that `hold` began."""
         with self._lock:
@@ -132,6 +138,7 @@ class Residents:
         """Load a resident; a failure reaches all who wait for it, and is forgotten with it."""
         loaded = False
         try:
+            self.store.verify(one.digest)
             size = self.engine.load(one.digest, self.store.get(one.digest)).bytes
             loaded = True
             if one.digest not in self._known:

@@ -7,6 +7,7 @@ read, no link leads out, and what is stored is what was checked.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -28,6 +29,7 @@ from lorakit.persist.peft import CONFIG, NOTE, WEIGHTS
 from lorakit.serving.shelf.manifest import MANIFEST, STATED, File, Manifest, digest_of, read_manifest
 from lorakit.serving.shelf.turnstile import one_at_a_time
 
+_log = logging.getLogger("lorakit.serving")
 MOST_BYTES = 4 << 30
 SHORTEST = 8
 """Hexadecimal digits of a digest that may stand for the whole, where no other begins with them."""
@@ -35,6 +37,10 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy"
 _READ, _BESIDE = (".safetensors", ".json"), (".md", ".txt", ".jinja", ".model")
 _NAME = re.compile(r"[A-Za-z0-9._][A-Za-z0-9._ +-]{0,127}")
 _MOST_TEMPLATE, _MOST_MANIFEST = 1 << 20, 16 << 20  # bytes
+
+
+class DamagedError(AdapterFileError):
+    """A stored adapter that is not what was stored."""
 
 
 class Store:
@@ -73,7 +79,11 @@ class Store:
         with self._alone():
             place = self._adapters / manifest.digest
             if place.is_dir():
-                return _agreed(read_manifest(place), stated, folder)
+                try:
+                    return _agreed(self.verify(manifest.digest), stated, folder)
+                except DamagedError as damaged:
+                    _log.warning("%s; it is stored anew", damaged)
+                    self._remove(place)
             manifest = replace(manifest, **(_from_tokenizer(folder) | stated))
             with atomic_directory(place) as draft:
                 for name, source in found.sources.items():
@@ -114,7 +124,10 @@ class Store:
             AdapterFileError: files that were changed, forged, lost or added; each with expected and found.
         """
         place = self.get(digest)
-        manifest = read_manifest(place)
+        try:
+            manifest = read_manifest(place)
+        except AdapterFileError as unreadable:
+            raise DamagedError(f"{unreadable}; delete that folder and add the adapter anew") from unreadable
         wrong = []
         if (found := digest_of({name: file.sha256 for name, file in manifest.files.items()})) != place.name:
             wrong.append(f"{MANIFEST}: its files make the digest, expected {place.name}, found {found}")
@@ -129,18 +142,20 @@ class Store:
             elif (found := files.sha256(place / name)) != manifest.files[name].sha256:
                 wrong.append(f"{name}: expected sha256 {manifest.files[name].sha256}, found {found}")
         if wrong:
-            raise AdapterFileError(
-                f"{place} is not as it was stored; remove it from the store and add the adapter anew:\n{listing(wrong)}"
+            raise DamagedError(
+                f"{place} is not as it was stored; delete that folder and add the adapter anew:\n{listing(wrong)}"
             )
         return manifest
 
     def remove(self, digest: str) -> None:
         """Delete a stored adapter; raises `UnknownAdapterError` where there is none."""
         with self._alone(), self._telling():
-            place = self.get(digest)
-            gone = place.with_name(f".gone-{place.name}")
-            os.rename(place, gone)  # in one step, so that nobody finds half of it
-            shutil.rmtree(gone)
+            self._remove(self.get(digest))
+
+    def _remove(self, place: Path) -> None:
+        gone = place.with_name(f".gone-{place.name}")
+        os.rename(place, gone)  # in one step, so that nobody finds half of it
+        shutil.rmtree(gone)
 
     def _whole(self, digest: str) -> str:
         if re.fullmatch("[0-9a-f]{64}", digest) and (self._adapters / digest).is_dir():
