@@ -63,9 +63,12 @@ def export(
 
 
 def _refuse(state: AdapterState, source: str) -> None:
-    """Raise for what no LoRA can hold: heads of classifiers, and parts of the base that were trained whole."""
+    """Raise for what no LoRA can hold: heads of classifiers, what reads its input, and tensors trained whole."""
+    from lorakit.core.as_lora import refuse_moving
+
     if state.labels:
         raise RecipeError(f"{source} is a classifier, which writes no answers; score it: lorakit evaluate {source}")
+    refuse_moving(state)
     if state.trained:
         raise AdapterFileError(
             f"{source} trained {len(state.trained)} of the base's own tensors, which vLLM does not take from an "

@@ -226,6 +226,10 @@ def test_too_many_are_429_with_a_time_and_none_of_them_stays(tmp_path: Path) -> 
             headers = dict(late.sent[0]["headers"])
             assert int(headers[b"retry-after"]) >= 1
             await until(lambda: made.engine.stats().waiting == 0)
+            feedback = made.service.feedback
+            assert feedback is not None
+            made.service._notes.submit(lambda: None).result()
+            assert not feedback.summary()
             never = Visitor(made, body={**LONG, "n": 16})
             await never.go()
             assert never.status == 400

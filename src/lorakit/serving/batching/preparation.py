@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorakit.core.method import LowRank, Method, Stretched
+from lorakit.core.method import LowRank, Method, Static, Stretched
 from lorakit.core.site import Skeleton
 from lorakit.core.state import AdapterState, Base, Update, check_shapes, trim
 from lorakit.errors import AdapterFileError, SpecError, grouped, listing
@@ -46,12 +46,17 @@ def prepare(digest: str, state: AdapterState, skeleton: Skeleton, base: Base, pl
 def _check_servable(state: AdapterState) -> None:
     if state.purpose is not None and state.purpose.labels:
         raise SpecError("the adapter is a classifier, which writes no answers; score it: lorakit evaluate")
+    kinds = {type(u.method): u.method for u in state.updates}.values()
+    if moving := sorted({method.name for method in kinds if not isinstance(method, Static)}):
+        raise SpecError(
+            f"{', '.join(moving)} is no change of a weight, so it is neither served beside others nor merged; "
+            "use it by itself: lorakit generate"
+        )
     if state.trained:
         raise SpecError(
             f"the adapter trained {len(state.trained)} of the base's own tensors, which all requests share:\n"
             f"{listing(sorted(state.trained))}\nmerge it and serve the result as a base: lorakit merge"
         )
-    kinds = {type(u.method): u.method for u in state.updates}.values()
     refused = sorted({method.name for method in kinds if not isinstance(_inner(method), LowRank)})
     if refused:
         raise SpecError(
