@@ -29,12 +29,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_PROC_BIND", "close")  # as `lorakit serve` sets them, for every side
+os.environ.setdefault("OMP_PROC_BIND", "close")  # no side's threads wander; nobody else needs the cores
 os.environ.setdefault("OMP_PLACES", "cores")
 
 import torch
@@ -277,19 +278,33 @@ def queue(folder: Path, rounds: int) -> dict[str, Any]:
     return found
 
 
+@contextmanager
+def served_alike() -> Iterator[None]:
+    """Take one thread less, as `lorakit serve` does, which leaves a core to HTTP and to loads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 1))
+    yield
+    torch.set_num_threads(threads)
+
+
 def pace(folder: Path, rounds: int) -> dict[str, Any]:
     """Tokens a second with prompts of 16 to 96 tokens, which are not counted."""
-    texts, ours = prompts(64, 3), engine(folder)
+    texts = prompts(64, 3)
     names: list[str | None] = [str(i % ADAPTERS) for i in range(64)]
-    each = sorted(64 * 64 / run(ours, requests(texts, [64] * 64, names))[0] for _ in range(rounds))
-    ours.close()
+    with served_alike():
+        ours = engine(folder)
+        each = sorted(64 * 64 / run(ours, requests(texts, [64] * 64, names))[0] for _ in range(rounds))
+        ours.close()
     return {"tokens a second": round(statistics.median(each)), "lowest": round(each[0]), "highest": round(each[-1])}
 
 
 def loading(folder: Path, rounds: int) -> dict[str, Any]:
     """How long an adapter takes to be served by an idle engine and beside 16 running sequences, which notice it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads - 1))  # as `lorakit serve`, which leaves a core to HTTP and to loads
+    with served_alike():
+        return _loading(folder, rounds)
+
+
+def _loading(folder: Path, rounds: int) -> dict[str, Any]:
     ours = engine(folder, 15)
     new = folder / "adapter-15"
     size = sum(file.stat().st_size for file in new.iterdir())
@@ -325,7 +340,6 @@ def loading(folder: Path, rounds: int) -> dict[str, Any]:
         while ours.stats().running:
             time.sleep(0.01)
     ours.close()
-    torch.set_num_threads(threads)
     return {
         "megabytes": round(size / 1e6, 2),
         "loads": len(took),

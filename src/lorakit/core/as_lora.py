@@ -44,8 +44,8 @@ def refuse_moving(state: AdapterState) -> None:
     """Raise `SpecError` for updates that depend on the input, which no LoRA equals or comes near."""
     if moving := [f"{u.site.key}: {u.method.name}" for u in state.updates if not isinstance(u.method, Static)]:
         raise SpecError(
-            f"{len(moving)} update(s) are no change of a weight, so no LoRA comes near them at every input; use the "
-            f"adapter as it is (lorakit generate):\n{listing(moving)}"
+            f"{len(moving)} update(s) are no change of a weight, so no LoRA comes near them at every input; keep "
+            f"the native format, which lorakit generate reads:\n{listing(moving)}"
         )
 
 
