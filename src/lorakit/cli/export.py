@@ -115,9 +115,12 @@ def _command(state: AdapterState, output: str, base: str | None, rank: int) -> s
 def _merged(source: str, output: str, rank: int | None, base: str | None, json: bool) -> None:
     """Merge, as `lorakit merge` does, and say how the result becomes a GGUF file."""
     from lorakit.cli.merge import merge
+    from lorakit.persist import load
 
     if rank is not None:
         raise RecipeError("--rank says how to write a LoRA, and llama.cpp gets the merged model; leave it out")
+    if load(adapter_in(source)).labels:
+        raise RecipeError(f"{source} is a classifier, which writes no answers; score it: lorakit evaluate {source}")
     merge(source, output, base, "auto", untie=False, lossy=False, dequantize=False, stream=False, json=json)
     if not json:
         file = f"{output.rstrip('/')}.gguf"

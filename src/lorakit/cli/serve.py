@@ -15,7 +15,7 @@ import typer
 from lorakit.cli.amounts import bytes_of
 from lorakit.cli.screen import print_json, screen, size, table
 from lorakit.cli.sources import BASE_HELP, SOURCE_HELP, Source, adapter_in, find
-from lorakit.errors import RecipeError
+from lorakit.errors import RecipeError, ServingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,6 +88,7 @@ def serve(
         place = Path(store) if store is not None else _home(found.base)
         shape = {"slots": slots or (64 if engine == "vllm" else 16), "context": context, "queue": queue}
         _refuse_odd(engine, engine_url, replicas)
+        _refuse_taken(host, port)
         out.note(f"loading {found.base} ...")
         if engine_url is not None:
             begun, tokenizer = _vllm(found, engine_url, shape)
@@ -95,6 +96,8 @@ def serve(
             begun, tokenizer = _ray(found, replicas or 2, shape, dtype)
         else:
             begun, tokenizer = slot_engine(found, shape, dtype)
+        if context is not None and (most := begun.limits.context) < context:
+            out.note(f"--context {context} is more than this model has positions for; {most} it is")
         service = _service(found, source, place, [Path(folder) for folder in adapters or ()], room, timeout,
                            begun, tokenizer)  # fmt: skip
         try:
@@ -122,6 +125,16 @@ def _refuse_odd(engine: str, url: str | None, replicas: int | None) -> None:
         raise RecipeError("--engine vllm and --engine-url URL go together; give both or neither")
     if replicas is not None and engine != "ray":
         raise RecipeError("--replicas are Ray's; add --engine ray, or leave it out")
+
+
+def _refuse_taken(host: str, port: int) -> None:
+    """Raise before a base is loaded where nobody could listen once it is."""
+    import socket
+
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except (OSError, OverflowError) as taken:
+        raise ServingError(f"cannot listen at {host}:{port} ({taken}); choose another --port or --host") from None
 
 
 def slot_engine(found: Source, shape: dict[str, Any], dtype: str) -> tuple[Engine, PreTrainedTokenizerBase]:

@@ -233,13 +233,21 @@ def test_adapters_that_cannot_differ_by_token_are_refused_with_the_way_out() -> 
             AdapterSpec(Houlsby(reduction=2), targets=Targets(("attention-out", "mlp-out"))),
             "houlsby is no change of a weight.*lorakit generate",
         ),
-        (
-            AdapterSpec(LoRA(2), train=("lm_head",)),
-            "trained 1 of the base's own(.|\n)*lm_head.weight(.|\n)*merge",
-        ),
     ):
         with pytest.raises(SpecError, match=why):
             decoder.prepare("a", adapter(model, spec))
+
+
+def test_the_base_s_own_weight_beside_an_adapted_head_is_no_hindrance() -> None:
+    model = made("llama")
+    state = adapter(model, EVERYWHERE)
+    same = replace(state, trained={"lm_head.weight": model.lm_head.weight.detach().clone()})
+    decoder = Decoder(model)
+    assert decoder.prepare("a", same).pairs.keys() == decoder.prepare("b", state).pairs.keys()
+    other = replace(state, trained={"lm_head.weight": same.trained["lm_head.weight"] + 1e-3})
+    with pytest.raises(SpecError, match="trained 1 of the base's own(.|\n)*lm_head.weight(.|\n)*merge"):
+        decoder.prepare("c", other)
+    decoder.close()
 
 
 def test_an_adapter_of_another_base_is_refused_with_both_values() -> None:

@@ -20,9 +20,9 @@ from typing import Any
 from lorakit.errors import BusyError, RequestError, ServingError, UnknownAdapterError
 from lorakit.persist import load
 from lorakit.serving.batching.decoder import Decoder, Piece
-from lorakit.serving.batching.fair_queue import FairQueue
 from lorakit.serving.batching.place import Choice, Prepared
 from lorakit.serving.batching.sampling import Draw, choose
+from lorakit.serving.fair_queue import FairQueue
 from lorakit.serving.requests import (
     LATE,
     End,

@@ -28,7 +28,7 @@ def prepare(digest: str, state: AdapterState, skeleton: Skeleton, base: Base, pl
         AdapterFileError: an adapter of another base, with each module, what was expected and what is there.
         SpecError: an adapter that no batch of several adapters can serve, with what to do instead.
     """
-    _check_servable(state)
+    _check_servable(state, places)
     updates = fitted(trim(state), skeleton)
     check_shapes(updates)
     check_base(state.base, base)
@@ -43,7 +43,7 @@ def prepare(digest: str, state: AdapterState, skeleton: Skeleton, base: Base, pl
     return Prepared(digest, {path: _pair(parts, places[path]) for path, parts in by_path.items()})
 
 
-def _check_servable(state: AdapterState) -> None:
+def _check_servable(state: AdapterState, places: Mapping[str, Place]) -> None:
     if state.purpose is not None and state.purpose.labels:
         raise SpecError("the adapter is a classifier, which writes no answers; score it: lorakit evaluate")
     kinds = {type(u.method): u.method for u in state.updates}.values()
@@ -52,10 +52,10 @@ def _check_servable(state: AdapterState) -> None:
             f"{', '.join(moving)} is no change of a weight, so it is neither served beside others nor merged; "
             "use it by itself: lorakit generate"
         )
-    if state.trained:
+    if trained := sorted(name for name, tensor in state.trained.items() if not _of_the_base(name, tensor, places)):
         raise SpecError(
-            f"the adapter trained {len(state.trained)} of the base's own tensors, which all requests share:\n"
-            f"{listing(sorted(state.trained))}\nmerge it and serve the result as a base: lorakit merge"
+            f"the adapter trained {len(trained)} of the base's own tensors, which all requests share:\n"
+            f"{listing(trained)}\nmerge it and serve the result as a base: lorakit merge"
         )
     refused = sorted({method.name for method in kinds if not isinstance(_inner(method), LowRank)})
     if refused:
@@ -63,6 +63,16 @@ def _check_servable(state: AdapterState) -> None:
             f"{', '.join(refused)} is no low-rank change of a weight, so it cannot differ from token to token; "
             "write it as one (lorakit convert --as-lora), or merge it and serve the result as a base (lorakit merge)"
         )
+
+
+def _of_the_base(name: str, tensor: Tensor, places: Mapping[str, Place]) -> bool:
+    """Return whether a tensor is the base's own weight: PEFT saves that of an adapted embedding or head beside it."""
+    path, _, leaf = name.rpartition(".")
+    place = places.get(path)
+    if place is None or leaf != "weight":
+        return False
+    weight = place.weight().to(tensor)
+    return weight.shape == tensor.shape and torch.equal(weight, tensor)
 
 
 def _inner(method: Method) -> Method:

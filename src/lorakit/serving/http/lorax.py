@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from lorakit.serving.answer import Answer, Piece
 from lorakit.serving.http.answers import event
 from lorakit.serving.http.asking import asked, model_named, streamed, unless_gone, visit_of
+from lorakit.serving.http.schemas import LoraxParameters, LoraxRequest
 from lorakit.serving.requests import Sampling, Token
-from lorakit.serving.schemas import LoraxParameters, LoraxRequest
 from lorakit.serving.service import Question, Service
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.serving.http.answers import DONE, Shape
 from lorakit.serving.http.asking import asked, model_named, streamed, unless_gone, visit_of
+from lorakit.serving.http.schemas import Asked, ChatRequest, CompletionRequest
 from lorakit.serving.requests import Sampling
-from lorakit.serving.schemas import Asked, ChatRequest, CompletionRequest
 from lorakit.serving.service import Question, Service, telling_only
 from lorakit.serving.shelf.registry import Model
 
@@ -55,13 +55,19 @@ def add_openai(app: "FastAPI", service: Service) -> None:
 
 def add_models(app: "FastAPI", service: Service) -> None:
     """Add the routes that list what may be asked."""
-    from fastapi import Request
+    from fastapi import Request, Response
+    from fastapi.responses import JSONResponse
 
     @app.get("/v1/models", tags=["OpenAI"])
     async def models(request: Request) -> Any:
         """List the base and the adapters that this key may ask."""
-        key, models = visit_of(request).key, await service.aside(service.registry.models)
-        return {"object": "list", "data": [_listed(one, service) for one in models if key.may_ask(one.id)]}
+        key = visit_of(request).key
+
+        def listed() -> Response:  # of ten thousand adapters, and the event loop is everybody's
+            data = [_listed(one, service) for one in service.registry.models() if key.may_ask(one.id)]
+            return JSONResponse({"object": "list", "data": data})
+
+        return await service.aside(listed)
 
     @app.get("/v1/models/{model:path}", tags=["OpenAI"])
     async def model(model: str, request: Request) -> Any:

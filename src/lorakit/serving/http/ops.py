@@ -6,7 +6,7 @@ Its annotations are values, not strings, because FastAPI reads those of routes, 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
-from lorakit.serving.schemas import FeedbackRequest
+from lorakit.serving.http.schemas import FeedbackRequest
 from lorakit.serving.service import Service
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import AdapterFileError, UnknownAdapterError
-from lorakit.serving.schemas import AddRequest, AliasRequest, LoadRequest, UnloadRequest
+from lorakit.serving.http.schemas import AddRequest, AliasRequest, LoadRequest, UnloadRequest
 from lorakit.serving.service import Service
 from lorakit.serving.shelf.manifest import Manifest
 from lorakit.serving.shelf.registry import Registry

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lorakit.errors import BusyError, RequestError, ServingError
-from lorakit.serving.batching.fair_queue import FairQueue
+from lorakit.serving.fair_queue import FairQueue
 from lorakit.serving.requests import LATE, End, Event, Request, Sink, Stats, Token, nobody
 
 _PATIENCE = 30.0  # seconds `close` waits for the other side to let go

@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.serving.batching.fair_queue import FairQueue
+from lorakit.serving.fair_queue import FairQueue
 
 
 def filled(items: list[tuple[str, str | None]]) -> FairQueue[tuple[str, str | None, int]]:
