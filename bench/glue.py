@@ -223,15 +223,15 @@ def study(task: str, method: str) -> None:
 
 def table(task: str) -> str:
     """Return the finished studies of a task: the median of the seeds and their range, beside full fine-tuning's."""
-    studies = {}
+    studies, text = {}, task == TEXT
     for method in METHODS:
         mine = [r for r in runs_so_far() if (r["task"], r["method"]) == (task, method)]
         rates = {r["lr"]: [s for s in mine if s["lr"] == r["lr"]] for r in mine}
-        best = next((runs for runs in rates.values() if {r["seed"] for r in runs} >= set(SEEDS)), None)
+        told = {lr: {r["seed"] for r in runs if not text or "bleu" in r} for lr, runs in rates.items()}
+        best = next((rates[lr] for lr, seeds in told.items() if seeds >= set(SEEDS)), None)
         if best is not None:
             studies[method] = (best, len(rates))
     full = statistics.median(r["test"] for r in studies["full"][0]) if "full" in studies else None
-    text = task == TEXT
     head = f"| {task}, {TASKS[task]} | parameters | rate (tried) | test, median (range) | against full | seconds |"
     lines = [head + " BLEU |" * text, "|---|---|---|---|---|---|" + "---|" * text]
     for method, (runs, tried) in studies.items():
