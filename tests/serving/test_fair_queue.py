@@ -17,14 +17,19 @@ def filled(items: list[tuple[str, str | None]]) -> FairQueue[tuple[str, str | No
     return queue
 
 
+def served(queue: FairQueue[tuple[str, str | None, int]], turns: int, tokens: float) -> list[tuple[str, str | None]]:
+    """Return whose turn each was, each of them charged with `tokens`."""
+    found = []
+    for _ in range(turns):
+        tenant, adapter, _ = queue.pop() or ("", None, 0)
+        queue.charge(tenant, adapter, tokens)
+        found.append((tenant, adapter))
+    return found
+
+
 def test_one_tenants_flood_leaves_every_second_turn_to_the_other() -> None:
     queue = filled([("loud", "a")] * 50 + [("quiet", "a")] * 5)
-    served = []
-    for _ in range(10):
-        tenant, adapter, _ = queue.pop() or ("", None, 0)
-        queue.charge(tenant, adapter, 10)
-        served.append(tenant)
-    assert Counter(served) == {"loud": 5, "quiet": 5}
+    assert Counter(tenant for tenant, _ in served(queue, 10, 10)) == {"loud": 5, "quiet": 5}
 
 
 def test_within_a_tenant_a_hot_adapter_does_not_starve_a_rare_one() -> None:
@@ -53,12 +58,7 @@ def test_whoever_was_away_comes_back_without_arrears() -> None:
         queue.charge("busy", None, 100)
     for number in range(10):
         queue.push(("late", None, number), "late", None)
-    served = []
-    for _ in range(8):
-        tenant, adapter, _ = queue.pop() or ("", None, 0)
-        queue.charge(tenant, adapter, 100)
-        served.append(tenant)
-    assert Counter(served) == {"busy": 4, "late": 4}
+    assert Counter(tenant for tenant, _ in served(queue, 8, 100)) == {"busy": 4, "late": 4}
 
 
 def test_whoever_comes_while_nobody_waits_begins_at_the_level_of_who_was_served_last() -> None:
@@ -70,12 +70,7 @@ def test_whoever_comes_while_nobody_waits_begins_at_the_level_of_who_was_served_
         queue.push(("late", "b", number), "late", "b")
         queue.push(("busy", "a", number), "busy", "a")
         queue.push(("busy", "c", number), "busy", "c")
-    served = []
-    for _ in range(8):
-        tenant, adapter, _ = queue.pop() or ("", None, 0)
-        queue.charge(tenant, adapter, 100)
-        served.append((tenant, adapter))
-    assert Counter(served) == {("late", "b"): 4, ("busy", "a"): 2, ("busy", "c"): 2}
+    assert Counter(served(queue, 8, 100)) == {("late", "b"): 4, ("busy", "a"): 2, ("busy", "c"): 2}
 
 
 def test_a_full_queue_takes_from_those_alone_who_have_less_than_their_share() -> None:

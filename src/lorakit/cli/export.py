@@ -14,7 +14,7 @@ import typer
 
 from lorakit.cli.convert import plain, told
 from lorakit.cli.screen import screen, size
-from lorakit.cli.sources import BASE_HELP, adapter_bytes, adapter_in, refuse_full_folder
+from lorakit.cli.sources import BASE_HELP, adapter_bytes, adapter_in, refuse_classifier, refuse_full_folder
 from lorakit.errors import AdapterFileError, RecipeError, listing
 
 if TYPE_CHECKING:
@@ -66,8 +66,7 @@ def _refuse(state: AdapterState, source: str) -> None:
     """Raise for what no LoRA can hold: heads of classifiers, what reads its input, and tensors trained whole."""
     from lorakit.core.as_lora import refuse_moving
 
-    if state.labels:
-        raise RecipeError(f"{source} is a classifier, which writes no answers; score it: lorakit evaluate {source}")
+    refuse_classifier(source, state.labels)
     refuse_moving(state)
     if state.trained:
         raise AdapterFileError(
@@ -119,8 +118,7 @@ def _merged(source: str, output: str, rank: int | None, base: str | None, json: 
 
     if rank is not None:
         raise RecipeError("--rank says how to write a LoRA, and llama.cpp gets the merged model; leave it out")
-    if load(adapter_in(source)).labels:
-        raise RecipeError(f"{source} is a classifier, which writes no answers; score it: lorakit evaluate {source}")
+    refuse_classifier(source, load(adapter_in(source)).labels)
     merge(source, output, base, "auto", untie=False, lossy=False, dequantize=False, stream=False, json=json)
     if not json:
         file = f"{output.rstrip('/')}.gguf"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorakit.cli.screen import printable, screen
-from lorakit.cli.sources import BASE_HELP, SOURCE_HELP, Source, find
+from lorakit.cli.sources import BASE_HELP, SOURCE_HELP, Source, find, refuse_classifier
 from lorakit.errors import DataError, RecipeError, did_you_mean
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ def generate(
         from lorakit.training.generate import generate as answers_of
 
         found = find(source, base)
-        if found.labels:
-            raise RecipeError(f"{source} is a classifier, which writes no answers; score it: lorakit evaluate {source}")
+        refuse_classifier(source, found.labels)
         form = _format(found, source, format)
         rows: list[Any] = list(prompt) if prompt else _rows(str(prompts))
         model, tokenizer = found.load_base()

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from lorakit.training.recipe import Recipe
 
 MARK = "lorakit-merge.json"
-_MERGED = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md")  # ends of what a merge writes
 """What a merge was, in the folder it wrote: by it a later merge knows that the folder may be replaced."""
+_MERGED = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md")  # ends of what a merge writes
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Allowed difference of a logit, as a share of the largest: a thousand roundings of fp32, ten of fp16, six of bf16.
 Measured after 8 layers: 5e-6 in fp32. Roundings add up with depth, and a wrong merge is off by the whole update."""

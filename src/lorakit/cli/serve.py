@@ -14,7 +14,7 @@ import typer
 
 from lorakit.cli.amounts import bytes_of
 from lorakit.cli.screen import print_json, screen, size, table
-from lorakit.cli.sources import BASE_HELP, SOURCE_HELP, Source, adapter_in, find
+from lorakit.cli.sources import BASE_HELP, SOURCE_HELP, Source, adapter_in, find, refuse_classifier
 from lorakit.errors import RecipeError, ServingError
 
 if TYPE_CHECKING:
@@ -82,8 +82,7 @@ def serve(
         known = _keys(keys)
         _leave_a_core(threads)
         found = find(source, base)
-        if found.labels:
-            raise RecipeError(f"{source} is a classifier, which writes no answers; score it: lorakit evaluate {source}")
+        refuse_classifier(source, found.labels)
         room = bytes_of("--memory", memory)
         place = Path(store) if store is not None else _home(found.base)
         shape = {"slots": slots or (64 if engine == "vllm" else 16), "context": context, "queue": queue}

@@ -191,6 +191,12 @@ def need_adapter(source: Source, given: str) -> AdapterState:
     return source.state
 
 
+def refuse_classifier(given: str, labels: tuple[str, ...]) -> None:
+    """Raise `RecipeError` for the classifier of these labels, where answers are to be written."""
+    if labels:
+        raise RecipeError(f"{given} is a classifier, which writes no answers; score it: lorakit evaluate {given}")
+
+
 def named_base(given: str, state: AdapterState) -> str:
     """Return the name of an adapter's base, or raise `LorakitError` where it has none."""
     if not state.base.name:

@@ -149,13 +149,14 @@ class Store:
 
     def remove(self, digest: str) -> None:
         """Delete a stored adapter; raises `UnknownAdapterError` where there is none."""
-        with self._alone(), self._telling():
+        with self._alone():
             self._remove(self.get(digest))
 
     def _remove(self, place: Path) -> None:
         gone = place.with_name(f".gone-{place.name}")
-        os.rename(place, gone)  # in one step, so that nobody finds half of it
-        shutil.rmtree(gone)
+        with self._telling():
+            os.rename(place, gone)  # in one step, so that nobody finds half of it
+            shutil.rmtree(gone)
 
     def _whole(self, digest: str) -> str:
         if re.fullmatch("[0-9a-f]{64}", digest) and (self._adapters / digest).is_dir():
