@@ -8,9 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,25 @@ def test_what_cannot_be_served_is_said_before_anything_is_loaded(tmp_path: Path)
         assert why in " ".join(result.stderr.split()), result.stderr
 
 
+def test_names_whose_files_are_gone_are_said_at_the_start(tmp_path: Path) -> None:
+    digest = "0123456789abcdef" * 4
+    turn = {"at": "2026-01-01T00:00:00+00:00", "target": digest}
+    (tmp_path / "names.json").write_text(json.dumps({"version": 1, "pointers": {"fables": [turn]}}))
+    process = start("--store", str(tmp_path))
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert f"the files of these are gone from {tmp_path}" in " ".join(told.split())
+    assert "fables" in told
+
+
+def test_without_a_base_it_says_how(tmp_path: Path) -> None:
+    result = invoke("serve", "--keys", str(tmp_path / "keys.json"))
+    assert result.exit_code == 2
+    assert "name a base, or an adapter of one: lorakit serve lorakit/tales" in " ".join(result.stderr.split())
+
+
 def test_a_port_that_is_taken_is_said_so(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -134,8 +155,36 @@ def test_a_new_key_is_shown_once_and_only_its_hash_is_kept(tmp_path: Path) -> No
     secret = result.stdout.strip()
     assert secret.startswith("lora-")
     assert secret not in file.read_text()
-    again = invoke("serve", "lorakit/tales", "--new-key", "shop", "--keys", str(file))
+    again = invoke("serve", "--new-key", "shop", "--keys", str(file))
     assert "has a key 'shop' already" in again.stderr
     wrong = invoke("serve", "lorakit/tales", "--new-key", "b", "--scopes", "inferr", "--keys", str(file))
     assert wrong.exit_code == 2
     assert "did you mean 'infer'" in wrong.stderr
+
+
+def test_a_second_ctrl_c_ends_what_runs_and_tells_its_clients(tmp_path: Path) -> None:
+    process = start("--store", str(tmp_path))
+    assert process.stdout is not None
+    url = json.loads(process.stdout.readline())["url"]
+    with ThreadPoolExecutor(1) as clients:
+        asking = clients.submit(ask, url, "tales", max_tokens=480, ignore_eos=True, n=16)
+        while not reading(f"{url}/ready")["open"]:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(urllib.error.URLError):
+            while True:
+                reading(f"{url}/ready")  # until nobody listens any more
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            asking.result(60)
+    assert refused.value.code == 503
+    assert "the server stopped before the answer was finished" in refused.value.read().decode()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+
+
+def reading(url: str) -> Any:
+    """Return what a route answers."""
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        return json.loads(answer.read())

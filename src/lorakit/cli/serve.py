@@ -15,7 +15,7 @@ import typer
 from lorakit.cli.amounts import bytes_of
 from lorakit.cli.screen import print_json, screen, size, table
 from lorakit.cli.sources import BASE_HELP, SOURCE_HELP, Source, adapter_in, find, refuse_classifier
-from lorakit.errors import RecipeError, ServingError
+from lorakit.errors import RecipeError, ServingError, listing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def serve(
-    source: Annotated[str, typer.Argument(help=SOURCE_HELP)],
+    source: Annotated[str | None, typer.Argument(help=SOURCE_HELP)] = None,
     adapters: Annotated[
         list[str] | None,
         typer.Option(
@@ -79,6 +79,8 @@ def serve(
         _make_key(new_key, scopes, keys)
         return
     with screen(False) as out:
+        if source is None:
+            raise RecipeError("name a base, or an adapter of one: lorakit serve lorakit/tales")
         known = _keys(keys)
         _leave_a_core(threads)
         found = find(source, base)
@@ -99,6 +101,8 @@ def serve(
             out.note(f"--context {context} is more than this model has positions for; {most} it is")
         service = _service(found, source, place, [Path(folder) for folder in adapters or ()], room, timeout,
                            begun, tokenizer)  # fmt: skip
+        if lost := service.registry.lost():
+            out.note(f"the files of these are gone from {place}; add them anew or delete their names:\n{listing(lost)}")
         try:
             _listen(service, known, host, port, out, json)
         finally:

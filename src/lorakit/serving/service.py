@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorakit.errors import BusyError, LorakitError, RequestError, UnknownAdapterError, shown
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _log = logging.getLogger("lorakit.serving")
+_READINGS = 1024  # manifests that are remembered: what a digest names never changes
 _THREADS = 32  # of each pool; they wait for disks and locks, not for a processor
 
 
@@ -99,7 +101,7 @@ class Service:
         self.warm = self.draining = False
         self.since = time.time()
         self._open: set[Answer] = set()
-        self._readings: dict[str, Reading] = {}
+        self._reading_of = lru_cache(_READINGS)(self._read)
         self._threads = ThreadPoolExecutor(_THREADS, "serve")
         self._loads = ThreadPoolExecutor(_THREADS, "load")  # of their own: a slow disk holds up nobody who needs none
         self._ends = ThreadPoolExecutor(1, "end")  # of its own: loads may be waiting for a release
@@ -128,11 +130,6 @@ class Service:
     def drain(self) -> None:
         """Take no new question; those that are being answered are finished."""
         self.draining = True
-
-    async def drained(self) -> None:
-        """Wait until no answer is being made."""
-        while self._open:
-            await asyncio.sleep(0.02)
 
     async def aside(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run what blocks on a thread of its own, and return what it returns."""
@@ -209,6 +206,8 @@ class Service:
         try:
             return await asyncio.shield(working)
         except asyncio.CancelledError:
+            if working.cancelled():  # by `close`, before it began
+                raise Draining("this server has stopped; ask another", retry_after=5.0) from None
             working.add_done_callback(
                 lambda done: None if done.cancelled() or done.exception() else self._release(held)
             )
@@ -222,13 +221,12 @@ class Service:
         return [self.prompts.chat(question.turns, self._reading(resolved.digest), question.model)]
 
     def _reading(self, digest: str | None) -> Reading:
-        """Return how an adapter reads conversations; what a digest names never changes, so it is read once."""
-        if digest is None:
-            return Reading()
-        if digest not in self._readings:
-            manifest = read_manifest(self.registry.store.get(digest))
-            self._readings[digest] = Reading(manifest.purpose, manifest.chat_template)
-        return self._readings[digest]
+        """Return how an adapter reads conversations, or the base."""
+        return Reading() if digest is None else self._reading_of(digest)
+
+    def _read(self, digest: str) -> Reading:
+        manifest = read_manifest(self.registry.store.get(digest))
+        return Reading(manifest.purpose, manifest.chat_template)
 
     def _answer(
         self,

@@ -80,6 +80,43 @@ def test_the_owner_adds_lists_and_removes_adapters(made: Server, web: Any) -> No
     assert web.delete("/admin/adapters/team/third").status_code == 404
 
 
+def test_a_pin_is_put_kept_and_taken_off(made: Server, web: Any) -> None:
+    def put(**more: Any) -> bool:
+        told = web.put("/admin/adapters/third", json={"path": str(made.folder / "one"), **more})
+        return bool(told.json()["pinned"])
+
+    assert [put(), put(pin=True), put(), put(pin=False), put()] == [False, True, True, False, False]
+
+
+def test_pruning_deletes_what_nothing_can_be_turned_to_and_nothing_else(made: Server, web: Any) -> None:
+    put = {"path": str(made.folder / "one")}
+    digest = web.put("/admin/adapters/third", json=put).json()["digest"]
+    web.put("/admin/adapters/third", json={"path": str(made.folder / "two"), "replace": True})
+    assert web.post("/admin/prune").json() == {"removed": [], "bytes": 0}  # a rollback needs it
+    web.delete("/admin/adapters/third")
+    told = web.post("/admin/prune").json()
+    assert digest in told["removed"]
+    assert told["bytes"] > 0
+    assert not (made.registry.store.root / "adapters" / digest).exists()
+    assert web.post("/v1/completions", json=ASKED).status_code == 200
+    assert web.put("/admin/adapters/third", json=put).json()["digest"] == digest
+
+
+def test_the_page_of_routes_loads_nothing_and_names_every_route_and_field(web: Any) -> None:
+    page, schema = web.get("/docs"), web.get("/openapi.json").json()
+    assert page.status_code == 200
+    assert not re.search(r"<script|<link|https?://|@import|url\(", page.text)
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    for path, ways in schema["paths"].items():
+        for method in ways:
+            assert f"<b><code>{method.upper()}</code></b> <code>{path}</code>" in page.text
+    told = re.sub("<[^>]+>", " ", page.text)
+    for row in ("prompt   string or list of string or list of integer or list of list of integer, needed",
+                "top_p   number above 0 to 1, 1.0 unless told", "parameters.max_new_tokens   integer from 1, 20 unless",
+                "since   number from 0, in the query"):  # fmt: skip
+        assert " ".join(row.split()) in " ".join(told.split())
+
+
 def test_an_alias_is_turned_shared_out_rolled_back_and_forgotten(web: Any) -> None:
     alias = "/admin/aliases/first@live"
     assert web.put(alias, json={"target": "first"}).status_code == 200

@@ -60,6 +60,7 @@ ROUTES = [
     ("POST", "/admin/aliases/x/rollback", "owner"),
     ("GET", "/admin/feedback", "owner"),
     ("POST", "/admin/drain", "owner"),
+    ("POST", "/admin/prune", "owner"),
     ("GET", "/metrics", "eye"),
     ("GET", "/nothing/here", "web"),
 ]

@@ -271,8 +271,8 @@ def test_draining_finishes_what_runs_and_refuses_what_comes(tmp_path: Path) -> N
         late = Visitor(made, body=LONG)
         await late.go()
         assert late.status == 503
-        await asyncio.wait_for(made.service.drained(), 5)
-        await going
+        await asyncio.wait_for(going, 5)
+        await until(lambda: made.service.open == 0)
         assert running.status == 200
         assert not made.service.ready
 

@@ -4,10 +4,12 @@ gate.py      before every route: keys, sizes, slowness, ids    refusals.py  erro
 asking.py    ask, watch whether somebody waits, stream         answers.py   OpenAI's words for answers
 openai.py    /v1/models, completions, chats                    lorax.py     /generate, /generate_stream
 owner.py     /admin, and vLLM's load and unload                ops.py       /health, /ready, /metrics, feedback
+page.py      /docs
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -21,6 +23,7 @@ from lorakit.serving.http.lorax import add_lorax
 from lorakit.serving.http.openai import add_models, add_openai
 from lorakit.serving.http.ops import add_ops
 from lorakit.serving.http.owner import add_aliases, add_owner, add_vllm
+from lorakit.serving.http.page import add_page
 from lorakit.serving.http.refusals import body, of_faults, refusal
 from lorakit.serving.keys import Keys
 from lorakit.serving.service import Service
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Bounds", "app", "run"]
 
 _HERE = ("127.0.0.1", "::1", "localhost")
+_GRACE = 30  # seconds
 _log = logging.getLogger("lorakit.serving")
 
 
@@ -48,11 +52,12 @@ def app(service: Service, keys: Keys | None = None, bounds: Bounds | None = None
     need("fastapi", "serve")
     from fastapi import FastAPI
 
-    made = FastAPI(title="lorakit", version=__version__, redoc_url=None, lifespan=_closing(service))
+    made = FastAPI(title="lorakit", version=__version__, docs_url=None, redoc_url=None, lifespan=_closing(service))
     _add_errors(made)
     for add in (add_openai, add_models, add_lorax, add_vllm, add_owner, add_aliases, add_ops):
         add(made, service)
-    made.state.keys = keys if keys is not None else Keys()
+    add_page(made)
+    made.state.keys, made.state.service = keys if keys is not None else Keys(), service
     made.add_middleware(Gate, keys=made.state.keys, metrics=service.metrics, bounds=bounds or Bounds())
     return made
 
@@ -66,7 +71,9 @@ def run(
     most_connections: int = 1000,
     ready: Callable[[int, Callable[[], None]], None] | None = None,
 ) -> None:
-    """Listen until the process is told to end, then finish the answers under way.
+    """Listen until the process is told to end, then finish the answers under way, for 30 seconds at most.
+
+    Told a second time it ends them at once; whoever is not answered gets 503.
 
     Args:
         application: from `app`.
@@ -87,27 +94,43 @@ def run(
     uvicorn = need("uvicorn", "serve")
     config = uvicorn.Config(application, host=host, port=port, log_level="warning", server_header=False, ws="none",
                             limit_concurrency=most_connections, timeout_keep_alive=15,
-                            timeout_graceful_shutdown=30)  # fmt: skip
-
+                            timeout_graceful_shutdown=_GRACE + 5)  # fmt: skip
     try:
-        _server(config, ready).run()
+        _server(config, ready, application.state.service).run()
     except SystemExit as failed:  # how uvicorn says that it cannot listen; its log says why
         if failed.code:
             raise ServingError(f"cannot listen at {host}:{port}, which may be taken; choose another port") from None
 
 
-def _server(config: Any, ready: Callable[[int, Callable[[], None]], None] | None) -> Any:
-    """Return uvicorn's server, one that says when it takes connections."""
+def _server(config: Any, ready: Callable[[int, Callable[[], None]], None] | None, service: Service) -> Any:
+    """Return uvicorn's server, one that says when it takes connections, and that answers whom it cuts off."""
     uvicorn = need("uvicorn", "serve")
 
     class Server(uvicorn.Server):  # type: ignore[misc, name-defined]
+        hurried = False
+
         async def startup(self, sockets: Any = None) -> None:
+            self.loop = asyncio.get_running_loop()
             await super().startup(sockets)
             if self.started and ready is not None:
                 ready(self.servers[0].sockets[0].getsockname()[1], self.stop)
 
         def stop(self) -> None:
             self.should_exit = True
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            if self.should_exit and not self.hurried:  # a third time uvicorn drops everything
+                self.hurried = True
+                self.loop.call_soon_threadsafe(service.close)
+            else:
+                super().handle_exit(sig, frame)
+
+        async def shutdown(self, sockets: Any = None) -> None:
+            late = asyncio.get_running_loop().call_later(_GRACE, service.close)
+            try:
+                await super().shutdown(sockets)
+            finally:
+                late.cancel()
 
     return Server(config)
 

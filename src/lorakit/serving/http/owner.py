@@ -38,6 +38,12 @@ def add_owner(app: "FastAPI", service: Service) -> None:
         await service.aside(registry.remove, name)
         return {"removed": name}
 
+    @app.post("/admin/prune", tags=["Owner"])
+    async def prune() -> Any:
+        """Delete the files of adapters that no name or alias can be turned to any more."""
+        gone = await service.aside(registry.prune)
+        return {"removed": [one.digest for one in gone], "bytes": sum(one.bytes for one in gone)}
+
     @app.post("/admin/drain", tags=["Owner"])
     async def drain() -> Any:
         """Take no new request, and finish those that are being answered."""
@@ -107,7 +113,7 @@ def add_vllm(app: "FastAPI", service: Service) -> None:
 
 def _added(registry: Registry, name: str, body: AddRequest) -> dict[str, Any]:
     made: Manifest = registry.add(name, Path(body.path), replace=body.replace)
-    if body.pin:
-        registry.pin(name)
+    if body.pin is not None:
+        (registry.pin if body.pin else registry.unpin)(name)
     told = {"digest": made.digest, "bytes": made.bytes, "method": made.method, "rank": made.rank}
-    return {"name": name, **told, "parameters": made.parameters, "pinned": body.pin}
+    return {"name": name, **told, "parameters": made.parameters, "pinned": registry.pinned(name)}

@@ -307,7 +307,8 @@ class AddRequest(Strict):
 
     path: str
     replace: bool = False
-    pin: bool = False
+    pin: bool | None = None
+    """Whether its name is kept in memory; null leaves that as it is."""
 
 
 class AliasRequest(Strict):

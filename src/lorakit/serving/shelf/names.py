@@ -144,13 +144,18 @@ class Names:
         """
         with self._changing() as turns:
             _past(turns, name)
-            if leaning := sorted(other for other, past in turns.items() if name in _targets(past[0].target)):
+            if leaning := sorted(other for other, past in turns.items() if name in targets_of(past[0].target)):
                 raise RequestError(f"{', '.join(leaning)} points to {name}; point it elsewhere or delete it first")
             del turns[name]
 
     def history(self, name: str) -> tuple[Turn, ...]:
         """Return the targets a pointer had, the present one first; raises `UnknownAdapterError`."""
         return _past(self._now(), name)
+
+    def remembered(self) -> set[str]:
+        """Return every digest that a pointer points to or did, as far back as it can be turned."""
+        turns = [turn for past in self._now().values() for turn in past]
+        return {target for turn in turns for target in targets_of(turn.target) if is_digest(target)}
 
     def pointers(self) -> dict[str, Target]:
         """Return every pointer with its present target, by name."""
@@ -167,7 +172,7 @@ class Names:
             _past(turns, name)
         ahead, found = list(turns if name is None else [name]), set[str]()
         while ahead:
-            for target in _targets(turns[ahead.pop()][0].target):
+            for target in targets_of(turns[ahead.pop()][0].target):
                 if target in turns:
                     ahead.append(target)
                 else:
@@ -179,7 +184,7 @@ class Names:
         name, _, tag = asked.rpartition("@")
         if _PART.fullmatch(tag):
             of = [past for key, past in turns.items() if not name or key.partition("@")[0] == name]
-            digests = {t for past in of for turn in past for t in _targets(turn.target) if _DIGEST.fullmatch(t)}
+            digests = {t for past in of for turn in past for t in targets_of(turn.target) if _DIGEST.fullmatch(t)}
             found = sorted(digest for digest in digests if digest.startswith(tag))
             if len(found) > 1:
                 raise UnknownAdapterError(f"{asked} begins {len(found)} digests; give more digits:\n{listing(found)}")
@@ -269,6 +274,11 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
+def targets_of(target: Target) -> list[str]:
+    """Return the digests or pointers of a target: one, or those of its arms."""
+    return [target] if isinstance(target, str) else list(target)
+
+
 def is_digest(word: str) -> bool:
     """Return whether a word is a whole digest."""
     return _DIGEST.fullmatch(word) is not None
@@ -300,10 +310,6 @@ def _past(turns: _Turns, name: str) -> tuple[Turn, ...]:
     return turns[name]
 
 
-def _targets(target: Target) -> list[str]:
-    return [target] if isinstance(target, str) else list(target)
-
-
 def _check(turns: _Turns, bases: Sequence[str]) -> None:
     """Raise where a pointer or its present target cannot be."""
     for name, past in turns.items():
@@ -331,9 +337,9 @@ def _check_target(name: str, target: Target, turns: _Turns) -> None:
         raise RequestError(
             f"{name} is a name and points to a digest, not to {shown(target)}; make an alias, {name}@..."
         )
-    if not _targets(target):
+    if not targets_of(target):
         raise RequestError(f"{name} has no arms; give one at least")
-    for arm in _targets(target):
+    for arm in targets_of(target):
         if not _DIGEST.fullmatch(arm) and arm not in turns:
             raise UnknownAdapterError(
                 f"{name}: target {shown(arm)} is no digest and no name here{did_you_mean(arm, turns)}"
@@ -359,7 +365,7 @@ def _check_way(name: str, turns: _Turns) -> None:
         shared += not isinstance(target, str)
         if shared > 1:
             raise RequestError(f"{here} has arms and is itself an arm of {name}; name its arms there instead")
-        ahead += [(arm, (*way, here), shared) for arm in _targets(target)]
+        ahead += [(arm, (*way, here), shared) for arm in targets_of(target)]
 
 
 def _target(value: Any, key: str) -> Target:

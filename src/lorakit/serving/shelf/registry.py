@@ -19,7 +19,7 @@ from lorakit.persist.native import NATIVE
 from lorakit.persist.peft import CONFIG, PICKLE, WEIGHTS
 from lorakit.serving.requests import Engine
 from lorakit.serving.shelf.manifest import Manifest
-from lorakit.serving.shelf.names import Names, Resolved, Target, is_digest
+from lorakit.serving.shelf.names import Names, Resolved, Target, is_digest, targets_of
 from lorakit.serving.shelf.residents import Residents, Usage
 from lorakit.serving.shelf.store import Examined, Store, examine
 
@@ -168,11 +168,26 @@ class Registry:
         The store keeps their files. Raises as `Names.delete` does.
         """
         with self._changing:
-            past = {t for turn in self.names.history(name) for t in _targets(turn.target)}
+            past = {t for turn in self.names.history(name) for t in targets_of(turn.target)}
             self.names.delete(name)
             self._pins -= {name}
             for digest in past - self.names.digests():
                 self._residents.leave(digest)
+
+    def prune(self) -> list[Manifest]:
+        """Delete the files of adapters that no name or alias can be turned to any more, and return their manifests.
+
+        Whoever is being answered by one keeps it: it is in memory, and stays out of this.
+
+        Raises:
+            AdapterFileError: a store that cannot be read or written.
+        """
+        with self._changing:
+            kept = self.names.remembered() | self._residents.loaded()
+            gone = [one for one in self.store.manifests() if one.digest not in kept]
+            for one in gone:
+                self.store.remove(one.digest)
+            return gone
 
     def pin(self, name: str) -> None:
         """Load what a name leads to, now, and keep it in memory wherever the name is turned; raises as `use` does."""
@@ -192,6 +207,10 @@ class Registry:
         with self._changing:
             self._pins -= {name}
 
+    def pinned(self, name: str) -> bool:
+        """Return whether a name's adapters are kept in memory."""
+        return name in self._pins
+
     def models(self) -> list[Model]:
         """Return what may be asked for: the bases, then every name and alias."""
         loaded, parent = self._residents.loaded(), next(iter(self.names.bases), None)
@@ -204,9 +223,19 @@ class Registry:
                 made.append(Model(name, only, parent, arms, since, loaded=digests <= loaded))
         return made
 
+    def lost(self) -> list[str]:
+        """Return the names and aliases that lead to an adapter whose files are gone from the store."""
+        return [name for name in self.names.pointers() if any(map(self._gone, self.names.digests(name)))]
+
     def usage(self) -> Usage:
         """Return what the adapters take of the engine's memory."""
         return self._residents.usage()
+
+    def _gone(self, digest: str) -> bool:
+        try:
+            return not self.store.get(digest).is_dir()
+        except UnknownAdapterError:
+            return True
 
     def _pinned(self) -> set[str]:
         pinned = set[str]()
@@ -243,7 +272,7 @@ class Registry:
     def _try(self, target: Target) -> None:
         """Load each adapter that a target leads to, and let go of it; what it does not know is for `Names` to tell."""
         known = self.names.pointers()
-        for one in _targets(target):
+        for one in targets_of(target):
             digests = self.names.digests(one) if one in known else {one} if is_digest(one) else set()
             for digest in sorted(digests):
                 self._residents.hold(digest)
@@ -261,10 +290,6 @@ class Registry:
                 f"{', '.join(map(str, roots))}; put it there, or start the server with its folder as a root"
             )
         return real
-
-
-def _targets(target: Target) -> list[str]:
-    return [target] if isinstance(target, str) else list(target)
 
 
 def _adapter_in(place: Path) -> Path | None:
