@@ -126,14 +126,14 @@ def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--rounds", type=int, default=9)
-    options.add_argument("--keep", action="store_true", help="write docs/results/step_options.json")
+    options.add_argument("--keep", action="store_true", help="write docs/results/step-options.json")
     given = options.parse_args()
     torch.set_num_threads(given.threads)
     warnings.simplefilter("ignore")
     torch._dynamo.config.recompile_limit = 64  # several compiled models in one process
     found = {name: study(make, given.rounds) for name, make in SHAPES.items()}
     if given.keep:
-        record("step_options", "What do the ways to run a step cost and save?", ("torch", "transformers"),
+        record("step-options", "What do the ways to run a step cost and save?", ("torch", "transformers"),
                threads=given.threads, rounds=given.rounds, rows=ROWS, length=LENGTH, shapes=found)  # fmt: skip
 
 

@@ -179,7 +179,7 @@ def main() -> None:
     options.add_argument("--dtypes", default="fp32,bf16")
     options.add_argument("--families", default="llama,gpt2")
     options.add_argument("--cases", default="|".join(CASES), help="separated by |")
-    options.add_argument("--keep", action="store_true", help="write docs/results/train_step.json")
+    options.add_argument("--keep", action="store_true", help="write docs/results/train-step.json")
     given = options.parse_args()
     torch.set_num_threads(given.threads)
     cases = given.cases.split("|")
@@ -189,7 +189,7 @@ def main() -> None:
         for dtype in given.dtypes.split(",")
     }
     if given.keep:
-        record("train_step", "What does an adapter add to a training step?", ("torch", "transformers", "peft"),
+        record("train-step", "What does an adapter add to a training step?", ("torch", "transformers", "peft"),
                threads=given.threads, rounds=given.rounds, rows=ROWS, length=LENGTH, shapes=found)  # fmt: skip
 
 

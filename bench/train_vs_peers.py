@@ -151,13 +151,13 @@ def main() -> None:
     if given.one:
         print(json.dumps(once(*given.one.split(":"), given.rows)))
         return
-    file = RESULTS / "train_vs_peers.json"
+    file = RESULTS / "train-vs-peers.json"
     before = json.loads(file.read_text()) if file.exists() else {}
     found = {job: before[job] for job in RATES if job in before}
     for job in given.jobs.split(","):
         found[job] = {"rounds": given.rounds, "rows": given.rows or "all", **study(job, given.rounds, given.rows)}
         print(job, found[job]["ratios"])
-        record("train_vs_peers", (__doc__ or "").splitlines()[0], ("torch", "transformers", "peft", "trl"),
+        record("train-vs-peers", (__doc__ or "").splitlines()[0], ("torch", "transformers", "peft", "trl"),
                rank=RANK, rates=RATES, **found)  # fmt: skip
 
 
