@@ -11,6 +11,9 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
+    BloomConfig,
+    FalconConfig,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -36,10 +39,16 @@ SIZES: dict[str, Any] = {
 GROUPED: dict[str, Any] = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 24}
 DECODERS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(**GROUPED),
-    "mistral": lambda: MistralConfig(**GROUPED),
+    "mistral": lambda: MistralConfig(**GROUPED, sliding_window=8),
     "qwen2": lambda: Qwen2Config(**GROUPED),
     "gpt2": lambda: GPT2Config(**SIZES),
 }
+ODD: dict[str, Callable[[], Any]] = {
+    "bloom": lambda: BloomConfig(**{**SIZES, "n_layer": 3, "n_head": 4}),
+    "falcon": lambda: FalconConfig(**SIZES, multi_query=True, new_decoder_architecture=False, bias=False),
+    "gemma3": lambda: Gemma3TextConfig(**GROUPED, head_dim=4, sliding_window=8),
+}
+"""ALiBi and a head that passes nothing on; one key for all heads; embeddings that are multiplied, and a window."""
 ENCODERS: dict[str, Callable[[], Any]] = {
     "bert": lambda: BertConfig(**SIZES, intermediate_size=24),
     "roberta": lambda: RobertaConfig(**{**SIZES, "pad_token_id": 1, "bos_token_id": 0}, intermediate_size=24),
@@ -49,7 +58,7 @@ ENCODERS: dict[str, Callable[[], Any]] = {
 def decoder(family: str, **changes: Any) -> Any:
     """Return a random language model, in evaluation mode."""
     torch.manual_seed(0)
-    config = DECODERS[family]()
+    config = {**DECODERS, **ODD}[family]()
     for name, value in changes.items():
         setattr(config, name, value)
     return loud(AutoModelForCausalLM.from_config(config)).eval()

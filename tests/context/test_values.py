@@ -19,6 +19,7 @@ from lorakit.core.method import Context
 from lorakit.core.reading import blocks_of
 from lorakit.core.site import Site
 from lorakit.core.spec import AdapterSpec
+from lorakit.errors import DataError
 from lorakit.inject.attach import adapters_named, attach, detach, state
 from lorakit.inject.sites import sites
 from tests.context.samples import DECODERS, classifier, decoder, padded, read_by, tokens
@@ -196,6 +197,19 @@ def test_columns_of_a_row_by_hand() -> None:
     ]
 
 
+def test_virtual_positions_stand_behind_padding_on_the_left() -> None:
+    layout = Layout(2, 1, torch.tensor([3, 4]), torch.tensor([2, 0]))
+    row = layout.spread(torch.tensor([[-1, -2, -3]] * 2), torch.tensor([[0, 0, 12, 13], [20, 21, 22, 23]]))
+    assert row.tolist() == [[0, 0, -1, -2, 12, -3, 13], [-1, -2, 20, 21, 22, 23, -3]]
+    assert layout.cut(row[..., None], answers=True)[..., 0].tolist() == [[0, 0, -3, 13], [20, 21, 22, -3]]
+    assert layout.cut(row[..., None], answers=False)[..., 0].tolist() == [[0, 0, 12, 13], [20, 21, 22, 23]]
+    assert layout.mask(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])).tolist() == [[0, 0, 1, 1, 1, 1, 1], [1] * 7]
+    only = Layout(2, 0, starts=torch.tensor([1]))
+    assert only.spread(torch.tensor([[-1, -2]]), torch.tensor([[0, 11, 12]])).tolist() == [[0, -1, -2, 11, 12]]
+    assert only.positions(torch.tensor([[0, 0, 1]])).tolist() == [[2, 0, 1, 2, 3]]
+    assert only.cut(torch.tensor([[[0], [-1], [-2], [11], [12]]]), answers=True)[..., 0].tolist() == [[0, 11, 12]]
+
+
 def test_positions_skip_padding_on_the_left() -> None:
     positions = Layout(2, 1, torch.tensor([4])).positions(torch.tensor([[0, 0, 1, 2]]))
     assert positions.tolist() == [[0, 1, 2, 2, 3, 4, 5]]
@@ -219,6 +233,23 @@ def test_it_starts_as_embeddings_of_tokens(method: Context) -> None:
     drawn = {tuple(row.tolist()) for row in vectors.flatten(0, -2)}
     assert drawn <= table
     assert len(drawn) > 30, "draws the whole vocabulary"
+
+
+def test_a_prompt_starts_as_what_the_model_reads_of_tokens_where_embeddings_are_multiplied() -> None:
+    model = decoder("gemma3")
+    attach(model, AdapterSpec(PromptTuning(3)))
+    (adapter,) = adapters_named(model, "default")
+    read = model.get_input_embeddings()(torch.arange(40))
+    for row in adapter.tensors()["prompt"]:
+        assert (row == read).all(1).any()
+
+
+def test_roberta_has_no_position_up_to_that_of_its_padding() -> None:
+    model = read_by(classifier("roberta"), PromptTuning(4))
+    room = 48 - 1 - 1 - 4  # the table has 48 rows, the padding is 1, and four positions are read beside the row
+    model(tokens(1, room))
+    with pytest.raises(DataError, match=f"shorten rows to {room} tokens"):
+        model(tokens(1, room + 1))
 
 
 def test_a_normal_start_has_the_vocabulary_s_own_scale() -> None:

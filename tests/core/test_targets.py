@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig, Phi3Config
 
 from lorakit.core.site import Site, Skeleton
@@ -182,6 +183,36 @@ def test_a_subclass_with_its_own_forward_is_refused() -> None:
 
     with pytest.raises(TargetError, match="0 is Doubled whose forward is its own, so its weight may mean anything"):
         keys(sites(nn.Sequential(Doubled(4, 4))), "0")
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        (parametrizations.weight_norm(nn.Linear(4, 4)), "whose weight is made of others at each reading"),
+        (parametrizations.spectral_norm(nn.Conv1d(4, 4, 3)), "whose weight is made of others at each reading"),
+        (nn.Embedding(8, 4, max_norm=1.0), "shrinks the rows that it reads"),
+    ],
+)
+def test_a_weight_that_a_merge_could_not_write_is_refused(layer: nn.Module, why: str) -> None:
+    with pytest.raises(TargetError, match=why):
+        keys(sites(nn.Sequential(layer)), "0")
+
+
+def test_a_block_of_fused_experts_says_that_it_holds_no_layers() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.act_fn = nn.Parameter(torch.zeros(2, 4, 4)), nn.SiLU()
+
+    with pytest.raises(TargetError, match="Experts which keeps its weights in tensors of its own, not in layers"):
+        keys(sites(nn.Sequential(Experts())), "0")
+
+
+def test_what_matched_nothing_is_not_proposed_again() -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mlp": nn.ReLU(), "attn": nn.Linear(4, 4)})])})
+    with pytest.raises(TargetError, match="'mlp' matched nothing") as refused:
+        keys(sites(model), "mlp")
+    assert "did you mean 'mlp'," not in str(refused.value)
 
 
 def test_overrides_change_rank_and_alpha_where_they_say(llama: Skeleton) -> None:

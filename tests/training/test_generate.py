@@ -9,9 +9,13 @@ import pytest
 import torch
 
 from lorakit import AdapterSpec, LoRA, attach
+from lorakit.context.prefix_tuning import PrefixTuning
+from lorakit.context.prompt_tuning import PromptTuning
+from lorakit.core.method import Context
 from lorakit.errors import DataError, LorakitError
 from lorakit.training.base import load_base
 from lorakit.training.generate import generate
+from tests.context.samples import decoder, read_by
 
 PROMPTS = ["a", "a cab a bad cab", "bead dab", "ace bed fade deaf cafe face", "cab", "a dab ace"]
 
@@ -44,6 +48,19 @@ def test_a_batch_answers_as_each_prompt_alone(both: tuple[Any, Any, list[list[in
     ]
     assert len(set(expected)) > 1
     assert generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=batch_size) == expected
+
+
+@pytest.mark.parametrize("method", [PromptTuning(3), PrefixTuning(3)])
+def test_a_window_sees_no_padding_beside_virtual_positions(base: Path, method: Context) -> None:
+    _, tokenizer = load_base(str(base))
+    model = read_by(
+        decoder("mistral", vocab_size=max(tokenizer.get_vocab().values()) + 1, pad_token_id=tokenizer.pad_token_id),
+        method,
+    )
+    prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
+    alone = [generate(model, tokenizer, [ids], max_new_tokens=6)[0] for ids in prompts]
+    assert len(set(alone)) > 1
+    assert generate(model, tokenizer, prompts, max_new_tokens=6) == alone
 
 
 def test_logits_that_are_nan_are_told_of(both: tuple[Any, Any, list[list[int]]]) -> None:

@@ -1,9 +1,11 @@
 """Where virtual positions stand in a row, as arithmetic on columns.
 
-    [before | tokens of the prompt | after | tokens of the answer]        before + n + after columns, from n
+    [padding | before | tokens of the prompt | after | tokens of the answer]     before + n + after columns, from n
 
-`ends` says for each row at which column its prompt ends. What a model gives back at the last virtual position after the
-prompt is what the answer's first token is predicted from, so it takes the place of the prompt's last column.
+`starts` and `ends` say for each row at which column its prompt starts and ends. Attention within a window counts
+columns, so virtual positions stand beside the tokens, and padding on the left stays outside. What a model gives back at
+the last virtual position after the prompt is what the answer's first token is predicted from, so it takes the place of
+the prompt's last column.
 """
 
 from __future__ import annotations
@@ -16,11 +18,15 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """`before` virtual positions in front of each row, and `after` of them behind its prompt, at column `ends`."""
+    """`before` virtual positions in front of each prompt, at column `starts`, and `after` behind it, at column `ends`.
+
+    Without `starts` all rows start at column 0; `ends` may be missing where `after` is 0.
+    """
 
     before: int
     after: int
     ends: Tensor | None = None
+    starts: Tensor | None = None
 
     @property
     def total(self) -> int:
@@ -30,7 +36,7 @@ class Layout:
     def spread(self, virtual: Tensor, tokens: Tensor) -> Tensor:
         """Return the rows of `tokens (batch, n, ...)` with `virtual (batch, before + after, ...)` in their places."""
         joined = torch.cat([virtual, tokens], 1)
-        return joined if self.ends is None else _columns(joined, self._source(tokens.shape[1]))
+        return joined if self._even else _columns(joined, self._source(tokens.shape[1], tokens.device))
 
     def mask(self, given: Tensor) -> Tensor:
         """Return an attention mask `(batch, n)` with the virtual positions, which are never masked."""
@@ -38,11 +44,11 @@ class Layout:
 
     def positions(self, given: Tensor) -> Tensor:
         """Return position ids `(batch, n)` moved to make room, with those of the virtual positions."""
-        rows = len(given) if self.ends is None else len(self.ends)
+        rows = next((len(told) for told in (self.ends, self.starts) if told is not None), len(given))
         given = given.expand(rows, -1)
         front = torch.arange(self.before, device=given.device).expand(rows, -1)
         if self.ends is None:
-            return torch.cat([front, given + self.before], 1)
+            return self.spread(front, given + self.before)
         last = given.gather(1, (self.ends[:, None] - 1).clamp(min=0)).masked_fill(self.ends[:, None] == 0, -1)
         behind = self.before + last + 1 + torch.arange(self.after, device=given.device)
         answer = torch.arange(given.shape[1], device=given.device) >= self.ends[:, None]
@@ -53,20 +59,41 @@ class Layout:
 
         With `answers`, the last virtual position after a prompt stands in for the prompt's last column.
         """
-        n = hidden.shape[1] - self.total
-        if self.ends is None:
+        if self._even:
             return hidden[:, self.before :]
-        column = torch.arange(n, device=hidden.device).expand(len(hidden), -1)
-        return _columns(hidden, self.before + column + self.after * (column >= self.ends[:, None] - int(answers)))
+        column = torch.arange(hidden.shape[1] - self.total, device=hidden.device)
+        starts, ends = self._bounds(hidden.device)
+        return _columns(
+            hidden, column + self.before * (column >= starts) + self.after * (column >= ends - int(answers))
+        )
 
-    def _source(self, n: int) -> Tensor:
+    @property
+    def _even(self) -> bool:
+        """Whether all rows have their virtual positions in the same columns, the first ones."""
+        return self.ends is None and self.starts is None
+
+    def _bounds(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return where each row's prompt starts and ends, `(batch or 1, 1)` each; what is not told is 0."""
+        starts, ends = (torch.zeros(1, 1, dtype=torch.long, device=device) if told is None else told[:, None]
+                        for told in (self.starts, self.ends))  # fmt: skip
+        return starts, ends
+
+    def _source(self, n: int, device: torch.device) -> Tensor:
         """Return, for each column of the result, its column in `[before | after | tokens]`."""
-        assert self.ends is not None
-        column = torch.arange(n + self.total, device=self.ends.device) - self.before
-        behind = column - self.ends[:, None]
-        token = self.total + torch.where(behind < 0, column, column - self.after)
-        virtual = torch.where(column < 0, column + self.before, self.before + behind)
-        return torch.where((column < 0) | ((behind >= 0) & (behind < self.after)), virtual, token)
+        starts, ends = self._bounds(device)
+        column = torch.arange(n + self.total, device=device)
+        token = column - self.before * (column >= starts)
+        behind = token - ends
+        is_after = (behind >= 0) & (behind < self.after) & (column >= starts + self.before)
+        token = self.total + token - self.after * (behind >= self.after)
+        virtual = torch.where(is_after, self.before + behind, column - starts)
+        return torch.where(is_after | ((column >= starts) & (column < starts + self.before)), virtual, token)
+
+
+def row_starts(mask: Tensor | None) -> Tensor | None:
+    """Return the column of the first token of each row `(batch,)`, or None where no row has padding before it."""
+    starts = None if mask is None else (mask != 0).long().argmax(1)
+    return starts if starts is not None and bool(starts.any()) else None
 
 
 def row_ends(mask: Tensor | None, tokens: Tensor) -> Tensor:

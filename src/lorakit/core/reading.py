@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorakit.core.adapters import Adapted, Adapter
 from lorakit.core.fronts import Front, base_class
-from lorakit.core.layout import Layout, row_ends
+from lorakit.core.layout import Layout, row_ends, row_starts
 from lorakit.core.lazy import need
 from lorakit.core.method import Context
 from lorakit.core.site import Site
@@ -76,6 +76,8 @@ class Reading(Adapted):
     """Mixin in front of a stack of blocks: it reads virtual positions beside its input."""
 
     renames = False
+    told_ends: Tensor | None = None
+    """The `prompt_ends` of the next call, for heads that pass on no argument they do not know (inject/context.py)."""
 
     def forward(self, *args: Any, prompt_ends: Tensor | None = None, **kwargs: Any) -> Any:
         """Return the model's output at the columns of the input.
@@ -99,15 +101,21 @@ class Reading(Adapted):
             return self._base(given)
         if length:
             return self._base(_going_on(given, mark.layout, self._causal()))
-        return self._begin(given, str(name), adapter, prompt_ends)
+        return self._begin(given, str(name), adapter, self.told_ends if prompt_ends is None else prompt_ends)
 
     def _begin(self, given: dict[str, Any], name: str, adapter: Adapter, ends: Tensor | None) -> Any:
         """Put the virtual positions in, run the model, take them off."""
         model, method, causal = cast(Any, self), cast(Context, adapter.method), self._causal()
         tokens, n = _tokens(given), _tokens(given).shape[1]
         _check(model, method, given, n)
-        layout = _layout(method, given, tokens, ends, must_say=causal and (model.training or not _caches(given, model)))
-        table = adapter.host.store.read(model)
+        # In training rows are padded on the right, and looking would hold up a device.
+        starts = None if model.training else row_starts(given.get("attention_mask"))
+        if method.where == "cache":
+            _refuse_far(model, method, starts, n)
+            starts = None
+        layout = _layout(method, given, tokens, starts, ends,
+                         must_say=causal and (model.training or not _caches(given, model)))  # fmt: skip
+        table = model.get_input_embeddings().weight
         values: Tensor = adapter(self, table, table)
         if self.adapters.witness is not None:
             self.adapters.witness(adapter)
@@ -154,6 +162,18 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return list(next(lists, nn.ModuleList()))
 
 
+def room_of(model: Any) -> int | None:
+    """Return how many positions a reader has, or None where it has as many as it is given.
+
+    RoBERTa's table begins with rows that no token gets: those up to that of the padding.
+    """
+    room: int | None = getattr(model.config, "max_position_embeddings", None)
+    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    if isinstance(table, nn.Embedding) and table.padding_idx is not None:
+        return table.num_embeddings - table.padding_idx - 1
+    return room
+
+
 def fronts_of(model: nn.Module) -> list[tuple[nn.Module, type[Front]]]:
     """Return what goes in front of a model and of its blocks."""
     return [(model, Reading), *((block, Overwritten) for block in blocks_of(model))]
@@ -161,7 +181,7 @@ def fronts_of(model: nn.Module) -> list[tuple[nn.Module, type[Front]]]:
 
 def _check(model: Any, method: Context, given: dict[str, Any], n: int) -> None:
     """Refuse an input the virtual positions have no place in."""
-    taken, room = sum(method.lengths()), getattr(model.config, "max_position_embeddings", None)
+    taken, room = sum(method.lengths()), room_of(model)
     if room is not None and n + taken > room:
         raise DataError(
             f"a row of {n} tokens and the {taken} virtual positions of {method.name} exceed the model's {room} "
@@ -221,20 +241,46 @@ def _moved(given: dict[str, Any], layout: Layout, n: int, causal: bool, *, grown
     return moved
 
 
-def _layout(method: Context, given: dict[str, Any], tokens: Tensor, ends: Tensor | None, *, must_say: bool) -> Layout:
+def window_of(config: Any) -> int | None:
+    """Return how many columns back attention reaches at most in some block, or None where it reaches all."""
+    text = config.get_text_config()
+    found = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
+    return min((w for w in found if isinstance(w, int) and w > 0), default=None)
+
+
+def counts_columns(config: Any, columns: int) -> bool:
+    """Return whether attention over so many columns depends on how many lie between two tokens, padding included."""
+    window = window_of(config)
+    return config.get_text_config().model_type == "mpt" or (window is not None and window < columns)
+
+
+def _refuse_far(model: Any, method: Context, starts: Tensor | None, n: int) -> None:
+    """Refuse padding between a cache's virtual positions and a row's first token, where columns are counted."""
+    if starts is not None and counts_columns(model.config, n + sum(method.lengths())):
+        raise DataError(
+            f"{method.name} stands in front of a row's padding on the left, and {type(model).__name__} attends by "
+            "columns, which would count the padding; give rows of one length, or use prompt-tuning"
+        )
+
+
+def _layout(
+    method: Context, given: dict[str, Any], tokens: Tensor, starts: Tensor | None, ends: Tensor | None, *,
+    must_say: bool,
+) -> Layout:  # fmt: skip
     """Return where the virtual positions of a method stand in these rows."""
     before, after = method.lengths()
     if not after:
-        return Layout(before, after)
+        return Layout(before, after, starts=starts)
     if ends is None and must_say:
         raise DataError(
             f"{method.name} has {after} virtual positions after the prompt; say where each row's prompt ends: "
-            "model(..., prompt_ends=...), a (batch,) tensor of columns"
+            "model(..., prompt_ends=...), a (batch,) tensor of columns (where the head does not pass it on: with "
+            "lorakit.inject.context.telling_ends(model, ends))"
         )
     ends = row_ends(given.get("attention_mask"), tokens) if ends is None else ends.to(tokens.device)
     if ends.shape != tokens.shape[:1]:
         raise DataError(f"prompt_ends has shape {tuple(ends.shape)}, expected one column a row: ({len(tokens)},)")
-    return Layout(before, after, ends)
+    return Layout(before, after, ends, starts)
 
 
 def _put_in_row(given: dict[str, Any], model: nn.Module, values: Tensor, layout: Layout) -> None:

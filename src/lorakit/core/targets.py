@@ -316,5 +316,5 @@ def _near(pattern: str, paths: Iterable[str]) -> str:
     """Return a hint: the nearest module names, as long as the pattern is."""
     length = pattern.count(".") + 1
     tails = {".".join(p.split(".")[-length:]) for p in paths}
-    words = {t for t in tails if not re.fullmatch(r"[\d.]*", t)} | set(KEYWORDS) - {pattern}
+    words = {t for t in (*tails, *KEYWORDS) if not re.fullmatch(r"[\d.]*", t)} - {pattern}
     return did_you_mean(pattern.removeprefix("re:"), words)

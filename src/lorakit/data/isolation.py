@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lorakit.core.modes import evaluating
+from lorakit.core.reading import window_of
 from lorakit.data.branches import BACKENDS, seen
 from lorakit.errors import DataError
 
@@ -99,10 +100,7 @@ def why_not_shared(model: PreTrainedModel, longest: int) -> str:
     attention = getattr(model.config, "_attn_implementation", "unknown")
     if attention not in BACKENDS:
         return f"attention '{attention}' takes no mask of branches"
-    text: Any = model.config.get_text_config()
-    windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
-    window = min((w for w in windows if isinstance(w, int) and w > 0), default=longest)
-    if window < longest:
+    if (window := window_of(model.config)) is not None and window < longest:
         return f"its attention reaches {window} tokens back, and examples may have {longest}"
     if not sharing_leak(model) < math.sqrt(torch.finfo(model.dtype).eps):
         return f"an example's logits would change in this model with attention '{attention}'"

@@ -24,9 +24,18 @@ from lorakit.hosts.stores import Nothing, Plain, Transposed, Vocabulary
 
 def _keeps_forward_of(base: type[nn.Module]) -> Callable[[nn.Module], bool]:
     def matches(module: nn.Module) -> bool:
-        return isinstance(module, base) and _plain_forward(type(module)) is base.forward
+        return isinstance(module, base) and _plain_forward(type(module)) is base.forward and owns_weight(module)
 
     return matches
+
+
+def owns_weight(module: nn.Module) -> bool:
+    """Return whether `weight` is a parameter, and no layer's forward changes it.
+
+    Under a parametrization (`weight_norm`) it is a value made anew at each reading, so what a merge writes is lost; an
+    embedding with `max_norm` shrinks the rows it reads.
+    """
+    return "weight" in module._parameters and getattr(module, "max_norm", None) is None
 
 
 def _plain_forward(cls: type) -> Any:
@@ -41,8 +50,9 @@ def _is_gpt2_conv1d(module: nn.Module) -> bool:
 
 def _is_embedding(module: nn.Module) -> bool:
     """Return whether this is a table lookup: torch's, or a model's own that also multiplies by `embed_scale`."""
-    plain = isinstance(module, nn.Embedding) and _plain_forward(type(module)) is nn.Embedding.forward
-    return plain or (isinstance(module, nn.Embedding) and hasattr(module, "embed_scale"))
+    if not (isinstance(module, nn.Embedding) and owns_weight(module)):
+        return False
+    return _plain_forward(type(module)) is nn.Embedding.forward or hasattr(module, "embed_scale")
 
 
 def _conv_site(kind: str) -> Callable[[str, Any], Site]:

@@ -53,8 +53,10 @@ class Vocabulary(Store):
     """The host is a model: what it has of vectors to read are its input embeddings, `(vocabulary, width)`."""
 
     def read(self, module: nn.Module) -> Tensor:
-        """Return the table of input embeddings."""
-        return cast(Tensor, module.get_input_embeddings().weight)  # type: ignore[operator]
+        """Return the table of input embeddings, times `embed_scale` where looking one up multiplies by it."""
+        layer = module.get_input_embeddings()  # type: ignore[operator]
+        scale = getattr(layer, "embed_scale", 1.0)
+        return cast(Tensor, layer.weight if scale == 1.0 else layer.weight * scale)
 
     def write(self, module: nn.Module, weight: Tensor) -> None:
         """Refuse: what is read beside the input is no change of a weight."""

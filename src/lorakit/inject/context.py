@@ -6,7 +6,8 @@ One at a time reads the input, switched on or off for the whole batch: two would
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,8 +15,7 @@ from torch import Tensor, nn
 from lorakit.core.adapters import attached
 from lorakit.core.fronts import base_class
 from lorakit.core.method import Context, Method, Tokenized
-from lorakit.core.reading import blocks_of
-from lorakit.core.registry import hosts
+from lorakit.core.reading import Reading, blocks_of, counts_columns, room_of
 from lorakit.core.site import Site
 from lorakit.errors import AttachError
 from lorakit.inject.ledger import ledger_of
@@ -37,6 +37,8 @@ def reader(model: nn.Module) -> Site | None:
     if getattr(inner.get_input_embeddings(), "embedding_dim", None) != width:
         return None
     keys = getattr(config, "num_key_value_heads", None) or heads
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):  # Falcon 7B
+        keys = 1
     return Site(path, width, blocks, (keys, getattr(config, "head_dim", None) or width // heads), kind="model")
 
 
@@ -44,14 +46,14 @@ def refuse_context(model: nn.Module, placed: Iterable[tuple[Site, Method]]) -> N
     """Raise `AttachError` for virtual positions a model has no room or no token for, or that others stand at."""
     for site, method in placed:
         if isinstance(method, Context):
-            config: Any = model.get_submodule(site.path).config
-            taken, room = sum(method.lengths()), getattr(config, "max_position_embeddings", None)
+            reads: Any = model.get_submodule(site.path)
+            taken, room = sum(method.lengths()), room_of(reads)
             if room is not None and taken >= room:
                 raise AttachError(
                     f"the {taken} virtual positions of {method.name} leave nothing of the model's {room} positions for "
                     "the input; use fewer"
                 )
-            rows = len(hosts()[site.kind].store.read(model.get_submodule(site.path)))
+            rows = len(reads.get_input_embeddings().weight)
             ids = method.ids if isinstance(method, Tokenized) else ()
             if unknown := [i for i in ids if not 0 <= i < rows]:
                 raise AttachError(
@@ -92,6 +94,28 @@ def acting(model: nn.Module) -> Mapping[str, Context]:
 def virtual_positions(model: nn.Module) -> tuple[int, int]:
     """Return how many virtual positions the model reads before a row, and after its prompt."""
     return next((method.lengths() for method in acting(model).values()), (0, 0))
+
+
+@contextmanager
+def telling_ends(model: nn.Module, ends: Tensor) -> Iterator[None]:
+    """Tell the model that reads virtual positions where each row's prompt ends, `(batch,)` columns, inside the block.
+
+    The argument `prompt_ends` of a call says the same, but Bloom's head and others do not pass it on.
+    """
+    readers = [module for module in model.modules() if isinstance(module, Reading)]
+    for one in readers:
+        one.told_ends = ends
+    try:
+        yield
+    finally:
+        for one in readers:
+            one.told_ends = None
+
+
+def wants_even_rows(model: Any, columns: int) -> bool:
+    """Return whether rows padded on the left, so many columns long, would be read otherwise than alone."""
+    cached = any(method.where == "cache" for method in acting(model).values())
+    return cached and counts_columns(model.config, columns + sum(virtual_positions(model)))
 
 
 def _contexts(model: nn.Module, *, acting: bool) -> dict[str, Context]:

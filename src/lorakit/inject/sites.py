@@ -88,9 +88,19 @@ def _reads_weight(parent: nn.Module, path: str) -> str | None:
 
 
 def _why_not(module: nn.Module) -> str:
+    known = isinstance(module, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd)
+    if known and "weight" not in module._parameters:
+        return (
+            "whose weight is made of others at each reading (weight_norm or another parametrization); make it plain "
+            "first: torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    if known and getattr(module, "max_norm", None) is not None:
+        return "which shrinks the rows that it reads (max_norm)"
     if any(True for _ in module.children()):
-        return "which holds other layers; name those"
-    if isinstance(module, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd):
+        if any(host_of(part) is not None for part in module.modules() if part is not module):
+            return "which holds other layers; name those"
+        return "which keeps its weights in tensors of its own, not in layers, as fused experts do"
+    if known:
         return "whose forward is its own, so its weight may mean anything"
     if not any(True for _ in module.parameters(recurse=False)):
         return "which has no weight"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from lorakit.core.lazy import need
 from lorakit.core.modes import evaluating
 from lorakit.errors import DataError, LorakitError
-from lorakit.inject.context import virtual_positions
+from lorakit.inject.context import virtual_positions, wants_even_rows
 from lorakit.inject.skeleton import size_of
 from lorakit.training.base import quiet
 
@@ -52,13 +53,25 @@ def generate(
     devices = [model.device] if model.device.type == "cuda" else []
     with quiet(), evaluating(model), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for chosen in _batches(model, prompts, order, batch_size, max_new_tokens):
             made = _answer(model, [prompts[i] for i in chosen], settings)
             texts = tokenizer.batch_decode(made, skip_special_tokens=True)
             for i, text in zip(chosen, texts, strict=True):
                 answers[i] = text
     return answers
+
+
+def _batches(
+    model: Any, prompts: Sequence[Sequence[int]], order: list[int], batch_size: int, max_new_tokens: int
+) -> Iterator[list[int]]:
+    """Yield the prompts in order, a batch at a time; of one length where padding would change an answer."""
+    longest = max(map(len, prompts), default=0) + max_new_tokens
+    runs = [order]
+    if wants_even_rows(model, longest):
+        runs = [list(run) for _, run in groupby(order, lambda i: len(prompts[i]))]
+    for run in runs:
+        for start in range(0, len(run), batch_size):
+            yield run[start : start + batch_size]
 
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -20,7 +20,7 @@ from lorakit.core.adapters import Adapted
 from lorakit.core.fronts import is_watched
 from lorakit.core.hollow import is_hollow
 from lorakit.core.modes import evaluating
-from lorakit.inject.context import virtual_positions
+from lorakit.inject.context import telling_ends
 from lorakit.kernels.linear_cross_entropy import Temper
 
 ATTRIBUTE = "_lorakit_temper"
@@ -95,11 +95,10 @@ def _measured(model: Any, layer: nn.Linear) -> Temper | None:
         return seen[-1], *args[1:]
 
     ids = torch.arange(2, device=layer.weight.device)[None]
-    told = {"prompt_ends": torch.tensor([2])} if virtual_positions(model)[1] else {}
     hook = layer.register_forward_pre_hook(stretch)
     try:
-        with evaluating(model):
-            logits: Tensor = model(input_ids=ids, **told).logits
+        with evaluating(model), telling_ends(model, torch.tensor([2])):
+            logits: Tensor = model(input_ids=ids).logits
     finally:
         hook.remove()
     if len(seen) != 1 or seen[0].shape[:-1] != ids.shape:

@@ -7,6 +7,7 @@ added up do not. Whoever needs a mean divides at the end, once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from lorakit.core.modes import evaluating
 from lorakit.data import IGNORE, Collator
 from lorakit.data.branches import seen
 from lorakit.data.packing import row_lengths
-from lorakit.inject.context import virtual_positions
+from lorakit.inject.context import telling_ends, virtual_positions
 from lorakit.kernels.linear_cross_entropy import linear_cross_entropy, summed_cross_entropy
 from lorakit.training import processes
 from lorakit.training.head import given_to, head_of
@@ -86,14 +87,15 @@ def logits_of(model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> Tenso
 
     A row's prompt ends at its first trained label; a classifier's is the whole row.
     """
-    told: dict[str, Tensor] = {}
+    told: AbstractContextManager[None] = nullcontext()
     if virtual_positions(model)[1]:
         ends = row_ends(inputs.get("attention_mask"), inputs["input_ids"])
         if labels.dim() == 2:
             trained = labels != IGNORE
             ends = torch.where(trained.any(1), trained.int().argmax(1), ends)
-        told["prompt_ends"] = ends
-    logits: Tensor = model(**seen(model, inputs), **told).logits
+        told = telling_ends(model, ends)
+    with told:
+        logits: Tensor = model(**seen(model, inputs)).logits
     return logits
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorakit.core.method import Context, Method, Tokenized
+from lorakit.core.reading import room_of
 from lorakit.core.spec import AdapterSpec
 from lorakit.core.targets import parameters_named, resolve, select
 from lorakit.data import (
@@ -163,6 +164,7 @@ def longest_row(
     ]
     if model is not None and (positions := size_of(model.config, "max_position_embeddings")):
         taken = sum(method.lengths() if isinstance(method, Context) else virtual_positions(model))
+        positions = min(positions, room_of(model.base_model) or positions)
         left = positions - taken
         of = f"leave {max(left, 0) or 'nothing'} of the model's {positions} positions"
         if left < 2:
