@@ -92,6 +92,23 @@ def test_values_and_gradients_are_those_of_the_layers_written_out(
         assert float((one - other).detach().float().norm() / other.detach().float().norm()) < bound
 
 
+def test_a_gain_near_1_is_not_rounded_to_1_by_16_bits() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(512, 64, dtype=torch.bfloat16), torch.randn(256, 64, dtype=torch.bfloat16)
+    gain = torch.full((256,), 1.003)  # bf16 has no number between 1 and 1.0078
+    layer = Layer(torch.zeros(2, 64), torch.zeros(256, 2), 1.0, weight, gain=gain)
+    base = F.linear(x, weight).double()
+    for grad in (False, True):  # two ways through the kernel
+        y = low_rank_linear(x, [layer._replace(gain=gain.clone().requires_grad_(grad))])[0].detach().double()
+        assert float((y * base).sum() / base.square().sum()) == pytest.approx(1.003, abs=2e-4)
+    seen = x.clone().requires_grad_()
+    y = low_rank_linear(seen, [layer])[0]
+    (y.float() * base.float()).sum().backward()
+    wanted = base @ weight.double()
+    assert seen.grad is not None
+    assert float((seen.grad.double() * wanted).sum() / wanted.square().sum()) == pytest.approx(1.003, abs=2e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_finite_differences(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorakit.kernels.low_rank.draw_seed", lambda like: 7)

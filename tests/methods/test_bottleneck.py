@@ -72,6 +72,18 @@ def test_lin_s_by_hand() -> None:
     torch.testing.assert_close(model(torch.tensor([3.0, -1.0])), torch.tensor([13.0, 10.0]), rtol=0, atol=1e-4)
 
 
+def test_lin_s_gain_is_not_rounded_by_a_16_bit_base() -> None:
+    model, x = Net(nn.Linear(64, 64)).bfloat16(), torch.randn(8, 64, dtype=torch.bfloat16)
+    y = model(x)
+    attach(model, AdapterSpec(Lin(4), Targets("layer")))
+    (adapter,) = adapters_named(model, "default")
+    jitter(adapter)
+    before = adapter(model.layer, x, y)
+    with torch.no_grad():
+        adapter.get_parameter("gain").mul_(1 + 2**-9)  # less than half a step of bf16 above 1
+    assert not torch.equal(adapter(model.layer, x, y), before)
+
+
 def test_the_parallel_one_by_hand() -> None:
     # W = 5 I so that input and output differ: h = (5, -10), but x = (1, -2) is read: 4 * (7, 7) + h = (33, 18)
     model = by_hand(Parallel(2), **HAND)

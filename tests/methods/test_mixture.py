@@ -18,6 +18,7 @@ from lorakit.errors import AliveError, MergeError, SpecError
 from lorakit.inject.alive import alive
 from lorakit.inject.attach import adapters_named, attach
 from lorakit.inject.merge import merge
+from lorakit.inject.penalty import penalty as total_penalty
 from lorakit.methods.lora import LoRA
 from lorakit.methods.mixture import Mixture
 from tests.law.cases import Net, jitter
@@ -120,6 +121,19 @@ def test_the_loop_over_the_batch_axis_would_be_caught() -> None:
     zipped = base(model, x) + sum(weights[..., None] * expert(adapter, x, e) for e, weights in enumerate(g))
     assert zipped.shape == model(x).shape
     assert not torch.allclose(zipped, model(x), atol=1e-2)
+
+
+def test_dropout_thins_what_experts_read_and_not_what_the_router_does() -> None:
+    model = Net(nn.Linear(8, 4))
+    attach(model, AdapterSpec(Mixture(experts=3, rank=2), Targets("layer"), dropout=0.5))
+    (adapter,) = adapters_named(model, "default")
+    jitter(adapter)
+    x, shares = torch.randn(5, 8), []
+    y = model.eval()(x)
+    shares.append(adapter.notes["likelihood"])
+    assert not torch.equal(model.train()(x), y)
+    shares.append(adapter.notes["likelihood"])
+    assert torch.equal(*shares)
 
 
 def test_all_experts_on_top_are_the_soft_mixture() -> None:
@@ -259,6 +273,19 @@ def test_checkpointing_and_compiling_keep_the_gradients_of_the_penalty(top: int 
     for forward in (compiled, compiled, lambda x: checkpoint(model, x, use_reentrant=False)):
         for grad, other in zip(gradients(model, forward, x), wanted, strict=True):
             assert_close(grad, other)
+
+
+def test_a_layer_that_a_step_skips_adds_nothing_of_the_step_before() -> None:
+    layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+    attach(layers, AdapterSpec(Mixture(experts=3, rank=2, top=2, balance=0.1), Targets(["0", "1"])))
+    terms = []
+    for chosen in (0, 1, 0):  # as LayerDrop does, and a base's own experts
+        term = total_penalty(layers) if layers[chosen](torch.randn(5, 8)) is not None else None
+        assert term is not None
+        term.backward()  # through the step before, it would fail
+        terms.append(float(term))
+    assert all(0.05 < term < 0.15 for term in terms)  # one of two layers: the mean of about balance and 0
+    assert total_penalty(layers) == 0.0
 
 
 def test_reentrant_checkpointing_which_would_drop_the_penalty_is_refused() -> None:

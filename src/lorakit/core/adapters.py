@@ -80,6 +80,7 @@ class Adapter(nn.Module):
 
     def forward(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return the term this update adds to `y = op(x; W) + b`, zero outside its rows."""
+        whole = x
         if self.dropout and self.training:
             if self.method.reads == "output":
                 y = F.dropout(y, self.dropout)
@@ -87,7 +88,7 @@ class Adapter(nn.Module):
                 x = F.dropout(x, self.dropout)
         kept = {name: t.to(y.device) for name, t in self.tensors().items()}
         p = {name: t.to(y.dtype) for name, t in kept.items()}
-        call = Call(self.host, module, x, y, self.site.rows, kept=kept)
+        call = Call(self.host, module, x, y, whole, self.site.rows, kept=kept)
         branch = self.method.branch(p, call)
         if call.notes and not torch.compiler.is_exporting():  # an exported program's values are no numbers to keep
             self.notes = call.notes

@@ -37,12 +37,14 @@ WEIGHT_KINDS = frozenset({"linear", "transposed-linear", "embedding", "conv1d", 
 
 @dataclass
 class Call:
-    """One forward of one adapted layer, as a method sees it: input `x`, base output `y` with bias."""
+    """One forward of one adapted layer, as a method sees it: input `x` after dropout, base output `y` with bias."""
 
     host: Host
     module: nn.Module
     x: Tensor
     y: Tensor
+    whole: Tensor
+    """The input before dropout: what a router reads."""
     rows: tuple[int, int] | None = None
     notes: dict[str, Tensor] = field(default_factory=dict)
     """What a method wants to know of this forward later: a mixture's routing, for its penalty and statistics."""
@@ -174,8 +176,8 @@ class LowRank(Static):
         return (per_group_up @ per_group_down).reshape(weight.shape)
 
     def branch(self, p: Tensors, call: Call) -> Tensor:
-        """Return `up @ op(x; down)`, never forming dW."""
-        down, up = self.factors(p)
+        """Return `up @ op(x; down)`, never forming dW; what factors subtract is subtracted before it is rounded."""
+        down, up = (t.to(call.y.dtype) for t in self.factors(call.kept))
         return call.mix(call.apply(down), up)
 
     def check(self, site: Site) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.adapters import attached
+from lorakit.core.adapters import Adapter, attached
 from lorakit.core.method import Penalised
 
 
@@ -27,5 +27,18 @@ def penalty(model: nn.Module) -> Tensor | None:
             device = next(iter(p.values())).device
             with torch.autocast(device.type, enabled=False):
                 terms.setdefault(name, []).append(adapter.method.penalty(p, adapter.notes))
+            _forget_when_used(adapter)
     means = [torch.stack([t.to(of_one[0].device) for t in of_one]).mean() for of_one in terms.values()]
     return torch.stack([m.to(means[0].device) for m in means]).sum() if means else None
+
+
+def _forget_when_used(adapter: Adapter) -> None:
+    """Have each note forgotten once a backward has been through it: a layer that the next forward skips has none."""
+
+    def forget(name: str, note: Tensor) -> None:
+        if adapter.notes.get(name) is note:
+            del adapter.notes[name]
+
+    for name, note in adapter.notes.items():
+        if note.requires_grad:
+            note.register_hook(lambda _, name=name, note=note: forget(name, note))

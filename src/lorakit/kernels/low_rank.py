@@ -86,8 +86,13 @@ def _sum(x: Tensor, rows: Tensor, part: Tensor, layer: Layer) -> Tensor:
 def _stretched(z: Tensor, layer: Layer) -> Tensor:
     """Return `g z + b`."""
     assert layer.gain is not None
-    y = z * layer.gain.to(z.dtype)
+    y = _by_gain(z, layer.gain)
     return y if layer.bias is None else y.add_(layer.bias)
+
+
+def _by_gain(z: Tensor, gain: Tensor) -> Tensor:
+    """Return `g z` as `z + (g - 1) z`: g itself is rounded to 1 by 16 bits where it is near 1, and g - 1 is not."""
+    return torch.addcmul(z, z, (gain - 1).to(z.dtype))
 
 
 def _flat(t: Tensor) -> Tensor:
@@ -150,7 +155,7 @@ class _LowRankLinear(torch.autograd.Function):
             dy = grad.reshape(-1, grad.shape[-1])
             if gain is not None and z is not None:
                 found[4 * i + 2] = (dy * _flat(z)).sum(0, dtype=gain.dtype)
-                dy = dy * gain.to(dy.dtype)
+                dy = _by_gain(dy, gain)
             flat_grads.append(dy)
             torch.mm(dy, up.to(dy.dtype), out=part_grad)
             if share != 1.0:

@@ -31,5 +31,5 @@ class Lin(TwoProjections):
 
     def branch(self, p: Tensors, call: Call) -> Tensor:
         """Return the bottleneck of the normalised output."""
-        h = output(call)
-        return self.through(p, F.layer_norm(h, h.shape[-1:], p["gain"], p["shift"]))
+        h, gain, shift = output(call), call.kept["gain"], call.kept["shift"]
+        return self.through(p, F.layer_norm(h.to(gain.dtype), h.shape[-1:], gain, shift).to(h.dtype))

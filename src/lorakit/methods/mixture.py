@@ -82,7 +82,7 @@ class Mixture(Method):
 
     def branch(self, p: Tensors, call: Call) -> Tensor:
         """Return `s B (g * A x)`: a token's r hidden values of each expert, times that expert's weight."""
-        likely = likelihood(call.x, call.kept["router"])
+        likely = likelihood(call.whole, call.kept["router"])
         gates, share = self.route(likely)
         tokens = max(likely[..., 0].numel(), 1)  # a base that routes too may give a layer none
         kept = likely if self.balance else likely.detach()  # no graph for a penalty that is not asked for
