@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from lorakit.cli.merge import TOLERANCES
 from lorakit.core.spec import AdapterSpec, Targets
-from lorakit.inject.attach import attach, state
+from lorakit.inject.attach import adapters_named, attach, state
 from lorakit.inject.merge import MergeReport
 from lorakit.inject.merge import merge as fold
+from lorakit.methods.ia3 import IA3
 from lorakit.methods.lora import LoRA
 from lorakit.persist import load, save
 from tests.cli.conftest import answer, invoke, write_recipe
@@ -50,8 +51,10 @@ def test_a_narrow_dtype_is_written_with_its_rounding_said(run: Path, tmp_path: P
 
 def test_a_16_bit_merge_says_that_its_difference_is_rounding_and_what_is_closer(run: Path, tmp_path: Path) -> None:
     said = invoke("merge", run, "--output", tmp_path / "narrow", "--dtype", "bf16").stdout
-    assert re.search(r"^that is within the rounding of bf16 \(up to [\d.e-]+ for logits up to [\d.]+\); "
-                     r"--dtype fp32 is closer, and twice the size$", said, re.MULTILINE), said  # fmt: skip
+    assert re.search(
+        r"^that is within the rounding of bf16 \(up to [\d.e-]+ for logits up to [\d.]+\); --dtype fp32 is closer, and "
+        r"twice the size; rounding took [\d.]+% of the update \(Frobenius\)$", said, re.MULTILINE
+    ), said  # fmt: skip
     assert "rounding" not in invoke("merge", run, "--output", tmp_path / "wide").stdout
 
 
@@ -124,6 +127,35 @@ def test_an_update_that_rounding_would_swallow_is_not_written(base: Path, tmp_pa
     assert "so most of it would be lost; use --dtype fp32" in result.stderr
     assert not (tmp_path / "merged").exists()
     assert invoke("merge", tmp_path / "run", "--output", tmp_path / "merged", "--dtype", "fp32").exit_code == 0
+
+
+@pytest.mark.parametrize("stream", [(), ("--stream",)])
+@pytest.mark.parametrize("what", ["whole", "gain"])
+def test_what_16_bits_round_away_is_not_called_merged(
+    base: Path, tmp_path: Path, what: str, stream: tuple[str, ...]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if what == "whole":
+        attach(model, AdapterSpec(None, train=("*",)))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + 1e-4 * torch.randn_like(parameter))
+    else:
+        attach(model, AdapterSpec(IA3(), Targets(("k_proj", "v_proj"))))
+        with torch.no_grad():
+            for adapter in adapters_named(model, "default"):
+                adapter.get_parameter("gain").add_(1e-3)
+    save(state(model), tmp_path / "adapter", "native")
+    narrow = invoke(
+        "merge", tmp_path / "adapter", "--base", base, "--output", tmp_path / "m", "--dtype", "bf16", *stream
+    )
+    assert narrow.exit_code == 2, narrow.stdout
+    assert re.search(r"rounding the merged weights would take \d\d+% of the update", narrow.stderr)
+    assert "use --dtype fp32" in narrow.stderr
+    wide = invoke("merge", tmp_path / "adapter", "--base", base, "--output", tmp_path / "m", "--dtype", "fp32", *stream)
+    assert wide.exit_code == 0, wide.stderr
+    told = "21 tensors that were trained whole" if what == "whole" else "4 layers"
+    assert wide.stdout.splitlines()[0] == f"merged {told} into {base}, in float32"
 
 
 def test_a_streamed_merge_writes_the_tensors_of_the_one_in_memory(run: Path, base: Path, tmp_path: Path) -> None:

@@ -8,14 +8,14 @@ the model is never built: its files are merged one tensor at a time, and each la
 from __future__ import annotations
 
 import json as jsonlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lorakit.cli.screen import screen, size
+from lorakit.cli.screen import in_options, screen, size
 from lorakit.cli.sources import BASE_HELP, Source, find, need_adapter
 from lorakit.errors import MergeError, listing
 
@@ -33,6 +33,13 @@ _MERGED = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md")  # ends o
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Allowed difference of a logit, as a share of the largest: a thousand roundings of fp32, ten of fp16, six of bf16.
 Measured after 8 layers: 5e-6 in fp32. Roundings add up with depth, and a wrong merge is off by the whole update."""
+_ADVICE = {
+    "pass untie=True": "give --untie",
+    "pass lossy=True": "give --lossy",
+    "the 16-bit base instead": "the 16-bit base, named with --base; or give --dequantize, which writes this one dense",
+    "write fp32 instead": "use --dtype fp32",
+}
+"""What the user of the command does, for what the caller of the function does."""
 PROMPTS = (
     "Once upon a time there was a king who had three sons.",
     "In 1492, on the 3rd of August, ships left the harbour; nobody knew (or said) where they would land!",
@@ -99,14 +106,14 @@ def merge(
         out.note(f"merging {source} into {found.base} in {kind} ...")
         bare = logits_of(model, ids)
         attach(model, state)
-        proof = merge_proved(model, ids, bare, untie=untie, lossy=lossy)
+        proof = merge_proved(model, ids, bare, untie=untie, lossy=lossy, exact=_trained_of_base(model, state))
         result = {"source": source, "base": found.base, "output": output, "dtype": kind, **asdict(proof)}
         with atomic_directory(output, clean=True) as draft:
             write_model(model, tokenizer, draft)
             (draft / MARK).write_text(jsonlib.dumps(result, indent=2) + "\n", encoding="utf-8")
         written = sum(file.stat().st_size for file in Path(output).iterdir())
         out.say(
-            f"merged {proof.layers} layers into {found.base}, in {f'4 bits and {kind}' if lossy else kind}",
+            f"merged {parts(proof.layers, state)} into {found.base}, in {f'4 bits and {kind}' if lossy else kind}",
             f"logits: the adapter moved them by up to {proof.changed_from_base:.3g}; "
             f"merged and adapted differ by at most {proof.max_abs_diff:.2g}",
             *(_lost(proof) if lossy else _rounding(kind, proof)),
@@ -123,24 +130,25 @@ def merge_proved(
     *,
     untie: bool = False,
     lossy: bool = False,
+    exact: Mapping[str, torch.Tensor] | None = None,
 ) -> Proof:
     """Merge the active adapters in place and compare the logits on `ids` before and after.
 
     `bare` are the base's own logits, to know a merge that changed nothing from one that worked. A lossy merge is only
-    measured: no bound is right for weights that are rounded to 4 bits twice.
+    measured: no bound is right for weights that are rounded to 4 bits twice. `exact` are values trained whole, as
+    `lorakit.merge` takes them.
 
     Raises:
         MergeError: the logits differ by more than rounding, or the merge is refused.
     """
     from lorakit.inject.merge import merge as fold
+    from lorakit.inject.merge import refuse_lost
 
     adapted = logits_of(model, ids)
-    try:
-        report = fold(model, untie=untie, lossy=lossy)
-    except MergeError as refused:
-        said = str(refused).replace("pass untie=True", "give --untie").replace("pass lossy=True", "give --lossy")
-        advice = "the 16-bit base, named with --base; or give --dequantize, which writes this one dense"
-        raise MergeError(said.replace("the 16-bit base instead", advice)) from refused
+    with in_options(_ADVICE):
+        report = fold(model, untie=untie, lossy=lossy, exact=exact)
+        if not lossy:
+            refuse_lost(report.update_lost)
     merged = logits_of(model, ids)
     largest = max(float(t.abs().max()) for t in adapted)
     proof = Proof(gap(adapted, merged), largest, gap(adapted, bare), report.layers, report.update_lost)
@@ -160,6 +168,20 @@ def merge_proved(
             f"merged weights to {kind} by {proof.max_abs_diff:.3g}, so most of it would be lost; use --dtype fp32"
         )
     return proof
+
+
+def parts(layers: int, state: AdapterState) -> str:
+    """Return what a merge put into the base, in words."""
+    whole = f"{len(state.trained)} tensors that were trained whole"
+    return " and ".join([f"{layers} layers"] * (layers > 0 or not state.trained) + [whole] * bool(state.trained))
+
+
+def _trained_of_base(model: PreTrainedModel, state: AdapterState) -> dict[str, torch.Tensor]:
+    """Return what the adapter trained whole of the base; a new classifier's head is no change of anything."""
+    from lorakit.inject.sites import sites
+
+    heads = sites(model).heads if state.labels else frozenset()
+    return {name: value for name, value in state.trained.items() if name.rpartition(".")[0] not in heads}
 
 
 def logits_of(model: PreTrainedModel, ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
@@ -188,9 +210,10 @@ def _rounding(kind: str, proof: Proof) -> list[str]:
     if kind == "float32":
         return []
     short, allowed = {"bfloat16": "bf16", "float16": "fp16"}.get(kind, kind), TOLERANCES[kind] * proof.largest_logit
+    lost = f"; rounding took {proof.update_lost:.2%} of the update (Frobenius)" if proof.update_lost else ""
     return [
         f"that is within the rounding of {short} (up to {allowed:.2g} for logits up to {proof.largest_logit:.2g}); "
-        "--dtype fp32 is closer, and twice the size"
+        f"--dtype fp32 is closer, and twice the size{lost}"
     ]
 
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorakit.cli.merge import MARK, loader
+from lorakit.cli.merge import MARK, loader, parts
 from lorakit.cli.screen import Screen, bar, duration, in_options, size
 from lorakit.cli.sources import Source
 
@@ -69,7 +69,7 @@ def merge_stream(found: Source, state: AdapterState, source: str, output: str, d
     written = sum(file.stat().st_size for file in Path(output).rglob("*") if file.is_file())
     lost = f"; rounding took {report.update_lost:.2%} of the update (Frobenius)" if report.update_lost else ""
     out.say(
-        f"merged {report.layers} layers into {found.base}, in {' and '.join(report.dtypes)}",
+        f"merged {parts(report.layers, state)} into {found.base}, in {' and '.join(report.dtypes)}",
         "on random inputs a merged layer differs from the adapted one by at most "
         f"{report.difference:.2g} of its largest output{lost}",
         f"wrote {output} ({size(written)}, {report.files} file{'s' * (report.files > 1)} of weights) in "

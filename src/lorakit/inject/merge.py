@@ -34,6 +34,19 @@ class MergeReport:
     """`|kept - exact|_F / |update|_F` over all layers: how much of the update the weights could not hold."""
 
 
+MOST_LOST = 0.5
+"""The share of an update that rounding may take before a merge is refused (Frobenius)."""
+
+
+def refuse_lost(share: float) -> None:
+    """Raise `MergeError` where rounding would take most of an update."""
+    if share > MOST_LOST:
+        raise MergeError(
+            f"nothing was written: rounding the merged weights would take {share:.0%} of the update "
+            "(Frobenius), so most of it would be lost; write fp32 instead"
+        )
+
+
 @dataclass
 class Tally:
     """What the layers merged so far changed, and what rounding took from it."""
@@ -45,12 +58,17 @@ class Tally:
     lost: float = 0.0
 
     def add(self, before: Tensor, total: Tensor, kept: Tensor) -> None:
-        """Count a layer: its weight before, the exact sum, and what is kept of it, in blocks of rows."""
+        """Count a layer: its weight before, the exact sum, and what is kept of it."""
         self.layers += 1
+        self.compare(before, total, kept)
+
+    def compare(self, before: Tensor, total: Tensor, kept: Tensor) -> None:
+        """Add what changed and what rounding took of it, in blocks of rows."""
         height = max(1, _BLOCK * total.shape[0] // max(1, total.numel()))
         for start in range(0, total.shape[0], height):
             rows = slice(start, start + height)
-            moved, off = total[rows] - before[rows], kept[rows] - total[rows]
+            exact = total[rows]
+            moved, off = exact - before[rows].to(exact.dtype), kept[rows].to(exact.dtype) - exact
             self.change = max(self.change, float(moved.abs().max()))
             self.rounding = max(self.rounding, float(off.abs().max()))
             self.update += float(moved.square().sum())
@@ -64,7 +82,12 @@ class Tally:
 
 @torch.no_grad()
 def merge(
-    model: nn.Module, names: Sequence[str] | None = None, *, untie: bool = False, lossy: bool = False
+    model: nn.Module,
+    names: Sequence[str] | None = None,
+    *,
+    untie: bool = False,
+    lossy: bool = False,
+    exact: Mapping[str, Tensor] | None = None,
 ) -> MergeReport:
     """Fold adapters into their layers' weights in place and take them off.
 
@@ -73,6 +96,8 @@ def merge(
         names: which adapters, with the weights they act with now; all active ones by default. Others stay attached.
         untie: give a layer whose weight another module shares a copy of its own, instead of refusing.
         lossy: merge into quantised weights as well, which rounds them a second time; `update_lost` says what it cost.
+        exact: values of parameters that were trained whole, before they were rounded to the model's dtype, by name;
+            `update_lost` counts them too.
 
     Raises:
         MergeError: an update that depends on the input, a per-row weight, a tied weight, a quantised weight without
@@ -109,6 +134,9 @@ def merge(
                 before = store.read(module).to(here.total.dtype, copy=True)
                 store.write(module, here.kept)
                 tally.add(before, here.total, store.read(module))
+    for key, values in (exact or {}).items():
+        if key in ledger.resting:
+            tally.compare(ledger.resting[key], values, model.get_parameter(key))
     for name in names:
         ledger.keep_trained(model, name)
         detach(model, name)

@@ -74,8 +74,8 @@ class StreamedMerge:
         """Raise `AdapterFileError` where the probes of a base's weights, by layer, are not those of the adapter's."""
         check_base(self._base, Base(name, weights))
 
-    def trained(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Return the value of a parameter in `whole`, in the dtype to write.
+    def trained(self, name: str, dtype: torch.dtype, before: Tensor | None = None) -> Tensor:
+        """Return the value of a parameter in `whole`, in the dtype to write; `before` is the base's, if it has it.
 
         Raises:
             MergeError: NaN or infinity.
@@ -86,6 +86,8 @@ class StreamedMerge:
                 f"{name}: it was trained whole, and {bad:,} of its {kept.numel():,} values are NaN or infinite in "
                 f"{dtype}; check the adapter, or merge in a wider dtype"
             )
+        if before is not None:
+            self._tally.compare(before, self.whole[name].detach().float(), kept)
         return kept
 
     @torch.no_grad()

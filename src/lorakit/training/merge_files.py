@@ -20,6 +20,7 @@ from torch import Tensor
 from lorakit.core.state import AdapterState
 from lorakit.errors import MergeError
 from lorakit.inject.ledger import parameters_of
+from lorakit.inject.merge import refuse_lost
 from lorakit.inject.streaming import StreamedMerge
 from lorakit.persist.files import read_json, to_json, write_file
 from lorakit.persist.shard import FLOATING, STORED, Slot, name_of, write_shard
@@ -32,8 +33,6 @@ _BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "addit
 """What is copied: generation settings, the tokenizer in all its forms, code of the model's own."""
 _OURS = ("config.json", INDEX, "lorakit-merge.json")
 """But these are written anew."""
-MOST = 0.5
-"""The share of an update that rounding may take before the merge is refused (Frobenius)."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ class FilesMerge:
             write_shard(folder / file, slots, self._reader(slots, done))
             written[file] = slots
         report = self.merge.report()
-        _refuse_lost(report.update_lost)
+        refuse_lost(report.update_lost)
         for source in {file for pattern in _BESIDE for file in self.place.glob(pattern) if file.name not in _OURS}:
             target = folder / source.relative_to(self.place)
             target.parent.mkdir(exist_ok=True)
@@ -165,7 +164,8 @@ class FilesMerge:
             parameter = name if place is None else place.name
             done(name)
             if parameter in self.merge.whole:
-                return self.merge.trained(str(parameter), dtype)
+                before = None if place is None else self.found.stored[name][...]
+                return self.merge.trained(str(parameter), dtype, before)
             tensor = _cast(name, self.found.stored[name][...], dtype)
             return self.merge.merged(str(parameter), tensor) if parameter in self.merge.layers else tensor
 
@@ -182,14 +182,6 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
             f"{name}: {lost:,} of its {kept.numel():,} values are too large for {dtype}; use a wider dtype"
         )
     return kept
-
-
-def _refuse_lost(share: float) -> None:
-    if share > MOST:
-        raise MergeError(
-            f"nothing was written: rounding the merged weights would take {share:.0%} of the update "
-            "(Frobenius), so most of it would be lost; write fp32 instead"
-        )
 
 
 def _index(index: dict[str, Any], written: Mapping[str, Mapping[str, Slot]]) -> dict[str, Any]:
