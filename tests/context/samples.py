@@ -17,6 +17,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
     Qwen2Config,
     RobertaConfig,
 )
@@ -46,9 +47,11 @@ DECODERS: dict[str, Callable[[], Any]] = {
 ODD: dict[str, Callable[[], Any]] = {
     "bloom": lambda: BloomConfig(**{**SIZES, "n_layer": 3, "n_head": 4}),
     "falcon": lambda: FalconConfig(**SIZES, multi_query=True, new_decoder_architecture=False, bias=False),
+    "opt": lambda: OPTConfig(**{**SIZES, "ffn_dim": 24, "word_embed_proj_dim": 16}),
     "gemma3": lambda: Gemma3TextConfig(**GROUPED, head_dim=4, sliding_window=8),
 }
-"""ALiBi and a head that passes nothing on; one key for all heads; embeddings that are multiplied, and a window."""
+"""ALiBi and a head that passes nothing on; one key for all heads; a head that goes past the module around the blocks;
+embeddings that are multiplied, and a window."""
 ENCODERS: dict[str, Callable[[], Any]] = {
     "bert": lambda: BertConfig(**SIZES, intermediate_size=24),
     "roberta": lambda: RobertaConfig(**{**SIZES, "pad_token_id": 1, "bos_token_id": 0}, intermediate_size=24),

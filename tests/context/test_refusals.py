@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForSequenceClassification,
+    DistilBertConfig,
+    DynamicCache,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from lorakit.context.prefix_embedding import PrefixEmbedding
 from lorakit.context.prefix_layer import PrefixLayer
@@ -58,6 +64,13 @@ def test_a_model_that_reads_no_embeddings_is_refused() -> None:
     sizes = {"d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8, "vocab_size": 20}
     with pytest.raises(TargetError, match="it takes a transformers decoder or encoder"):
         attach(T5ForConditionalGeneration(T5Config(**sizes)), AdapterSpec(PromptTuning(4)))
+
+
+def test_a_prefix_in_a_cache_that_the_model_has_not_is_refused() -> None:
+    config = DistilBertConfig(vocab_size=40, dim=16, n_layers=3, n_heads=4, hidden_dim=24, max_position_embeddings=48)
+    model = AutoModelForSequenceClassification.from_config(config)
+    with pytest.raises(AttachError, match="acts through the cache, and DistilBertModel takes none; use prompt-tuning"):
+        attach(model, AdapterSpec(PrefixTuning(4)))
 
 
 def test_a_prefix_longer_than_the_context_is_refused_and_nothing_is_attached() -> None:

@@ -25,7 +25,10 @@ from transformers import (
 
 from lorakit.core.spec import AdapterSpec, Override, Targets
 from lorakit.core.state import AdapterState
+from lorakit.errors import AdapterFileError
 from lorakit.inject.attach import adapters_named, attach, state
+from lorakit.methods.block import BlockDiagonal
+from lorakit.methods.loha import LoHa
 from lorakit.methods.lora import LoRA
 from lorakit.persist import load, save
 from tests.law.cases import jitter
@@ -261,7 +264,6 @@ def test_we_load_peft_s_targets_given_as_a_word_or_an_expression(targets: str, t
 
 
 def test_we_load_a_grouped_convolution_of_peft_s_only_where_it_is_one(tmp_path: Path) -> None:
-    from lorakit.errors import AdapterFileError
 
     peft_saves(theirs(CASES["convolutions"], convolutions()), tmp_path)
     with pytest.raises(AdapterFileError, match="grouped: lora_A mixes the channels of 4 groups"):
@@ -345,19 +347,29 @@ def test_we_load_an_adapter_peft_saved_under_a_name(tmp_path: Path) -> None:
     assert {u.site.path.rpartition(".")[2] for u in found.updates} == {"key"}
 
 
-def test_dilated_convolutions_round_trip_here_though_peft_cannot_run_them(tmp_path: Path) -> None:
+def test_convolutions_that_peft_would_compute_otherwise_are_refused_in_its_format_and_kept_in_ours(
+    tmp_path: Path,
+) -> None:
     def base() -> nn.Module:
         torch.manual_seed(1)
-        return nn.Sequential(nn.Conv2d(4, 8, 3, dilation=2, padding_mode="reflect", padding=2, groups=2))
+        return nn.Sequential(nn.Conv2d(4, 8, 3, dilation=2, padding_mode="reflect", padding=2))
 
-    model = ours(AdapterSpec(LoRA(4, 8.0), Targets("0")), base())
-    save(state(model), tmp_path)
-    again = base()
-    attach(again, load(tmp_path))
     x = torch.randn(2, 4, 9, 9)
-    assert torch.equal(again(x), model(x))
-    with pytest.raises(RuntimeError, match="must match"):
-        peft_loads(tmp_path, base())(x)
+    for method, lost in ((LoRA(4, 8.0), "dilation and the padding_mode"), (LoHa(2, 4.0), "padding_mode")):
+        model, again = ours(AdapterSpec(method, Targets("0")), base()), base()
+        with pytest.raises(AdapterFileError, match=f"forgets the {lost} of a convolution"):
+            save(state(model), tmp_path / "peft")
+        save(state(model), tmp_path / method.name, "native")
+        found = load(tmp_path / method.name)
+        assert found.updates[0].site.habits == {"dilation", "padding_mode"}
+        attach(again, found)
+        assert torch.equal(again(x), model(x))
+
+
+def test_block_diagonal_is_refused_on_a_transposed_layer_which_peft_cannot_divide(tmp_path: Path) -> None:
+    model = ours(AdapterSpec(BlockDiagonal(4, 8.0, side="up"), Targets("c_fc")), gpt2())
+    with pytest.raises(AdapterFileError, match="PEFT's LORA has no layer of kind transposed-linear"):
+        save(state(model), tmp_path)
 
 
 def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:

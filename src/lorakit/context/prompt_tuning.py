@@ -46,6 +46,10 @@ class PromptTuning(Context):
     def __post_init__(self) -> None:
         check_whole("tokens", self.tokens)
         check_choice("start", self.start, FILLS)
+        if not isinstance(self.text, str):
+            raise SpecError(f"text must be words, not {self.text!r}")
+        for one in self.ids:
+            check_whole("ids", one, 0, hint="; it is the id of a token")
         if (self.text or self.ids) and self.start != "vocabulary":
             raise SpecError(f"a prompt starts from its text or by start: {self.start}; leave one out")
 

@@ -54,6 +54,8 @@ class PeftForm:
     kinds: frozenset[str] = UNGROUPED
     grouped: bool = False
     """Whether PEFT's own computes a grouped convolution as ours does."""
+    forgets: frozenset[str] = frozenset({"padding_mode"})
+    """Habits of a convolution that PEFT's own has not, so that it would compute something else."""
     patterns: Mapping[str, str] = field(default_factory=dict)
     """Key of the configuration -> the key beside it that holds other values by layer."""
     flag: str | None = None
@@ -91,6 +93,8 @@ class PeftForm:
             return f"PEFT's {self.type} has no layer of kind {site.kind}"
         if site.groups > 1 and not self.grouped:
             return f"PEFT's {self.type} has no grouped convolution"
+        if lost := sorted(site.habits & self.forgets):
+            return f"PEFT's {self.type} forgets the {' and the '.join(lost)} of a convolution"
         if self.refusal is not None and (why := self.refusal(site, method)):
             return why
         if extra := sorted(update.tensors.keys() - self.keys.keys() - self.banks.keys()):

@@ -47,7 +47,8 @@ class Site:
     `in_` counts the inputs one output sees (a grouped convolution: in_channels / groups). `rows` restricts the
     update to a slice of the outputs of a fused layer; `out` is then the height of the slice and `height` the layer's.
 
-    `bias` says whether the layer adds one, None where nobody looked.
+    `bias` says whether the layer adds one, None where nobody looked. `habits` are those of a convolution that another
+    tool may not have: "dilation", and a "padding_mode" other than zeros.
 
     A site of kind "model" is the stack of blocks a model reads with: `out` is its width, `in_` the number of blocks and
     `kernel` the heads of a block's keys and the width of each.
@@ -62,6 +63,7 @@ class Site:
     groups: int = 1
     fused_out: int | None = None
     bias: bool | None = field(default=None, compare=False)
+    habits: frozenset[str] = field(default=frozenset(), compare=False)
 
     @property
     def height(self) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lorakit.core.checks import check_whole, is_number
 from lorakit.core.init import Init
 from lorakit.core.method import Method
 from lorakit.core.registry import init as init_named
@@ -72,8 +73,9 @@ class AdapterSpec:
             raise SpecError("without a method nothing would be trained; name a method, or what of the base to train")
         if not (self.method is None or isinstance(self.method, Method)):
             raise SpecError(f"method must be a lorakit method such as LoRA(rank=16), not {self.method!r}")
-        if not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
+        if not (is_number(self.dropout) and 0 <= self.dropout < 1):
             raise SpecError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
+        check_whole("seed", self.seed, 0)
         object.__setattr__(self, "train", _words(self.train))
         object.__setattr__(self, "overrides", tuple(self.overrides))
         for override in self.overrides:

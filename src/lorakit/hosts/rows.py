@@ -57,7 +57,9 @@ def _is_embedding(module: nn.Module) -> bool:
 
 def _conv_site(kind: str) -> Callable[[str, Any], Site]:
     def site(path: str, m: Any) -> Site:
-        return Site(path, m.out_channels, m.in_channels // m.groups, tuple(m.kernel_size), kind=kind, groups=m.groups)
+        habits = {"dilation": set(m.dilation) != {1}, "padding_mode": m.padding_mode != "zeros"}
+        return Site(path, m.out_channels, m.in_channels // m.groups, tuple(m.kernel_size), kind=kind, groups=m.groups,
+                    habits=frozenset(name for name, has in habits.items() if has))  # fmt: skip
 
     return site
 

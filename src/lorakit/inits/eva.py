@@ -11,7 +11,6 @@ whose components explain too little gets none, and no adapter.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lorakit.core.checks import is_number
 from lorakit.core.init import Init, Need
 from lorakit.core.method import WEIGHT_KINDS, Start
 from lorakit.core.site import Site
@@ -39,7 +39,7 @@ class Eva(Init):
     kinds: ClassVar[frozenset[str]] = WEIGHT_KINDS - {"embedding"}  # the inputs of a table are row numbers
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.rho, int | float) and 1 <= self.rho < math.inf):
+        if not (is_number(self.rho) and self.rho >= 1):
             raise SpecError(f"rho must be a number from 1, not {self.rho!r}; 1 keeps every rank, 2 is usual")
 
     def fill(self, down: Tensor, up: Tensor, scale: float, start: Start) -> None:

@@ -6,12 +6,12 @@ what PEFT's `init_lora_weights="gaussian"` draws.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
+from lorakit.core.checks import is_number
 from lorakit.core.init import Init
 from lorakit.core.method import Start
 from lorakit.errors import SpecError
@@ -27,7 +27,7 @@ class Gaussian(Init):
     paper: ClassVar[str] = "arXiv 2106.09685, section 4.1"
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.power, int | float) and math.isfinite(self.power) and self.power >= 0):
+        if not (is_number(self.power) and self.power >= 0):
             raise SpecError(f"power must be a number from 0, not {self.power!r}; std is 1/sqrt(r) at 0.5 and 1/r at 1")
 
     def fill(self, down: Tensor, up: Tensor, scale: float, start: Start) -> None:

@@ -6,7 +6,7 @@ One at a time reads the input, switched on or off for the whole batch: two would
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,7 @@ from lorakit.inject.ledger import ledger_of
 
 def reader(model: nn.Module) -> Site | None:
     """Return the site of the part of a transformers decoder or encoder that reads embeddings, or None without one."""
-    inner: Any = getattr(model, "base_model", None)
+    inner: Any = _reads(getattr(model, "base_model", None))
     config = getattr(inner, "config", None)
     path = next((path for path, module in model.named_modules() if module is inner), None)
     if path is None or config is None or getattr(config, "is_encoder_decoder", False):
@@ -32,7 +32,7 @@ def reader(model: nn.Module) -> Site | None:
     blocks = len(blocks_of(inner))
     if not (isinstance(width, int) and isinstance(heads, int) and blocks):
         return None
-    if "inputs_embeds" not in inspect.signature(base_class(inner).forward).parameters:
+    if "inputs_embeds" not in _taken(inner):
         return None
     if getattr(inner.get_input_embeddings(), "embedding_dim", None) != width:
         return None
@@ -42,11 +42,27 @@ def reader(model: nn.Module) -> Site | None:
     return Site(path, width, blocks, (keys, getattr(config, "head_dim", None) or width // heads), kind="model")
 
 
+def _reads(inner: Any) -> Any:
+    """Return the part that holds the blocks: the head of an OPT calls its `decoder` past the module around it."""
+    inside = getattr(inner, "decoder", None)
+    return inside if isinstance(inside, nn.Module) and {"input_ids", "inputs_embeds"} <= _taken(inside) else inner
+
+
+def _taken(part: nn.Module) -> Set[str]:
+    """Return the names of the arguments that a part's own forward takes."""
+    return inspect.signature(base_class(part).forward).parameters.keys()
+
+
 def refuse_context(model: nn.Module, placed: Iterable[tuple[Site, Method]]) -> None:
     """Raise `AttachError` for virtual positions a model has no room or no token for, or that others stand at."""
     for site, method in placed:
         if isinstance(method, Context):
             reads: Any = model.get_submodule(site.path)
+            if method.where == "cache" and "past_key_values" not in _taken(reads):
+                raise AttachError(
+                    f"{method.name} acts through the cache, and {base_class(reads).__name__} takes none; use "
+                    "prompt-tuning or prefix-layer"
+                )
             taken, room = sum(method.lengths()), room_of(reads)
             if room is not None and taken >= room:
                 raise AttachError(

@@ -41,4 +41,4 @@ def _forget_when_used(adapter: Adapter) -> None:
 
     for name, note in adapter.notes.items():
         if note.requires_grad:
-            note.register_hook(lambda _, name=name, note=note: forget(name, note))
+            note.register_hook(lambda _, name=name, note=note: forget(name, note))  # type: ignore[no-untyped-call]

@@ -12,7 +12,6 @@ of them), and s is a constant (there: on a 16-bit base its denominator is traine
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
@@ -21,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorakit.core.checks import check_positive
+from lorakit.core.checks import check_positive, check_whole, is_number
 from lorakit.core.method import LowRank, Schedule, Start, Tensors, down_up
 from lorakit.core.peft_form import LORA_NO_BEARING, PeftForm, matrices
 from lorakit.core.site import Decl, Role, Site
@@ -81,19 +80,22 @@ class AdaLoRA(LowRank):
     def __post_init__(self) -> None:
         least = {"target_rank": 1, "init_rank": 1, "tinit": 0, "tfinal": 0, "delta_t": 1}
         for name, low in least.items() if self.kept is None else [*least.items(), ("kept", 1)]:
-            if type(value := getattr(self, name)) is not int or value < low:
-                raise SpecError(f"{name} must be a whole number of at least {low}, not {value!r}")
+            check_whole(name, getattr(self, name), low)
         if self.target_rank >= self.init_rank:
             raise SpecError(
                 f"target_rank {self.target_rank} must be below init_rank {self.init_rank}: ranks are pruned from one "
                 "to the other; raise init_rank (1.5 * target_rank is usual), or use method lora for a fixed rank"
             )
+        if self.kept is not None and self.kept > self.init_rank:
+            raise SpecError(
+                f"kept {self.kept} is more than init_rank {self.init_rank}; a run writes it, so leave it out"
+            )
         check_positive("alpha", self.alpha, hint="; the usual choice is 2 * init_rank")
         for name in ("beta1", "beta2"):
-            if not (isinstance(beta := getattr(self, name), int | float) and 0 < beta < 1):
+            if not (is_number(beta := getattr(self, name)) and 0 < beta < 1):
                 raise SpecError(f"{name} must lie between 0 and 1, not {beta!r}; the paper's is 0.85")
         weight = self.orthogonal_weight
-        if not (isinstance(weight, int | float) and math.isfinite(weight) and weight >= 0):
+        if not (is_number(weight) and weight >= 0):
             raise SpecError(f"orthogonal_weight must be at least 0, not {weight!r}; usual are 0.1 to 0.5")
         object.__setattr__(self, "rank", self.kept or self.init_rank)  # what LowRank checks and others report
 

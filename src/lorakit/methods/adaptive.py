@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorakit.core.checks import check_positive
+from lorakit.core.checks import check_positive, check_whole
 from lorakit.core.method import LowRank, Method, Schedule, Start, Tensors, down_up
 from lorakit.core.site import Decl, Role, Site
 from lorakit.errors import SpecError, did_you_mean
@@ -49,8 +49,7 @@ class Adaptive(LowRank):
 
     def __post_init__(self) -> None:
         for name in ("target_rank", "low", "high", "rounds"):
-            if type(value := getattr(self, name)) is not int or value < 1:
-                raise SpecError(f"{name} must be a whole number of at least 1, not {value!r}")
+            check_whole(name, getattr(self, name))
         if not self.low <= self.target_rank <= self.high:
             raise SpecError(
                 f"target_rank {self.target_rank} must lie in {self.low} to {self.high} (low to high), for it is the "

@@ -52,7 +52,7 @@ class BlockDiagonal(LowRank):
         {"r": "rank", "lora_alpha": "alpha", "use_rslora": "stabilised"},
         {"down": "lora_A.weight", "up": "lora_B.weight"},
         read=lambda method, q, embedding: _from_peft(method, q),
-        kinds=frozenset(LINEAR_KINDS),
+        kinds=frozenset({"linear"}),
         patterns=PATTERNS,
         flag="use_bdlora",
         settings={"init_lora_weights": True, "bias": "none", "use_dora": False},

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lorakit.core.checks import is_number
 from lorakit.core.method import Call, Method, Start, Tensors
 from lorakit.core.site import Decl, Role, Site
 from lorakit.core.sublayers import LINEAR_KINDS
@@ -33,6 +34,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": F.silu,
     "tanh": lambda x: x.tanh(),
 }
+_WIDEST = 64  # times the layer's own features; more is a slip of the pen
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,7 @@ class Bottleneck(Method):
     reads: ClassVar[Literal["input", "output"]] = "output"
 
     def __post_init__(self) -> None:
-        number = isinstance(self.reduction, int | float) and not isinstance(self.reduction, bool)
-        if not (number and math.isfinite(self.reduction) and self.reduction > 0):
+        if not (is_number(self.reduction) and self.reduction > 0):
             raise SpecError(f"reduction must be a positive number, not {self.reduction!r}; for r features give out / r")
         if self.activation not in ACTIVATIONS:
             raise SpecError(
@@ -64,6 +65,11 @@ class Bottleneck(Method):
         super().check(site)
         if not self.width(site):
             raise SpecError(f"reduction {self.reduction:g} leaves none of {site.out} features; lower it")
+        if self.reduction < 1 / _WIDEST:
+            raise SpecError(
+                f"reduction {self.reduction:g} widens {site.out} features to {self.width(site):,}; for r features give "
+                "out / r"
+            )
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ class DoRA(Static):
         settings={"init_lora_weights": True, "bias": "none"},
         no_bearing=LORA_NO_BEARING,
         dropout="lora_dropout",
+        forgets=frozenset({"dilation", "padding_mode"}),
         embedding={"down": "lora_embedding_A", "up": "lora_embedding_B", "magnitude": "lora_magnitude_vector"},
         refusal=lambda site, method: _refusal(method),
     )

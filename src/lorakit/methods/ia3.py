@@ -42,6 +42,7 @@ class IA3(Static):
         write=lambda update: {"gain": _shaped(update)},
         kinds=frozenset({"linear", "transposed-linear", "conv2d", "conv3d"}),
         grouped=True,
+        forgets=frozenset(),
         settings={"init_ia3_weights": True},
         no_bearing=frozenset({"feedforward_modules"}),
         plain=True,

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, cast
 
 from torch import Tensor, nn
 
-from lorakit.core.checks import check_positive, check_whole
+from lorakit.core.checks import check_flag, check_positive, check_whole
 from lorakit.core.method import Call, Start, Static, Tensors
 from lorakit.core.peft_form import LYCORIS, LYCORIS_PATTERNS, PeftForm
 from lorakit.core.site import Decl, Role, Site
@@ -70,9 +70,9 @@ class LoKr(Static):
     def __post_init__(self) -> None:
         check_whole("rank", self.rank, hint="; exclude a layer to skip it")
         check_positive("alpha", self.alpha, hint="; alpha = rank makes the scale 1")
-        whole = isinstance(self.factor, int) and not isinstance(self.factor, bool) and self.factor >= 1
-        if not (self.factor is None or whole):
-            raise SpecError(f"factor must be a whole number of at least 1, or left out, not {self.factor!r}")
+        check_flag("decompose_both", self.decompose_both)
+        if self.factor is not None:
+            check_whole("factor", self.factor, hint="; leave it out for a square split")
         if self.zero not in ("w1", "w2"):
             raise SpecError(f"zero must be w1 (as in PEFT) or w2 (as in LyCORIS), not {self.zero!r}")
 

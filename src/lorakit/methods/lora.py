@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorakit.core.checks import check_positive, check_whole
+from lorakit.core.checks import check_flag, check_positive, check_whole
 from lorakit.core.init import Init
 from lorakit.core.method import LowRank, Start, Tensors, down_up
 from lorakit.core.peft_form import LORA_NO_BEARING, PATTERNS, PeftForm, pair_from_peft, pair_to_peft
@@ -55,6 +55,7 @@ class LoRA(LowRank):
         settings={"init_lora_weights": True, "bias": "none", "use_dora": False},
         no_bearing=LORA_NO_BEARING,
         dropout="lora_dropout",
+        forgets=frozenset({"dilation", "padding_mode"}),
         embedding={"down": "lora_embedding_A", "up": "lora_embedding_B"},
         plain=True,
     )
@@ -62,6 +63,7 @@ class LoRA(LowRank):
     def __post_init__(self) -> None:
         check_whole("rank", self.rank, hint="; exclude a layer to skip it")
         check_positive("alpha", self.alpha, hint="; the usual choice is 2 * rank")
+        check_flag("stabilised", self.stabilised)
         if not isinstance(self.init_, Init):
             raise SpecError(f"init must be an initialisation such as Kaiming() or Pissa(), not {self.init_!r}")
 

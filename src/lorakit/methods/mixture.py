@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorakit.core.checks import check_positive, check_whole
+from lorakit.core.checks import check_positive, check_whole, is_number
 from lorakit.core.method import Call, Method, Start, Tensors
 from lorakit.core.site import Decl, Role, Site
 from lorakit.core.targets import LINEAR_KINDS
@@ -50,12 +50,12 @@ class Mixture(Method):
         for name, number in (("experts", self.experts), ("rank", self.rank)):
             check_whole(name, number)
         check_positive("alpha", self.alpha, hint="; the usual choice is 2 * rank")
-        if self.top is not None and self.top not in range(2, self.experts + 1):
+        if self.top is not None and (type(self.top) is not int or not 2 <= self.top <= self.experts):
             raise SpecError(
                 f"top must be 2 to {self.experts}, the number of experts, or left out, not {self.top!r}; "
                 "a single choice has weight 1 whatever the router says, so the loss could not teach it"
             )
-        if not (isinstance(self.balance, int | float) and 0 <= self.balance < math.inf):
+        if not (is_number(self.balance) and self.balance >= 0):
             raise SpecError(f"balance must be a number of at least 0, not {self.balance!r}; MixLoRA's is 0.01")
         if self.balance and self.experts == 1:
             raise SpecError("balance needs at least 2 experts; set it to 0, or experts higher")

@@ -8,7 +8,6 @@ LoRA's rate. Banks and start are those of PEFT: uniform within sqrt(6 / fan_in),
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -17,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorakit.core.checks import check_whole
+from lorakit.core.checks import check_whole, is_number
 from lorakit.core.method import LowRank, Method, Start, Tensors
 from lorakit.core.peft_form import PeftForm
 from lorakit.core.site import Decl, Role, Site
@@ -58,9 +57,11 @@ class VeRA(LowRank):
 
     def __post_init__(self) -> None:
         check_whole("rank", self.rank, hint="; VeRA takes 256 to 1024")
-        if not (isinstance(self.d_initial, int | float) and math.isfinite(self.d_initial) and self.d_initial != 0):
+        if not (is_number(self.d_initial) and self.d_initial != 0):
             raise SpecError(f"d_initial must be a number other than 0, not {self.d_initial!r}; at 0 b learns nothing")
         check_whole("key", self.key, 0, hint="; it seeds the banks")
+        for name in ("widest", "tallest"):
+            check_whole(name, getattr(self, name), 0, hint="; the layers tell it, so leave it out")
 
     def settled(self, sites: Sequence[Site]) -> Method:
         """Return this method with banks as wide as the widest of `sites` and as tall as the tallest."""

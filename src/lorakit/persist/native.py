@@ -137,10 +137,12 @@ def _site_to_json(site: Site) -> dict[str, Any]:
         "groups": site.groups,
         "fused_out": site.fused_out,
         "bias": site.bias,
+        **({"habits": sorted(site.habits)} if site.habits else {}),
     }
 
 
 def _site_from_json(data: dict[str, Any]) -> Site:
     rows = None if data["rows"] is None else (int(data["rows"][0]), int(data["rows"][1]))
     kernel, groups, fused = tuple(data["kernel"]), data["groups"], data["fused_out"]
-    return Site(data["path"], data["out"], data["in"], kernel, rows, data["kind"], groups, fused, data.get("bias"))
+    return Site(data["path"], data["out"], data["in"], kernel, rows, data["kind"], groups, fused, data.get("bias"),
+                frozenset(data.get("habits", ())))  # fmt: skip

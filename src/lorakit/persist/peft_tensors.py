@@ -5,8 +5,8 @@
     trained whole     base_model.model.<path>.weight     (.base_layer.weight beside an update)
 
 An A of LoRA sees every input channel in PEFT, also under g groups, where ours sees its own group's: ours is PEFT's with
-zeros elsewhere. A convolution's A has neither dilation nor a padding mode in PEFT, so only its own limits keep it from
-running those.
+zeros elsewhere. A convolution's A has neither dilation nor a padding mode in PEFT, which would compute something else:
+`PeftForm.forgets` refuses those.
 """
 
 from __future__ import annotations

@@ -150,6 +150,11 @@ class AdapterTrainer(Trainer):
         labels = inputs.pop("labels")
         with offloaded(self.adapted) if self.recipe.train.offload_activations else nullcontext():
             loss, trained = loss_of_batch(model, inputs, labels)
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise AliveError(
+                "the loss depends on nothing that is trained, so nothing would be learned: the model's forward goes "
+                "past what was adapted; choose other targets, or another method"
+            )
         share: Tensor = loss / num_items_in_batch
         self._data_loss = share.detach()
         term = penalty(self.adapted)
