@@ -115,6 +115,13 @@ def test_tensors_trained_whole_read_the_base_where_their_weights_do_not_sum_to_1
     said = answer("combine", two[0], tmp_path / "norms", "--weights", "0.5,0.5", "--output", tmp_path / "sum")
     assert said["weights"] == [0.5, 0.5]
     torch.testing.assert_close(load(tmp_path / "sum").trained["model.norm.weight"], start + 0.5)
+    result = invoke(
+        "combine", tmp_path / "norms", tmp_path / "norms", "--weights", "0.5,0.5", "--output", tmp_path / "n"
+    )
+    assert result.exit_code == 0, result.stderr  # without an update, which PEFT's format would need
+    assert result.stdout.splitlines()[2].startswith("5 tensors trained whole, ")
+    assert result.stdout.splitlines()[-1] == f"wrote {tmp_path}/n (native)"
+    torch.testing.assert_close(load(tmp_path / "n").trained["model.norm.weight"], start + 1.0)
 
 
 def test_an_adapter_less_itself_is_nothing(two: tuple[Path, Path], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"name": "lokr", "decompose_both": "no"}, "decompose_both must be true or false, not 'no'"),
     ({"name": "lora", "alpha": True}, "alpha must be a positive number, not True"),
     ({"name": "lokr", "factor": True}, "factor must be a whole number of at least 1, not True; leave it out"),
+    ({"name": "hierarchical", "global_rank": 0}, "global_rank must be a whole number of at least 1, not 0"),
     ({"name": "mixture", "top": 2.0}, "top must be 2 to 8, the number of experts, or left out, not 2.0"),
     ({"name": "mixture", "balance": True}, "balance must be a number of at least 0, not True"),
     ({"name": "adalora", "kept": 20}, "kept 20 is more than init_rank 12; a run writes it"),

@@ -5,9 +5,16 @@ from __future__ import annotations
 import pytest
 
 from lorakit.core.layerwise import PROFILES, uniform_rank
+from lorakit.core.method import Method
 from lorakit.core.spec import AdapterSpec, Targets
 from lorakit.core.targets import resolve
+from lorakit.errors import SpecError
+from lorakit.methods.adalora import AdaLoRA
+from lorakit.methods.adaptive import Adaptive
+from lorakit.methods.dora import DoRA
+from lorakit.methods.hierarchical import Hierarchical
 from lorakit.methods.lora import LoRA
+from lorakit.methods.vera import VeRA
 
 
 def test_32_layers_give_the_published_means() -> None:
@@ -36,3 +43,9 @@ def test_every_layer_keeps_the_method_s_scale(stabilised: bool) -> None:
     found = [m.method for m in resolve(spec, skeleton(config))]
     assert [m.rank for m in found] == PROFILES["low"].by_layer(6)  # type: ignore[attr-defined]
     assert all(abs(m.scale - method.scale) < 1e-12 for m in found)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("method", [AdaLoRA(), Adaptive(), DoRA(LoRA(4)), Hierarchical(), VeRA()])
+def test_a_method_whose_layers_cannot_each_have_a_rank_is_refused(method: Method) -> None:
+    with pytest.raises(SpecError, match=f"a rank and an alpha of its own, which {method.name} cannot have"):
+        PROFILES["low"].overrides(method, 6)

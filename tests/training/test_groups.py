@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from lorakit import AdapterSpec, LoRA, Targets, attach, param_groups
+from lorakit.errors import SpecError
+from lorakit.methods.ia3 import IA3
 from lorakit.training.base import load_base
 
 
@@ -52,6 +54,13 @@ def test_modules_trained_whole_learn_at_the_plain_rate_and_vectors_never_decay(m
     assert (groups["slow"]["lr"], groups["slow"]["weight_decay"]) == (1e-3, 0.1)
     assert [p.shape for p in groups["fast, no decay"]["params"]] == [model.model.norm.weight.shape]
     assert groups["fast, no decay"]["weight_decay"] == 0.0
+
+
+def test_a_ratio_without_an_up_to_act_on_is_refused(model: Any) -> None:
+    attach(model, AdapterSpec(IA3(), Targets(("k_proj",)), train=("model.norm",)))
+    assert len(param_groups(model, 1e-3)) == 1
+    with pytest.raises(SpecError, match="lets `up` learn faster, and nothing here has one; change lr instead"):
+        param_groups(model, 1e-3, up_ratio=16)
 
 
 def test_groups_are_as_large_as_those_of_peft(base: Path) -> None:

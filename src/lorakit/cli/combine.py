@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -57,7 +58,7 @@ def combine(
 
         from lorakit.combining import combine as combined
         from lorakit.combining.lineup import checked_weights
-        from lorakit.persist import save
+        from lorakit.persist import peft_refusal, save
 
         refuse_full_folder(Path(output))
         way = _way(how, {"rank": rank, "energy": energy, "density": density})
@@ -67,17 +68,24 @@ def combine(
         with in_options(ADVICE):
             values = _weights(sources, base, states, shares, way.averages)
             made = combined(states, way, shares, base=values, rng=rng)
-        save(made.state, output)
+        form: Literal["peft", "native"] = "peft" if peft_refusal(made.state) is None else "native"
+        save(made.state, output, form)
         said = _plain(made, shares)
         out.say(
             " + ".join(f"{share:g} x {source}" for share, source in zip(shares, sources, strict=True)),
             f"{how}: {way.formula}",
-            f"{len(said['ranks'])} updates of rank {span(said['ranks'].values())}, {size(said['bytes'])}; "
+            f"{_parts(said['ranks'].values(), made.state)}, {size(said['bytes'])}; "
             f"{made.error:.2%} from the exact weighted sum (relative, Frobenius)",
             *([f"of what {how} made, the rank left out {made.cut:.2%}"] if made.cuts else []),
-            f"wrote {output} (peft)",
+            f"wrote {output} ({form})",
         )
-        out.result({"sources": list(sources), "how": how, "output": output, **said})
+        out.result({"sources": list(sources), "how": how, "output": output, "format": form, **said})
+
+
+def _parts(ranks: Collection[int], state: AdapterState) -> str:
+    """Return in words what was made."""
+    updates = [f"{len(ranks)} updates of rank {span(ranks)}"] * bool(ranks)
+    return " and ".join([*updates, *[f"{len(state.trained)} tensors trained whole"] * bool(state.trained)])
 
 
 def _plain(made: Combined, shares: Sequence[float]) -> dict[str, Any]:

@@ -7,15 +7,18 @@ rescaled to any depth; alpha moves with the rank, so every layer keeps the metho
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorakit.core.method import LowRank, Method
+from lorakit.core.site import Site
 from lorakit.core.spec import Override
 from lorakit.errors import SpecError
 
 BANDS = (6 / 32, 18 / 32, 1.0)
 """Upper ends of the lower, middle and upper band, as shares of the depth."""
+_SOME = Site("layers.0.linear", 4096, 4096)  # where a method is asked what it shares between layers
 
 
 @dataclass(frozen=True)
@@ -31,14 +34,22 @@ class Profile:
 
     def overrides(self, method: Method, depth: int) -> list[Override]:
         """Return the overrides that give each band its rank, alpha / rank (or alpha / sqrt(rank)) unchanged."""
-        if not isinstance(method, LowRank) or not hasattr(method, "alpha"):
-            raise SpecError(f"the layer-wise preset sets ranks, which {method.name} does not have; remove `layerwise`")
-        ranks = self.by_layer(depth)
+        known = {field.name for field in dataclasses.fields(method)}
+        if (
+            not isinstance(method, LowRank)
+            or not {"rank", "alpha"} <= known
+            or any(decl.shared for decl in method.tensors(_SOME).values())
+        ):
+            raise SpecError(
+                f"the layer-wise preset gives each layer a rank and an alpha of its own, which {method.name} cannot "
+                "have; remove `layerwise`"
+            )
+        ranks, usual = self.by_layer(depth), dataclasses.asdict(method)
         root = 0.5 if getattr(method, "stabilised", False) else 1.0
         found = []
         for rank in dict.fromkeys(ranks):
             first, last = ranks.index(rank), len(ranks) - 1 - ranks[::-1].index(rank)
-            alpha = float(method.alpha) * (rank / method.rank) ** root
+            alpha = usual["alpha"] * (rank / method.rank) ** root
             found.append(Override.of("*", layers=f"{first}-{last}", rank=rank, alpha=alpha))
         return found
 

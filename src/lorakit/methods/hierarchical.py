@@ -37,8 +37,9 @@ class Hierarchical(LowRank):
     count: ClassVar[str] = "rank * (m + n)"
 
     def __post_init__(self) -> None:
-        for rank in self._ranks().values():
-            LoRA(rank, self.alpha)  # refuses what LoRA refuses
+        LoRA(self.rank, self.alpha)  # refuses what LoRA refuses
+        for name in ("group_rank", "global_rank"):
+            check_whole(name, getattr(self, name))
         check_whole("group_size", self.group_size, hint=" layers")
 
     def check(self, site: Site) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from lorakit.core.adapters import attached
 from lorakit.core.site import Role
+from lorakit.errors import SpecError
 
 EMBEDDING_LR = 1e-6
 """What the LoRA+ authors' code gives adapters of embeddings, whose rows see few of the gradients."""
@@ -29,8 +30,13 @@ def param_groups(
     `up` and one-dimensional tensors learn at `lr * up_ratio`, everything else, modules trained whole included, at `lr`;
     with a ratio other than 1, adapters of embeddings learn at `embedding_lr`. One-dimensional tensors (biases, norms,
     gains) never decay. Empty groups are left out.
+
+    Raises:
+        SpecError: a ratio where no method has an `up`.
     """
     roles = _roles(model)
+    if up_ratio != 1 and not any(role is Role.UP for role, _ in roles.values()):
+        raise SpecError("up_ratio is LoRA+'s and lets `up` learn faster, and nothing here has one; change lr instead")
     groups: dict[str, dict[str, Any]] = {
         "slow": {"lr": lr, "weight_decay": weight_decay},
         "embedding": {"lr": lr if up_ratio == 1 else embedding_lr, "weight_decay": weight_decay},

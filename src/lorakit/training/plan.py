@@ -29,6 +29,7 @@ from lorakit.planning.lint import lint
 from lorakit.planning.memory import Forecast, Parts
 from lorakit.planning.pace import Bill, Duration, bill, from_throughput
 from lorakit.planning.sharding import per_device
+from lorakit.planning.surprises import surprises
 from lorakit.training.arguments import make_plan
 from lorakit.training.base import build_empty, choose_device, choose_dtype, quiet, times_fp32
 from lorakit.training.forecast import Load
@@ -143,8 +144,15 @@ def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> Plan
         findings=lint(spec, matches, tied=bool(ties), heads=skeleton.heads, trained=trained,
                       depths=skeleton.depths),
         warnings=(*map(str, roles(counts, skeleton)), *_unread(recipe, stage), *_guessed(found),
-                  *_fused(shapes, counts), *_narrow(recipe, stage, load.dtype)),
+                  *_fused(shapes, counts), *_narrow(recipe, stage, load.dtype),
+                  *surprises(matches, load.dtype, _head_width(model.config))),
     )  # fmt: skip
+
+
+def _head_width(config: Any) -> int | None:
+    """Return the values of one attention head, or None where a configuration does not tell."""
+    hidden, heads = size_of(config, "hidden_size"), size_of(config, "num_attention_heads")
+    return size_of(config, "head_dim") or (hidden // heads if hidden and heads else None)
 
 
 def _unread(recipe: Recipe, stage: Stage | None) -> list[str]:
