@@ -6,11 +6,15 @@ import pytest
 import torch
 from torch import nn
 
+from lorakit.core.method import Method
 from lorakit.core.spec import AdapterSpec, Targets
 from lorakit.errors import MergeError
 from lorakit.inject.activate import active, use
-from lorakit.inject.attach import adapters_named
+from lorakit.inject.attach import adapters_named, attach, detach
 from lorakit.inject.merge import Tally, merge
+from lorakit.methods.dora import DoRA
+from lorakit.methods.houlsby import Houlsby
+from lorakit.methods.ia3 import IA3
 from lorakit.methods.lora import LoRA
 from tests.inject.test_attach import IDS, gpt2, llama, moved
 from tests.law.cases import Net
@@ -128,3 +132,16 @@ def test_what_rounding_took_is_counted_over_all_layers_in_blocks(monkeypatch: py
     report = tally.report()
     assert report.layers == 2
     assert [report.update_lost, report.largest_change, report.largest_rounding] == pytest.approx([0.1, 4.0, 0.4])
+
+
+@pytest.mark.parametrize("method", [DoRA(LoRA(2)), IA3(), Houlsby(2)])
+def test_an_adapter_that_stays_and_leans_on_the_weight_is_refused(method: Method) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    attach(model, AdapterSpec(LoRA(2), Targets(["0"])), "a")
+    attach(model, AdapterSpec(method, Targets(["0", "1"])), "b")
+    with pytest.raises(MergeError, match=r"1 layer.*\n.*0: 'b' .* would stay, and is measured from the weight"):
+        merge(model, ["a"])
+    attach(model, AdapterSpec(LoRA(2), Targets(["0"])), "c")
+    detach(model, "b")
+    merge(model, ["a"])  # a low-rank update beside it is the same wherever it stands
+    assert active(model) == {"c": 1.0}

@@ -14,8 +14,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.adapters import Adapted, Adapters, Weight
+from lorakit.core.adapters import Adapted, Adapter, Adapters, Weight
 from lorakit.core.method import Static
+from lorakit.core.state import Update, delta_of
 from lorakit.errors import MergeError, grouped, listing
 from lorakit.inject.attach import detach
 from lorakit.inject.ledger import ledger_of
@@ -93,7 +94,8 @@ def merge(
 
     Args:
         model: a model with attached adapters.
-        names: which adapters, with the weights they act with now; all active ones by default. Others stay attached.
+        names: which adapters, with the weights they act with now; all active ones by default. Others stay attached,
+            if what they do does not depend on the weights.
         untie: give a layer whose weight another module shares a copy of its own, instead of refusing.
         lossy: merge into quantised weights as well, which rounds them a second time; `update_lost` says what it cost.
         exact: values of parameters that were trained whole, before they were rounded to the model's dtype, by name;
@@ -101,7 +103,8 @@ def merge(
 
     Raises:
         MergeError: an update that depends on the input, a per-row weight, a tied weight, a quantised weight without
-            `lossy`, NaN or infinity, a base divided among processes.
+            `lossy`, an adapter that would stay and depends on the weights, NaN or infinity, a base divided among
+            processes.
         AttachError: a name that is not attached.
     """
     ledger = ledger_of(model)
@@ -228,10 +231,32 @@ def _refuse(
             if isinstance(weight, Tensor) and weight.dim() > 0:
                 problems.append(f"{path}: {name!r} has one weight per row; choose a number with use() first")
     acting = {path: set(weights) for path, weights in merging.items()}
-    problems += not_a_weight(layers, acting) + [f"{tied}; pass untie=True" for tied in tied_weights(layers, shared)]
+    problems += not_a_weight(layers, acting) + _left_behind(layers, acting)
+    problems += [f"{tied}; pass untie=True" for tied in tied_weights(layers, shared)]
     if problems:
         count = len({problem.partition(": ")[0] for problem in problems})
         raise MergeError(f"the model is unchanged; {count} layer(s) cannot be merged:\n{listing(grouped(problems))}")
+
+
+def _left_behind(layers: Mapping[str, nn.Module], acting: Mapping[str, set[str]]) -> list[str]:
+    """Return what speaks against leaving an adapter attached that is measured from the weight a merge changes."""
+    problems, leans = [], dict[type, bool]()
+    for path, module in layers.items():
+        for name, adapter in cast(Adapters, module.adapters).named():
+            method = adapter.method
+            if name not in acting[path] and leans.setdefault(type(method), _leans(adapter)):
+                problems.append(
+                    f"{path}: {name!r} ({method.name}) would stay, and is measured from the weight that changes; merge "
+                    "both, or detach it first"
+                )
+    return problems
+
+
+def _leans(adapter: Adapter) -> bool:
+    """Return whether what an update does depends on the layer's own weight."""
+    if not isinstance(adapter.method, Static):
+        return adapter.method.reads == "output"
+    return delta_of(Update(adapter.site, adapter.method, adapter.tensors())) is None
 
 
 def not_a_weight(layers: Mapping[str, nn.Module], acting: Mapping[str, set[str]]) -> list[str]:
