@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorakit.errors import LorakitError, RecipeError
+from lorakit.errors import LorakitError, RecipeError, SpecError
 from lorakit.inject.skeleton import config_of, on_meta
 from lorakit.planning.shapes import shape
 from lorakit.training.events import read_events
@@ -34,6 +34,12 @@ def of_shape(name: str, *devices: str, count: int = 1, strategy: str = "single",
     recipe = make_recipe({"model": name, "train": {"dtype": "bf16", "batch_size": 1}, **values})
     model = on_meta(config_of(shape(name)), "causal-lm")
     return plan(recipe, Where(devices, count, strategy), model=model)
+
+
+def test_a_start_that_corrects_a_quantised_base_is_refused_beside_a_dense_one(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="init loftq corrects a quantised base, and this one is dense; add quant: nf4"):
+        plan(recipe_of(base, tmp_path, adapter__init="loftq"))
+    assert plan(recipe_of(base, tmp_path, adapter__init="loftq", quant="nf4")).quant == "nf4"
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,8 @@ class AdapterSpec:
             raise SpecError("without a method nothing would be trained; name a method, or what of the base to train")
         if not (self.method is None or isinstance(self.method, Method)):
             raise SpecError(f"method must be a lorakit method such as LoRA(rank=16), not {self.method!r}")
+        if not isinstance(self.targets, Targets):
+            raise SpecError(f"targets must be Targets({self.targets!r}), not {self.targets!r} alone")
         if not (is_number(self.dropout) and 0 <= self.dropout < 1):
             raise SpecError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
         check_whole("seed", self.seed, 0)

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorakit.core.init import init_of
 from lorakit.core.method import Scheduled
 from lorakit.core.site import layer_of
 from lorakit.core.spec import AdapterSpec
 from lorakit.core.targets import Match, parameters_named, resolve
 from lorakit.data.packing import example_lengths, row_lengths
 from lorakit.data.preview import example
+from lorakit.errors import SpecError
 from lorakit.inject.sites import sites
 from lorakit.inject.skeleton import shapes_of, size_of, ties_of
 from lorakit.planning.advice import Advice, Choice, Facts, advise
@@ -106,6 +108,7 @@ def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> Plan
     shapes, ties = shapes_of(model), ties_of(model)
     counts = count(spec, skeleton, shapes, ties)
     quant = recipe.quant or settings_of(model.config)
+    _refuse_correction(spec, quant)
     load = replace(_load(recipe, model, stage), quant=quant)
     if stage is not None and spec.method is not None and isinstance(spec.method, Scheduled):
         from lorakit.training.rank_schedule import refuse_schedule  # beside the Trainer, which takes a second
@@ -147,6 +150,14 @@ def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> Plan
                   *_fused(shapes, counts), *_narrow(recipe, stage, load.dtype),
                   *surprises(matches, load.dtype, _head_width(model.config))),
     )  # fmt: skip
+
+
+def _refuse_correction(spec: AdapterSpec, quant: QuantSection | None) -> None:
+    """Raise `SpecError` for a start from what quantisation took, on a base that is not quantised."""
+    init = None if spec.method is None else init_of(spec.method)
+    if quant is None and init is not None and init.needs == "weight":
+        raise SpecError(f"init {init.name} corrects a quantised base, and this one is dense; add quant: nf4, or use "
+                        "init: pissa")  # fmt: skip
 
 
 def _head_width(config: Any) -> int | None:
