@@ -125,7 +125,7 @@ def test_an_adapter_of_another_model_or_another_base_is_refused() -> None:
     bare = copy.deepcopy(model)
     moved(model, AdapterSpec(LoRA(4), Targets("q_proj")))
     adapter = state(model)
-    with pytest.raises(AdapterFileError, match=r"made for another model: 2 of its 2 layers are not here"):
+    with pytest.raises(AdapterFileError, match="made for another model, and this model has none of its 2 layers"):
         StreamedMerge(gpt2().to("meta"), adapter)
     job = StreamedMerge(copy.deepcopy(bare).to("meta"), adapter)
     weights = {path: probe(bare.get_parameter(f"{path}.weight")) for path in job.known_by}

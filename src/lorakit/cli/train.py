@@ -129,7 +129,7 @@ def _summary(run: Run, recipe: Recipe, out: Screen) -> None:
     out.say(
         f"{run.steps:,} {'step' if run.steps == 1 else 'steps'} in {duration(run.seconds)}: {losses}",
         f"{run.tokens_per_second:,.0f} tokens/s, {peak(run.device)} of memory {size(run.peak_memory_bytes)}",
-        f"the adapter is in {run.adapter_dir} ({run.trainable_parameters:,} parameters)",
+        f"the adapter is in {run.adapter_dir} ({run.trainable_parameters:,} parameters trained)",
         "",
         "next:",
         f"  lorakit evaluate {run.output}" + ("" if run.validation_loss is not None else " --data FILE"),

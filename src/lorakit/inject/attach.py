@@ -228,13 +228,17 @@ def fitted(given: AdapterState, skeleton: Skeleton) -> tuple[Update, ...]:
     if skeleton.reader is not None and any(u.site.kind == "model" for u in given.updates):
         by_path[skeleton.reader.path] = skeleton.reader
         given = replace(given, updates=tuple(_on_reader(u, skeleton.reader.path) for u in given.updates))
-    missing = [
-        f"{u.site.path}{did_you_mean(u.site.path, by_path)}" for u in given.updates if u.site.path not in by_path
-    ]
+    missing = [u.site.path for u in given.updates if u.site.path not in by_path]
     if missing:
+        whose = given.base.name or "another model"
+        if len(missing) == len(given.updates):
+            raise AdapterFileError(
+                f"the adapter was made for {whose}, and this model has none of its {len(missing)} layers, such as "
+                f"{missing[0]}; give its own base"
+            )
+        near = listing([f"{path}{did_you_mean(path, by_path)}" for path in missing])
         raise AdapterFileError(
-            f"the adapter was made for another model: {len(missing)} of its {len(given.updates)} layers are not here:\n"
-            f"{listing(missing)}"
+            f"the adapter was made for {whose}: {len(missing)} of its {len(given.updates)} layers are not here:\n{near}"
         )
     here = [by_path[u.site.path] for u in given.updates]
     if biased := [s.path for u, s in zip(given.updates, here, strict=True) if u.site.bias is False and s.bias]:
