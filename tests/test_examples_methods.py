@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from lorakit import attach, load, load_recipe, train
 from lorakit.core.registry import methods
@@ -39,8 +40,12 @@ def test_a_method_s_recipe_trains_and_its_adapter_loads(name: str, rows: dict[st
     assert run.steps == 3
     assert run.trainable_parameters > 0
     model, _ = load_base("lorakit/tales", dtype="fp32")
-    adapter = load(run.adapter_dir)
-    attach(model, adapter)
+    adapter, ids = load(run.adapter_dir), torch.arange(100, 116)[None]
+    with torch.no_grad():
+        before = model.eval()(ids).logits
+        attach(model, adapter)
+        moved = float((model.eval()(ids).logits - before).abs().max())
+    assert 1e-4 < moved < 100, "it has learned something, and has not blown up"
     if adapter.spec.method is not None:
         assert adapter.updates
 

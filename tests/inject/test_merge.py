@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -145,3 +147,21 @@ def test_an_adapter_that_stays_and_leans_on_the_weight_is_refused(method: Method
     detach(model, "b")
     merge(model, ["a"])  # a low-rank update beside it is the same wherever it stands
     assert active(model) == {"c": 1.0}
+
+
+def test_a_kept_base_comes_back_bit_for_bit_and_a_second_merge_changes_nothing() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), torch.randn(3, 6)
+    kept, before = copy.deepcopy(model.state_dict()), model(x)
+    handle = attach(model, AdapterSpec(LoRA(2), Targets(["0", "1"])))
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.normal_()
+    adapted = model(x)
+    merge(model)
+    merged = {name: value.clone() for name, value in model.state_dict().items()}
+    assert_close(model(x), adapted)
+    with pytest.raises(MergeError):
+        merge(model)
+    assert all(torch.equal(value, merged[name]) for name, value in model.state_dict().items())
+    model.load_state_dict(kept)
+    assert torch.equal(model(x), before)

@@ -26,6 +26,7 @@ from lorakit.training.groups import param_groups
 from lorakit.training.loss import batches, mean_loss, mean_of_batch
 from lorakit.training.optimizers import make_optimizer
 from lorakit.training.order import longest_first, padded_tokens, row_order
+from lorakit.training.precondition import precondition
 from lorakit.training.run import attached
 from lorakit.training.stage import build_stage
 from lorakit.training.step import prepare_step, uncompiled
@@ -82,6 +83,7 @@ def _steps(recipe: Recipe, stage: Stage, forward: Callable[[], Any]) -> Iterator
     """Yield micro-batches that were run, each with its share of the optimizer's step that several have in common."""
     model, train = stage.model, recipe.train
     optimizer = make_optimizer(train.optimizer, param_groups(model, 1e-8, train.up_ratio, train.weight_decay))
+    precondition(model, optimizer)
     trained = [p for p in model.parameters() if p.requires_grad]
     model.train(True)
     chosen = _chosen(recipe, stage)
