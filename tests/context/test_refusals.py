@@ -69,7 +69,7 @@ def test_a_model_that_reads_no_embeddings_is_refused() -> None:
 def test_a_prefix_in_a_cache_that_the_model_has_not_is_refused() -> None:
     config = DistilBertConfig(vocab_size=40, dim=16, n_layers=3, n_heads=4, hidden_dim=24, max_position_embeddings=48)
     model = AutoModelForSequenceClassification.from_config(config)
-    with pytest.raises(AttachError, match="acts through the cache, and DistilBertModel takes none; use prompt-tuning"):
+    with pytest.raises(SpecError, match="acts through the cache, and this model takes none; use prompt-tuning"):
         attach(model, AdapterSpec(PrefixTuning(4)))
 
 

@@ -98,7 +98,7 @@ def test_one_factor_starts_at_zero(zero: Any, whole: set[str], paired: set[str])
     [
         ({"rank": 0}, "rank must be a whole number of at least 1, not 0; exclude a layer to skip it"),
         ({"alpha": -1.0}, "alpha must be a positive number, not -1.0; alpha = rank makes the scale 1"),
-        ({"factor": -1}, "factor must be a whole number of at least 1, or left out, not -1"),
+        ({"factor": -1}, "factor must be a whole number of at least 1, not -1"),
     ],
 )
 def test_fields_that_cannot_be_are_refused(fields: dict[str, Any], complaint: str) -> None:

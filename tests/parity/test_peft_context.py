@@ -92,7 +92,8 @@ def test_the_loss_equals_peft_s(family: str, method: str) -> None:
 @methods
 @pytest.mark.parametrize("together", [False, True])
 def test_greedy_answers_equal_peft_s(family: str, method: str, together: bool) -> None:
-    ours, theirs = ours_and_peft(decoder(family), decoder(family), METHODS[method])
+    wide = {"sliding_window": None} if family == "mistral" else {}  # PEFT lets a window count the padding, we refuse to
+    ours, theirs = ours_and_peft(decoder(family, **wide), decoder(family, **wide), METHODS[method])
     rows = [tokens(9, seed=1), tokens(4, seed=2)]
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 0}
     batches = [padded(rows, "left")] if together else [padded([row], "left") for row in rows]

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from lorakit import load, save, state
 from lorakit.core.init import Init
 from lorakit.core.spec import AdapterSpec, Targets
+from lorakit.errors import AdapterFileError
 from lorakit.inits.gaussian import Gaussian
 from lorakit.inits.olora import OLoRA
 from lorakit.inits.pissa import Pissa
@@ -77,7 +78,10 @@ def test_saved_slices_groups_and_tables_read_back_as_they_were(kind: str, rows: 
     attach(model, AdapterSpec(LoRA(2, 4.0, init_=Pissa()), Targets(f"layer{rows}")))
     for adapter in adapters_named(model, "default"):
         jitter(adapter)
-    save(state(model), tmp_path)
+    if "reflected" in kind:  # which PEFT forgets
+        with pytest.raises(AdapterFileError, match="forgets the padding_mode of a convolution"):
+            save(state(model), tmp_path)
+    save(state(model), tmp_path, "native" if "reflected" in kind else "peft")
     attach(twin, load(tmp_path))
     assert_close(twin(x), model(x))
 

@@ -58,9 +58,9 @@ def test_modules_trained_whole_learn_at_the_plain_rate_and_vectors_never_decay(m
 
 def test_biases_never_decay_either() -> None:
     layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    attach(layers, AdapterSpec(LoRA(2), Targets(("0",)), train=("biases",)))
+    attach(layers, AdapterSpec(LoRA(2), Targets(("0",)), train=("1",)))
     groups = {group["name"]: group for group in param_groups(layers, 1e-3, 4, weight_decay=0.1)}
-    assert sizes(list(groups.values())) == {"slow": 8, "fast": 8, "fast, no decay": 8}
+    assert sizes(list(groups.values())) == {"slow": 8 + 16, "fast": 8, "fast, no decay": 4}
     assert [groups[name]["weight_decay"] for name in ("slow", "fast", "fast, no decay")] == [0.1, 0.1, 0.0]
 
 

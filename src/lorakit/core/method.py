@@ -231,6 +231,14 @@ class Context(Method):
     def lengths(self) -> tuple[int, int]:
         """Return how many virtual positions stand before a row, and how many after its prompt."""
 
+    def check(self, site: Site) -> None:
+        """Raise `SpecError` where this method does not fit `site`."""
+        super().check(site)
+        if self.where == "cache" and "no cache" in site.habits:
+            raise SpecError(
+                f"{self.name} acts through the cache, and this model takes none; use prompt-tuning or prefix-layer"
+            )
+
 
 @runtime_checkable
 class Tokenized(Protocol):

@@ -47,8 +47,8 @@ class Site:
     `in_` counts the inputs one output sees (a grouped convolution: in_channels / groups). `rows` restricts the
     update to a slice of the outputs of a fused layer; `out` is then the height of the slice and `height` the layer's.
 
-    `bias` says whether the layer adds one, None where nobody looked. `habits` are those of a convolution that another
-    tool may not have: "dilation", and a "padding_mode" other than zeros.
+    `bias` says whether the layer adds one, None where nobody looked. `habits` are what not every method or tool can go
+    along with: a convolution's "dilation", and a "padding_mode" other than zeros; a model that takes "no cache".
 
     A site of kind "model" is the stack of blocks a model reads with: `out` is its width, `in_` the number of blocks and
     `kernel` the heads of a block's keys and the width of each.

@@ -55,8 +55,8 @@ class Vocabulary(Store):
     def read(self, module: nn.Module) -> Tensor:
         """Return the table of input embeddings, times `embed_scale` where looking one up multiplies by it."""
         layer = module.get_input_embeddings()  # type: ignore[operator]
-        scale = getattr(layer, "embed_scale", 1.0)
-        return cast(Tensor, layer.weight if scale == 1.0 else layer.weight * scale)
+        weight = cast(Tensor, layer.weight)
+        return weight * layer.embed_scale if hasattr(layer, "embed_scale") else weight
 
     def write(self, module: nn.Module, weight: Tensor) -> None:
         """Refuse: what is read beside the input is no change of a weight."""

@@ -39,7 +39,9 @@ def reader(model: nn.Module) -> Site | None:
     keys = getattr(config, "num_key_value_heads", None) or heads
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):  # Falcon 7B
         keys = 1
-    return Site(path, width, blocks, (keys, getattr(config, "head_dim", None) or width // heads), kind="model")
+    habits = frozenset() if "past_key_values" in _taken(inner) else frozenset({"no cache"})
+    return Site(path, width, blocks, (keys, getattr(config, "head_dim", None) or width // heads), kind="model",
+                habits=habits)  # fmt: skip
 
 
 def _reads(inner: Any) -> Any:
@@ -58,11 +60,7 @@ def refuse_context(model: nn.Module, placed: Iterable[tuple[Site, Method]]) -> N
     for site, method in placed:
         if isinstance(method, Context):
             reads: Any = model.get_submodule(site.path)
-            if method.where == "cache" and "past_key_values" not in _taken(reads):
-                raise AttachError(
-                    f"{method.name} acts through the cache, and {base_class(reads).__name__} takes none; use "
-                    "prompt-tuning or prefix-layer"
-                )
+            method.check(site)
             taken, room = sum(method.lengths()), room_of(reads)
             if room is not None and taken >= room:
                 raise AttachError(
