@@ -7,13 +7,12 @@ rescaled to any depth; alpha moves with the rank, so every layer keeps the metho
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorakit.core.method import LowRank, Method
 from lorakit.core.site import Site
-from lorakit.core.spec import Override
+from lorakit.core.spec import Override, fields_of
 from lorakit.errors import SpecError
 
 BANDS = (6 / 32, 18 / 32, 1.0)
@@ -34,22 +33,21 @@ class Profile:
 
     def overrides(self, method: Method, depth: int) -> list[Override]:
         """Return the overrides that give each band its rank, alpha / rank (or alpha / sqrt(rank)) unchanged."""
-        known = {field.name for field in dataclasses.fields(method)}
         if (
             not isinstance(method, LowRank)
-            or not {"rank", "alpha"} <= known
+            or not {"rank", "alpha"} <= fields_of(method).keys()
             or any(decl.shared for decl in method.tensors(_SOME).values())
         ):
             raise SpecError(
                 f"the layer-wise preset gives each layer a rank and an alpha of its own, which {method.name} cannot "
                 "have; remove `layerwise`"
             )
-        ranks, usual = self.by_layer(depth), dataclasses.asdict(method)
+        ranks, usual = self.by_layer(depth), vars(method)["alpha"]
         root = 0.5 if getattr(method, "stabilised", False) else 1.0
         found = []
         for rank in dict.fromkeys(ranks):
             first, last = ranks.index(rank), len(ranks) - 1 - ranks[::-1].index(rank)
-            alpha = usual["alpha"] * (rank / method.rank) ** root
+            alpha = usual * (rank / method.rank) ** root
             found.append(Override.of("*", layers=f"{first}-{last}", rank=rank, alpha=alpha))
         return found
 

@@ -244,7 +244,11 @@ def _left_behind(layers: Mapping[str, nn.Module], acting: Mapping[str, set[str]]
     for path, module in layers.items():
         for name, adapter in cast(Adapters, module.adapters).named():
             method = adapter.method
-            if name not in acting[path] and leans.setdefault(type(method), _leans(adapter)):
+            if name in acting[path]:
+                continue
+            if type(method) not in leans:
+                leans[type(method)] = _leans(adapter)
+            if leans[type(method)]:
                 problems.append(
                     f"{path}: {name!r} ({method.name}) would stay, and is measured from the weight that changes; merge "
                     "both, or detach it first"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -34,11 +36,10 @@ def penalty(model: nn.Module) -> Tensor | None:
 
 def _forget_when_used(adapter: Adapter) -> None:
     """Have each note forgotten once a backward has been through it: a layer that the next forward skips has none."""
-
-    def forget(name: str, note: Tensor) -> None:
-        if adapter.notes.get(name) is note:
-            del adapter.notes[name]
-
     for name, note in adapter.notes.items():
         if note.requires_grad:
-            note.register_hook(lambda _, name=name, note=note: forget(name, note))  # type: ignore[no-untyped-call]
+            note.register_hook(partial(_forget, adapter.notes, name))  # type: ignore[no-untyped-call]
+
+
+def _forget(notes: dict[str, Tensor], name: str, _: Tensor) -> None:
+    notes.pop(name, None)

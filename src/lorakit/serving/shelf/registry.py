@@ -225,17 +225,12 @@ class Registry:
 
     def lost(self) -> list[str]:
         """Return the names and aliases that lead to an adapter whose files are gone from the store."""
-        return [name for name in self.names.pointers() if any(map(self._gone, self.names.digests(name)))]
+        stored = set(self.store.digests())
+        return [name for name in self.names.pointers() if not self.names.digests(name) <= stored]
 
     def usage(self) -> Usage:
         """Return what the adapters take of the engine's memory."""
         return self._residents.usage()
-
-    def _gone(self, digest: str) -> bool:
-        try:
-            return not self.store.get(digest).is_dir()
-        except UnknownAdapterError:
-            return True
 
     def _pinned(self) -> set[str]:
         pinned = set[str]()

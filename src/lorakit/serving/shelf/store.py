@@ -101,6 +101,10 @@ class Store:
         """
         return self._adapters / self._whole(digest)
 
+    def digests(self) -> list[str]:
+        """Return the digests of all that is stored, sorted."""
+        return sorted(name for name in os.listdir(self._adapters) if re.fullmatch("[0-9a-f]{64}", name))
+
     def manifests(self) -> list[Manifest]:
         """Return the manifests of all that is stored, by digest.
 
@@ -108,7 +112,7 @@ class Store:
             AdapterFileError: manifests that cannot be read, all of them listed.
         """
         found, broken = [], []
-        for digest in self._digests():
+        for digest in self.digests():
             try:
                 found.append(read_manifest(self._adapters / digest))
             except AdapterFileError as wrong:
@@ -161,7 +165,7 @@ class Store:
     def _whole(self, digest: str) -> str:
         if re.fullmatch("[0-9a-f]{64}", digest) and (self._adapters / digest).is_dir():
             return digest
-        known = self._digests()
+        known = self.digests()
         if not re.fullmatch(f"[0-9a-f]{{{SHORTEST},64}}", digest):
             raise UnknownAdapterError(f"{digest!r} is no digest: give {SHORTEST} to 64 hexadecimal digits of one")
         found = [one for one in known if one.startswith(digest)]
@@ -171,9 +175,6 @@ class Store:
             near = did_you_mean(digest, [one[: len(digest)] for one in known])
             raise UnknownAdapterError(f"{digest} is not in the store {self.root} of {len(known)} adapters{near}")
         return found[0]
-
-    def _digests(self) -> list[str]:
-        return sorted(name for name in os.listdir(self._adapters) if re.fullmatch("[0-9a-f]{64}", name))
 
     def _sweep(self) -> None:
         """Remove what a killed writer left: whoever holds the lock is the only one alive."""
