@@ -119,9 +119,9 @@ def test_fields_that_cannot_be_are_refused(fields: dict[str, Any], told: str) ->
 )
 def test_a_layer_the_blocks_do_not_divide_is_refused_with_what_would(side: Any, told: str) -> None:
     with pytest.raises(SpecError, match=told):
-        attach(Net(nn.Linear(18, 10)), AdapterSpec(BlockDiagonal(8, 8.0, 4, side), Targets("layer")))
+        attach(Net(nn.Linear(18, 10)), AdapterSpec(BlockDiagonal(8, 8.0, blocks=4, side=side), Targets("layer")))
 
 
 def test_one_sided_blocks_ask_nothing_of_the_other_size() -> None:
-    attach(Net(nn.Linear(7, 8)), AdapterSpec(BlockDiagonal(4, 4.0, 4, "up"), Targets("layer")))
-    attach(Net(nn.Linear(8, 7)), AdapterSpec(BlockDiagonal(4, 4.0, 4, "down"), Targets("layer")))
+    attach(Net(nn.Linear(7, 8)), AdapterSpec(BlockDiagonal(4, 4.0, blocks=4, side="up"), Targets("layer")))
+    attach(Net(nn.Linear(8, 7)), AdapterSpec(BlockDiagonal(4, 4.0, blocks=4, side="down"), Targets("layer")))

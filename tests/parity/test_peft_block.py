@@ -32,7 +32,7 @@ def ours_and_peft(side: Any, layer: nn.Module, stabilised: bool = False) -> tupl
     )
     config = LoraConfig(r=4, lora_alpha=6, target_modules=["layer"], use_rslora=stabilised, use_bdlora=blocks)
     theirs: Any = get_peft_model(copy.deepcopy(ours), config)  # type: ignore[arg-type]
-    attach(ours, AdapterSpec(BlockDiagonal(4, 6.0, 2, side, stabilised), Targets("layer")))
+    attach(ours, AdapterSpec(BlockDiagonal(4, 6.0, stabilised, 2, side), Targets("layer")))
     return ours, theirs
 
 

@@ -113,10 +113,10 @@ CASES = {
         {"target_r": 4, "init_r": 5, "lora_alpha": 8, "total_step": 10},
     ),
     "block-diagonal": Case(
-        llama, BlockDiagonal(4, 8.0, 2, "up"), ("q_proj", "up_proj"), "LoraConfig", {**_LORA, "use_bdlora": _UP}
+        llama, BlockDiagonal(4, 8.0, side="up"), ("q_proj", "up_proj"), "LoraConfig", {**_LORA, "use_bdlora": _UP}
     ),
     "block-diagonal, sides": Case(
-        llama, BlockDiagonal(4, 8.0, 2, "up"), ("q_proj", "down_proj"), "LoraConfig", {**_LORA, "use_bdlora": _BOTH},
+        llama, BlockDiagonal(4, 8.0, side="up"), ("q_proj", "down_proj"), "LoraConfig", {**_LORA, "use_bdlora": _BOTH},
         (Override.of("down_proj", side="down"),),
     ),
     "dora": Case(llama, DoRA(LoRA(4, 8.0)), ("q_proj", "down_proj"), "LoraConfig", {**_LORA, "use_dora": True}),

@@ -105,14 +105,14 @@ def _named(what: str, name: str, known: Mapping[str, Any]) -> Any:
 
 
 def _found(room: str, base: Any) -> list[tuple[str, Any]]:
-    """Return the final subclasses of `base` in a room, by name."""
+    """Return the subclasses of `base` in a room that have a name; one without is what others share."""
     folder = importlib.import_module(room)
     found = []
     for info in pkgutil.iter_modules(folder.__path__):
         module = importlib.import_module(f"{room}.{info.name}")
         for cls in vars(module).values():
-            is_final = inspect.isclass(cls) and issubclass(cls, base) and not inspect.isabstract(cls)
-            if is_final and cls.__module__ == module.__name__:
+            is_named = inspect.isclass(cls) and issubclass(cls, base) and hasattr(cls, "name")
+            if is_named and cls.__module__ == module.__name__:
                 found.append((cls.name, cls))
     return sorted(found, key=lambda pair: pair[0])
 

@@ -23,24 +23,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorakit.core.checks import check_whole
-from lorakit.core.method import LowRank, Start, Tensors
+from lorakit.core.method import Start, Tensors
 from lorakit.core.peft_form import LORA_NO_BEARING, PATTERNS, PeftForm
 from lorakit.core.site import Decl, Role, Site
 from lorakit.core.state import Update
 from lorakit.core.targets import LINEAR_KINDS
 from lorakit.errors import SpecError
-from lorakit.methods.lora import LoRA
+from lorakit.methods.lora import Scaled
 
 
 @dataclass(frozen=True)
-class BlockDiagonal(LowRank):
+class BlockDiagonal(Scaled):
     """Add `s B A` with B (side up), A (side down) or both in `blocks` blocks on the diagonal."""
 
-    rank: int = 16
-    alpha: float = 32.0
     blocks: int = 2
     side: Literal["up", "down", "both"] = "both"
-    stabilised: bool = False
 
     name: ClassVar[str] = "block-diagonal"
     paper: ClassVar[str] = "openreview 1cjLvtFOmL (BD-LoRA)"
@@ -64,18 +61,13 @@ class BlockDiagonal(LowRank):
     )
 
     def __post_init__(self) -> None:
-        LoRA(self.rank, self.alpha, self.stabilised)  # refuses what LoRA refuses
+        super().__post_init__()
         check_whole("blocks", self.blocks, hint="; 1 is LoRA")
         if self.side not in ("up", "down", "both"):
             raise SpecError(f"side must be up, down or both, not {self.side!r}")
         if self.rank % self.blocks:
             above = math.ceil(self.rank / self.blocks) * self.blocks
             raise SpecError(f"rank {self.rank} does not divide into {self.blocks} blocks; use rank {above}")
-
-    @property
-    def scale(self) -> float:
-        """Return s."""
-        return self.alpha / (math.sqrt(self.rank) if self.stabilised else self.rank)
 
     def check(self, site: Site) -> None:
         """Raise `SpecError` for a layer the blocks do not divide, with the numbers of blocks that would."""

@@ -13,6 +13,7 @@ base's to the bit. None of them is a change of W, for an activation stands betwe
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -71,11 +72,21 @@ class Bottleneck(Method):
                 "out / r"
             )
 
+    def branch(self, p: Tensors, call: Call) -> Tensor:
+        """Return the bottleneck of the output."""
+        return self.through(p, output(call))
+
+    @abstractmethod
+    def through(self, p: Tensors, h: Float[Tensor, "... d"]) -> Float[Tensor, "... out"]:
+        """Return what the small network makes of h."""
+
 
 @dataclass(frozen=True)
 class TwoProjections(Bottleneck):
     """A bottleneck of two dense projections with biases."""
 
+    formula: ClassVar[str] = "h <- h + W_up f(W_down h + b1) + b2"
+    count: ClassVar[str] = "(2 * m + 1) * round(m / reduction) + m"
     normed: ClassVar[bool] = False
     """Whether a LayerNorm of its own comes first."""
 

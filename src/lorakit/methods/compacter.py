@@ -23,10 +23,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorakit.core.checks import check_whole
-from lorakit.core.method import Call, Start, Tensors
+from lorakit.core.method import Start, Tensors
 from lorakit.core.site import Decl, Role, Site
 from lorakit.errors import SpecError
-from lorakit.methods.bottleneck import ACTIVATIONS, Bottleneck, output
+from lorakit.methods.bottleneck import ACTIVATIONS, Bottleneck
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,6 @@ class Compacter(TwoKroneckerSums):
     name: ClassVar[str] = "compacter"
     targets: ClassVar[Sequence[str]] = ("attention-out", "mlp-out")
     train: ClassVar[Sequence[str]] = "norms"
-
-    def branch(self, p: Tensors, call: Call) -> Tensor:
-        """Return the bottleneck of the output."""
-        return self.through(p, output(call))
 
 
 def product(

@@ -10,10 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from lorakit.core.method import Call, Tensors
-from lorakit.methods.bottleneck import output
 from lorakit.methods.compacter import TwoKroneckerSums
 
 
@@ -24,7 +20,3 @@ class CompacterPlusPlus(TwoKroneckerSums):
     name: ClassVar[str] = "compacter++"
     targets: ClassVar[Sequence[str]] = "mlp-out"
     train: ClassVar[Sequence[str]] = "norms"
-
-    def branch(self, p: Tensors, call: Call) -> Tensor:
-        """Return the bottleneck of the output."""
-        return self.through(p, output(call))

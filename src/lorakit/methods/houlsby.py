@@ -10,10 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from lorakit.core.method import Call, Tensors
-from lorakit.methods.bottleneck import TwoProjections, output
+from lorakit.methods.bottleneck import TwoProjections
 
 
 @dataclass(frozen=True)
@@ -24,11 +21,5 @@ class Houlsby(TwoProjections):
 
     name: ClassVar[str] = "houlsby"
     paper: ClassVar[str] = "arXiv 1902.00751"
-    formula: ClassVar[str] = "h <- h + W_up f(W_down h + b1) + b2"
-    count: ClassVar[str] = "(2 * m + 1) * round(m / reduction) + m"
     targets: ClassVar[Sequence[str]] = ("attention-out", "mlp-out")
     train: ClassVar[Sequence[str]] = "norms"
-
-    def branch(self, p: Tensors, call: Call) -> Tensor:
-        """Return the bottleneck of the output."""
-        return self.through(p, output(call))

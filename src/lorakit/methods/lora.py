@@ -31,12 +31,28 @@ _STARTS = {"down_start": "down", "up_start": "up"}
 
 
 @dataclass(frozen=True)
-class LoRA(LowRank):
-    """Add `s B A`: `s = alpha / rank`, or `alpha / sqrt(rank)` when stabilised (rsLoRA)."""
+class Scaled(LowRank):
+    """What LoRA shares with its variants: a rank and `s = alpha / rank`, stabilised `s = alpha / sqrt(rank)`."""
 
     rank: int = 16
     alpha: float = 32.0
     stabilised: bool = False
+
+    def __post_init__(self) -> None:
+        check_whole("rank", self.rank, hint="; exclude a layer to skip it")
+        check_positive("alpha", self.alpha, hint="; the usual choice is 2 * rank")
+        check_flag("stabilised", self.stabilised)
+
+    @property
+    def scale(self) -> float:
+        """Return s."""
+        return self.alpha / (math.sqrt(self.rank) if self.stabilised else self.rank)
+
+
+@dataclass(frozen=True)
+class LoRA(Scaled):
+    """Add `s B A`: `s = alpha / rank`, or `alpha / sqrt(rank)` when stabilised (rsLoRA)."""
+
     init_: Init = _KAIMING
     """Where the pair starts; `init` in recipes and files, where no method of that name is in the way."""
 
@@ -61,16 +77,9 @@ class LoRA(LowRank):
     )
 
     def __post_init__(self) -> None:
-        check_whole("rank", self.rank, hint="; exclude a layer to skip it")
-        check_positive("alpha", self.alpha, hint="; the usual choice is 2 * rank")
-        check_flag("stabilised", self.stabilised)
+        super().__post_init__()
         if not isinstance(self.init_, Init):
             raise SpecError(f"init must be an initialisation such as Kaiming() or Pissa(), not {self.init_!r}")
-
-    @property
-    def scale(self) -> float:
-        """Return s."""
-        return self.alpha / (math.sqrt(self.rank) if self.stabilised else self.rank)
 
     def at_rank(self, rank: int) -> LoRA:
         """Return this method at another rank and the same scale."""

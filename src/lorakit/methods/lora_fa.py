@@ -16,22 +16,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorakit.core.method import WEIGHT_KINDS, LowRank, Start, Tensors, down_up
+from lorakit.core.method import WEIGHT_KINDS, Start, Tensors, down_up
 from lorakit.core.peft_form import PeftForm
 from lorakit.core.site import Decl, Site
-from lorakit.methods.lora import LoRA
+from lorakit.methods.lora import LoRA, Scaled
 
 RIDGE = 1e-8
 """Added to the diagonal of A A^T, as the released optimizer does; a random A never needs it."""
 
 
 @dataclass(frozen=True)
-class LoRAFA(LowRank):
+class LoRAFA(Scaled):
     """Add `s B A` with A frozen; an embedding is left out, for its input is no activation to save."""
-
-    rank: int = 16
-    alpha: float = 32.0
-    stabilised: bool = False
 
     name: ClassVar[str] = "lora-fa"
     paper: ClassVar[str] = "arXiv 2308.03303 (LoRA-FA)"
@@ -39,14 +35,6 @@ class LoRAFA(LowRank):
     count: ClassVar[str] = "rank * m"
     kinds: ClassVar[frozenset[str]] = WEIGHT_KINDS - {"embedding"}
     peft: ClassVar[PeftForm | None] = replace(LoRA.peft, plain=False) if LoRA.peft else None  # to PEFT it is a LoRA
-
-    def __post_init__(self) -> None:
-        LoRA(self.rank, self.alpha, self.stabilised)  # refuses what LoRA refuses
-
-    @property
-    def scale(self) -> float:
-        """Return s."""
-        return self.alpha / (math.sqrt(self.rank) if self.stabilised else self.rank)
 
     def tensors(self, site: Site) -> dict[str, Decl]:
         """Declare LoRA's pair, of which r out parameters are trained."""

@@ -11,10 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from lorakit.core.method import Call, Tensors
-from lorakit.methods.bottleneck import TwoProjections, output
+from lorakit.methods.bottleneck import TwoProjections
 
 
 @dataclass(frozen=True)
@@ -23,10 +20,4 @@ class Pfeiffer(TwoProjections):
 
     name: ClassVar[str] = "pfeiffer"
     paper: ClassVar[str] = "arXiv 2005.00247"
-    formula: ClassVar[str] = "h <- h + W_up f(W_down h + b1) + b2"
-    count: ClassVar[str] = "(2 * m + 1) * round(m / reduction) + m"
     targets: ClassVar[Sequence[str]] = "mlp-out"
-
-    def branch(self, p: Tensors, call: Call) -> Tensor:
-        """Return the bottleneck of the output."""
-        return self.through(p, output(call))
