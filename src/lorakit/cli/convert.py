@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lorakit.cli.screen import in_options, screen, size
+from lorakit.cli.screen import screen, size
 from lorakit.cli.sources import (
     ALPHA_HELP,
     BASE_HELP,
@@ -62,14 +62,13 @@ def convert(
         said: dict[str, Any] = {}
         method = state.spec.name
         asked = ("lorakit", "convert", source, "--as-lora"), ("--output", output)
-        with in_options({"save with format='native'": "give --to native"}):
-            if as_lora:
-                state, said = plain(state, rank, base, asked)
-            elif rank is not None or base is not None:
-                raise RecipeError("--rank and --base say how to write a plain LoRA; add --as-lora, or leave them out")
-            elif to == "peft" and (why := peft_refusal(state)) is not None:
-                raise AdapterFileError(f"{why}{_way(state, asked)}")
-            save(state, output, to)
+        if as_lora:
+            state, said = plain(state, rank, base, asked)
+        elif rank is not None or base is not None:
+            raise RecipeError("--rank and --base say how to write a plain LoRA; add --as-lora, or leave them out")
+        if to == "peft" and (why := peft_refusal(state)) is not None:
+            raise AdapterFileError(f"{why}\nlorakit's own format holds it: --to native{_way(state, asked)}")
+        save(state, output, to)
         written = adapter_bytes(output)
         out.say(
             f"{place}: {method}, {len(state.updates)} layers, {state.parameters:,} parameters",

@@ -52,7 +52,10 @@ def save_peft(state: AdapterState, path: str | Path, dtype: torch.dtype | None =
             old one is intact).
     """
     state = _without_starts(state)
-    config, tensors = to_peft(state)
+    try:
+        config, tensors = to_peft(state)
+    except AdapterFileError as why:
+        raise AdapterFileError(f"{why}\nlorakit's own format holds it: save(..., format='native')") from why
     old = frozenset({CONFIG, WEIGHTS, PICKLE, NOTE, "adapter.lorakit.safetensors"})
     with files.atomic_directory(path, drop=old) as draft:
         files.write_file(draft / CONFIG, files.to_json(config))
@@ -94,10 +97,10 @@ def to_peft(state: AdapterState) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     state = _without_starts(state)
     if not state.updates:
-        raise AdapterFileError("the adapter has no updates, and PEFT's format needs one; save with format='native'")
+        raise AdapterFileError("the adapter has no updates, and PEFT's format needs one")
     _refuse(state.updates)
     if state.purpose is not None and state.purpose.labels and state.updates[0].site.kind == "model":
-        raise AdapterFileError("PEFT's virtual positions of a classifier are its own; save with format='native'")
+        raise AdapterFileError("PEFT's virtual positions of a classifier are its own")
     by_path: dict[str, list[Update]] = {}
     for update in state.updates:
         by_path.setdefault(update.site.path, []).append(update)
@@ -137,9 +140,9 @@ def _refuse(updates: Sequence[Update]) -> None:
     """Raise `AdapterFileError` listing the updates PEFT has no form for, with the reason."""
     bare = sorted({f"{u.site.key}: {u.method.name}" for u in updates if u.method.peft is None})
     if bare:
-        raise AdapterFileError(f"these updates have no PEFT form; save with format='native':\n{listing(bare)}")
+        raise AdapterFileError(f"these updates have no PEFT form:\n{listing(bare)}")
     if len(kinds := sorted({u.method.name for u in updates})) > 1:
-        raise AdapterFileError(f"PEFT has one method for all layers, not {', '.join(kinds)}; save with format='native'")
+        raise AdapterFileError(f"PEFT has one method for all layers, not {', '.join(kinds)}")
     unlike = [f"{u.site.key}: {why}" for u in updates if u.method.peft and (why := u.method.peft.why_not(u))]
     unlike += [
         f"{u.site.key}: PEFT has no {u.method.name} for rows of a layer"
@@ -147,7 +150,7 @@ def _refuse(updates: Sequence[Update]) -> None:
         if u.site.rows is not None and u.method.peft and not gathers(u.method)
     ]
     if unlike:
-        raise AdapterFileError(f"these updates have no PEFT form; save with format='native':\n{listing(unlike)}")
+        raise AdapterFileError(f"these updates have no PEFT form:\n{listing(unlike)}")
 
 
 def _refuse_non_finite(updates: Sequence[Update]) -> None:

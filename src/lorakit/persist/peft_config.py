@@ -166,9 +166,7 @@ def config_of(spec: AdapterSpec, name: str | None, updates: Sequence[Update], wh
     usual = dict(zip(varying, Counter(tuple(v[k] for k in varying) for v in setting.values()).most_common(1)[0][0]))  # noqa: B905
     for key in form.fields:
         if key not in varying and len({setting[path][key] for path in paths}) > 1:
-            raise AdapterFileError(
-                f"PEFT's {form.type} has one {key} for all layers, and this adapter has several; use format='native'"
-            )
+            raise AdapterFileError(f"PEFT's {form.type} has one {key} for all layers, and this adapter has several")
     return {
         "peft_type": form.type,
         "task_type": None,
@@ -194,7 +192,7 @@ def _more(form: PeftForm, updates: Sequence[Update]) -> Mapping[str, Any]:
     try:
         return form.config(updates)
     except SpecError as bad:
-        raise AdapterFileError(f"{bad}; use format='native'") from bad
+        raise AdapterFileError(str(bad)) from bad
 
 
 def _values(method: Method, form: PeftForm, spec: AdapterSpec) -> dict[str, Any]:

@@ -46,9 +46,7 @@ def updates_to_peft(updates: Sequence[Update]) -> dict[str, Tensor]:
         for name, key in (update.method.peft.banks if update.method.peft else {}).items():
             part = update.tensors[name]
             if not torch.equal(part, found[key][tuple(slice(n) for n in part.shape)]):
-                raise AdapterFileError(
-                    f"{update.site.key}.{name} is no part of the one {key} PEFT has for all layers; use format='native'"
-                )
+                raise AdapterFileError(f"{update.site.key}.{name} is no part of the one {key} PEFT has for all layers")
     return {f"{BANKS}{key}" if not key.startswith(BANKS) else key: t for key, t in found.items()}
 
 

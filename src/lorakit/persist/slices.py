@@ -47,7 +47,7 @@ def gather(updates: Sequence[Update]) -> Update:
             f"{path}: the sites of its rows do not tell the height of the layer; make them with slice()"
         )
     if first.site.groups != 1:
-        raise AdapterFileError(f"{path}: PEFT has no form for rows of a grouped convolution; use format='native'")
+        raise AdapterFileError(f"{path}: PEFT has no form for rows of a grouped convolution")
     scale = _scale(first.method)
     rank = sum(_rank(u.method) for u in updates)
     up = first.tensors["up"].new_zeros(height, rank)

@@ -327,8 +327,7 @@ def _finish(recipe: Recipe, stage: Stage, trainer: AdapterTrainer, output: Path,
     adapter = trim(replace(state(stage.model, live=True), purpose=_purpose(recipe, stage)))
     in_peft = bool(adapter.updates) and all(update.method.peft for update in adapter.updates)
     if in_peft and (why := peft_refusal(adapter)):
-        log.append("format", trainer.state.global_step, format="native",
-                   why=why.replace("; save with format='native'", ""))  # fmt: skip
+        log.append("format", trainer.state.global_step, format="native", why=why)
         in_peft = False
     if processes.first():
         save(adapter, output / "adapter", "peft" if in_peft else "native")
