@@ -19,6 +19,7 @@ from lorakit.core.reading import Reading, blocks_of, counts_columns, room_of
 from lorakit.core.site import Site
 from lorakit.errors import AttachError
 from lorakit.inject.ledger import ledger_of
+from lorakit.inject.skeleton import head_width
 
 
 def reader(model: nn.Module) -> Site | None:
@@ -40,8 +41,7 @@ def reader(model: nn.Module) -> Site | None:
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):  # Falcon 7B
         keys = 1
     habits = frozenset() if "past_key_values" in _taken(inner) else frozenset({"no cache"})
-    return Site(path, width, blocks, (keys, getattr(config, "head_dim", None) or width // heads), kind="model",
-                habits=habits)  # fmt: skip
+    return Site(path, width, blocks, (keys, head_width(config) or width // heads), kind="model", habits=habits)
 
 
 def _reads(inner: Any) -> Any:

@@ -15,7 +15,7 @@ from lorakit.core.adapters import Adapters
 from lorakit.core.registry import host_of
 from lorakit.core.site import Site, Skeleton
 from lorakit.inject.context import reader
-from lorakit.inject.skeleton import on_meta
+from lorakit.inject.skeleton import head_width, on_meta
 
 READ_BY_PARENT: dict[str, frozenset[str]] = {
     "MultiheadAttention": frozenset({"out_proj"}),
@@ -125,8 +125,7 @@ def _parts(site: Site, model: nn.Module) -> dict[str, tuple[int, int]]:
     if name in ("qkv_proj", "Wqkv", "in_proj"):
         config = getattr(model, "config", None)
         heads = getattr(config, "num_attention_heads", None)
-        if heads and config is not None:
-            width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        if heads and (width := head_width(config)):
             groups = getattr(config, "num_key_value_heads", None) or heads
             if (heads + 2 * groups) * width == site.out:
                 return _spans(q=heads * width, k=groups * width, v=groups * width)

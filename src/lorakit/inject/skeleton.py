@@ -118,13 +118,19 @@ def size_of(config: Any, name: str) -> int | None:
     """Return a size by transformers' name for it, of the part that reads text where there are several; None without."""
     try:
         text = config.get_text_config()
-    except ValueError:  # it has several that read text
+    except (AttributeError, ValueError):  # no configuration of transformers, or one with several parts that read text
         text = config
     for one in (text, config):
         value: Any = getattr(one, name, None)
         if _is_number(value):
             return int(value)
     return None
+
+
+def head_width(config: Any) -> int | None:
+    """Return the values of one attention head, or None where a configuration does not tell."""
+    hidden, heads = size_of(config, "hidden_size"), size_of(config, "num_attention_heads")
+    return size_of(config, "head_dim") or (hidden // heads if hidden and heads else None)
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -22,7 +22,7 @@ from lorakit.data.packing import example_lengths, row_lengths
 from lorakit.data.preview import example
 from lorakit.errors import SpecError
 from lorakit.inject.sites import sites
-from lorakit.inject.skeleton import shapes_of, size_of, ties_of
+from lorakit.inject.skeleton import head_width, shapes_of, size_of, ties_of
 from lorakit.planning.advice import Advice, Choice, Facts, advise
 from lorakit.planning.counting import Counts, count, roles
 from lorakit.planning.devices import OVERHEAD, Device
@@ -148,7 +148,7 @@ def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> Plan
                       depths=skeleton.depths),
         warnings=(*map(str, roles(counts, skeleton)), *_unread(recipe, stage), *_guessed(found),
                   *_fused(shapes, counts), *_narrow(recipe, stage, load.dtype),
-                  *surprises(matches, load.dtype, _head_width(model.config))),
+                  *surprises(matches, load.dtype, head_width(model.config))),
     )  # fmt: skip
 
 
@@ -158,12 +158,6 @@ def _refuse_correction(spec: AdapterSpec, quant: QuantSection | None) -> None:
     if quant is None and init is not None and init.needs == "weight":
         raise SpecError(f"init {init.name} corrects a quantised base, and this one is dense; add quant: nf4, or use "
                         "init: pissa")  # fmt: skip
-
-
-def _head_width(config: Any) -> int | None:
-    """Return the values of one attention head, or None where a configuration does not tell."""
-    hidden, heads = size_of(config, "hidden_size"), size_of(config, "num_attention_heads")
-    return size_of(config, "head_dim") or (hidden // heads if hidden and heads else None)
 
 
 def _unread(recipe: Recipe, stage: Stage | None) -> list[str]:
