@@ -76,8 +76,11 @@ def test_a_key_in_the_wrong_section_is_sent_to_the_right_one() -> None:
 
 
 def test_a_field_the_method_has_not_is_refused() -> None:
-    with pytest.raises(RecipeError, match="'rnak'; did you mean 'rank'"):
+    with pytest.raises(RecipeError, match="'rnak'; did you mean 'rank'") as one:
         make_recipe({"adapter": {"rnak": 4}})
+    assert str(one.value).count("did you mean") == 1  # the section's own `train` is near as well, and not meant
+    with pytest.raises(RecipeError, match="no field 'exclud'; .*; did you mean 'exclude'"):
+        make_recipe({"adapter": {"exclud": "q_proj"}})
     with pytest.raises(RecipeError, match=r"adapter\.rank: must be a whole number of at least 1, not 0"):
         make_recipe({"adapter": {"rank": 0}})
     with pytest.raises(RecipeError, match="has 3 problems") as several:
@@ -98,6 +101,8 @@ def test_files_that_are_no_recipe_are_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"bad\.yaml is not YAML"):
         load_recipe(tmp_path / "bad.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(RecipeError, match="No such file or directory; did you mean 'list.yaml'"):
+        load_recipe(tmp_path / "list.yml")
     with pytest.raises(RecipeError, match="must hold keys"):
         load_recipe(tmp_path / "list.yaml")
 

@@ -173,7 +173,8 @@ class AdapterSection(BaseModel):
             return method_from_json({"name": self.method, **extra})
         except SpecError as error:
             own = [name for name in type(self).model_fields if name != "method"]
-            hints = [did_you_mean(key, own) for key in extra if "has no field" in str(error)]
+            unhinted = "has no field" in str(error) and "did you mean" not in str(error)
+            hints = [did_you_mean(key, own) for key in extra if unhinted]
             raise SpecError(f"{error}{next((h for h in hints if h), '')}") from None
 
     def spec(self, *, seed: int, heads: tuple[str, ...] = (), depth: int | None = None) -> AdapterSpec:
@@ -332,7 +333,9 @@ def _read(file: Path) -> Any:
     except RecipeError as error:
         raise RecipeError(f"{file} {error}") from None
     except OSError as error:
-        raise RecipeError(f"cannot read the recipe {file}: {error.strerror}{looked_in(file)}") from None
+        beside = [p.name for p in file.parent.glob("*.y*ml")] if isinstance(error, FileNotFoundError) else []
+        near = did_you_mean(file.name, beside)
+        raise RecipeError(f"cannot read the recipe {file}: {error.strerror}{near}{looked_in(file)}") from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise RecipeError(f"{file} line {line}: not UTF-8 text; convert the file to UTF-8") from None
