@@ -82,7 +82,11 @@ class ServingError(LorakitError):
 
 
 class RequestError(ServingError, ValueError):
-    """A request that cannot be answered as it is."""
+    """A request that cannot be answered as it is; `param` is the parameter at fault, `code` the fault in a word."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_value") -> None:
+        super().__init__(message)
+        self.param, self.code = param, code
 
 
 class UnknownAdapterError(ServingError, LookupError):

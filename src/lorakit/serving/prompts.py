@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import DataError, RequestError
+from lorakit.serving.requests import TOO_LONG
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +51,9 @@ class Prompts:
             RequestError: no prompt at all.
         """
         if not isinstance(prompt, str) and not prompt:
-            raise RequestError("prompt is an empty list; give at least one text, or at least one token id")
+            raise RequestError(
+                "prompt is an empty list; give at least one text, or at least one token id", param="prompt"
+            )
         if not isinstance(prompt, str) and isinstance(prompt[0], int):
             return [tuple(prompt)]
         several = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -66,14 +69,18 @@ class Prompts:
                 take, or no template.
         """
         if turns[-1]["role"] == "assistant":
-            raise RequestError("the last message is the assistant's, so nothing asks for an answer; end with a user's")
+            raise RequestError(
+                "the last message is the assistant's, so nothing asks for an answer; end with a user's",
+                param="messages",
+            )
         self._refuse_long(sum(len(turn["content"]) for turn in turns), "the messages have")
         purpose = reading.purpose
         if purpose is not None and purpose.format in _ASKS:
             if [turn["role"] for turn in turns] != ["user"]:
                 raise RequestError(
                     f"{model} was trained on single prompts ({purpose.format}), so it reads one message of the user "
-                    "and no other; send that one, or use /v1/completions"
+                    "and no other; send that one, or use /v1/completions",
+                    param="messages",
                 )
             return self._rendered(turns[0]["content"], self.tokenizer, purpose.format, purpose.separator or "")
         tokenizer = self.tokenizer
@@ -99,7 +106,9 @@ class Prompts:
     def _refuse_long(self, characters: int, what: str) -> None:
         if characters > self._most:
             raise RequestError(
-                f"{what} {characters:,} characters, more than the context of {self._context} tokens can hold; send less"
+                f"{what} {characters:,} characters, more than a context of {self._context} tokens can hold; send less",
+                param="prompt",
+                code=TOO_LONG,
             )
 
     def _encoded(self, text: str) -> Ids:
@@ -114,6 +123,8 @@ class Prompts:
             try:
                 return tuple(render_prompt(row, tokenizer, format, separator))
             except DataError as refused:
-                raise RequestError(f"messages: {refused}") from refused
+                raise RequestError(f"messages: {refused}", param="messages") from refused
             except Exception as failed:  # a template is a program, and may do anything to a conversation
-                raise RequestError(f"messages: the chat template fails on this conversation: {failed}") from failed
+                raise RequestError(
+                    f"messages: the chat template fails on this conversation: {failed}", param="messages"
+                ) from failed

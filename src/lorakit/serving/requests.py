@@ -16,6 +16,7 @@ from lorakit.errors import RequestError
 
 Reason = Literal["stop", "length", "cancelled", "deadline", "error"]
 MOST_LOGPROBS = 20
+TOO_LONG = "context_length_exceeded"  # as OpenAI says it, and as its clients look for it
 """Of how many candidates a request may ask the log-probability, as at OpenAI."""
 _numbers = itertools.count(1)
 
@@ -50,16 +51,20 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
-            raise RequestError(f"max_tokens is {self.max_tokens}; give a whole number of at least 1")
+            raise RequestError(
+                f"max_tokens is {self.max_tokens}; give a whole number of at least 1", param="max_tokens"
+            )
         _between("temperature", self.temperature, 0.0, 2.0)
         _between("top_p", self.top_p, 0.0, 1.0)
         _between("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _between("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _between("logprobs", self.logprobs or 0, 0, MOST_LOGPROBS)
         if self.top_p == 0.0:
-            raise RequestError("top_p is 0, which leaves no token to draw; give a value above 0, at most 1")
+            raise RequestError(
+                "top_p is 0, which leaves no token to draw; give a value above 0, at most 1", param="top_p"
+            )
         if self.top_k < 0:
-            raise RequestError(f"top_k is {self.top_k}; give a whole number, 0 for all tokens")
+            raise RequestError(f"top_k is {self.top_k}; give a whole number, 0 for all tokens", param="top_k")
 
 
 @dataclass(frozen=True)
@@ -200,18 +205,24 @@ def nobody(event: Event) -> None:
 def check_request(request: Request, limits: Limits) -> None:
     """Raise `RequestError` where `request` could not be answered by an engine of these limits."""
     if not request.prompt:
-        raise RequestError("the prompt is empty, and a model needs something to go on from; write at least one word")
+        raise RequestError(
+            "the prompt is empty, and a model needs something to go on from; write at least one word", param="prompt"
+        )
     if len(request.prompt) >= limits.context:
         raise RequestError(
             f"the prompt has {len(request.prompt)} tokens and the context {limits.context} positions, which leaves "
-            "none for an answer; shorten the prompt"
+            "none for an answer; shorten the prompt",
+            param="prompt",
+            code=TOO_LONG,
         )
     if outside := [t for t in request.prompt if not 0 <= t < limits.vocabulary]:
-        raise RequestError(f"token {outside[0]} is not one of the model's {limits.vocabulary}")
+        raise RequestError(f"token {outside[0]} is not one of the model's {limits.vocabulary}", param="prompt")
     if outside := [t for t in request.sampling.logit_bias if not 0 <= t < limits.vocabulary]:
-        raise RequestError(f"logit_bias: token {outside[0]} is not one of the model's {limits.vocabulary}")
+        raise RequestError(
+            f"logit_bias: token {outside[0]} is not one of the model's {limits.vocabulary}", param="logit_bias"
+        )
 
 
 def _between(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
-        raise RequestError(f"{name} is {value}; give a number from {low:g} to {high:g}")
+        raise RequestError(f"{name} is {value}; give a number from {low:g} to {high:g}", param=name)

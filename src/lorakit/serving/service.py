@@ -215,7 +215,10 @@ class Service:
 
     def _encoded(self, question: Question, resolved: Resolved) -> list[Ids]:
         if resolved.digest is None and question.scale != 1.0:
-            raise RequestError(f"lora_scale is {question.scale:g}, but {question.model} is the base without an adapter")
+            raise RequestError(
+                f"lora_scale is {question.scale:g}, but {question.model} is the base without an adapter",
+                param="lora_scale",
+            )
         if question.prompt is not None:
             return self.prompts.completion(question.prompt)
         return [self.prompts.chat(question.turns, self._reading(resolved.digest), question.model)]
@@ -240,7 +243,9 @@ class Service:
     ) -> Answer:
         limits, count = self.engine.limits, len(prompts) * question.n
         if count > (most := limits.slots + limits.queue):
-            raise RequestError(f"{count} answers were asked for, and this server takes {most} at once; ask for fewer")
+            raise RequestError(
+                f"{count} answers were asked for, and this server takes {most} at once; ask for fewer", param="n"
+            )
         requests = [
             Request(
                 prompt=prompt,

@@ -69,7 +69,7 @@ def test_a_prompt_no_context_holds_is_refused_before_it_is_encoded(web: Any, mon
     for path, body in (("completions", {"prompt": long}), ("chat/completions", {"messages": [said("user", long)]})):
         answer = web.post(f"/v1/{path}", json={"model": "first", **body})
         assert answer.status_code == 400
-        assert "400,000 characters, more than the context of" in answer.json()["error"]["message"]
+        assert "400,000 characters, more than a context of" in answer.json()["error"]["message"]
 
 
 def test_a_body_of_another_kind_says_how_to_send_one(web: Any) -> None:
@@ -267,14 +267,15 @@ def test_models_are_listed_with_their_base_and_digest(made: Server, web: Any) ->
         ({"stop": [""]}, "stop", "1 to 256 characters"),
         ({"prompt": []}, "prompt", "expected a text"),
         ({"prompt": ["a", 1]}, "prompt", "expected a text"),
-        ({"prompt": ""}, None, "the prompt is empty"),
-        ({"prompt": [5, 99999]}, None, "token 99999 is not one of"),
+        ({"prompt": ""}, "prompt", "the prompt is empty"),
+        ({"prompt": [5, 99999]}, "prompt", "token 99999 is not one of"),
         ({"logit_bias": {"five": 1}}, "logit_bias", "expected the id of a token"),
-        ({"logit_bias": {"99999": 1}}, None, "token 99999 is not one of"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias", "token 99999 is not one of"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "for streams alone"),
         ({"echo": True, "logprobs": 1}, "echo", "no logprobs of the prompt"),
-        ({"lora_scale": 0.5, "model": "tales"}, None, "the base without an adapter"),
+        ({"lora_scale": 0.5, "model": "tales"}, "lora_scale", "the base without an adapter"),
         ({"n": 99}, "n", "less than or equal to 16"),
+        ({"adapter_id": "second"}, "adapter_id", "name one adapter"),
     ],
 )
 def test_what_is_not_understood_is_refused_by_its_name(web: Any, asked: Any, param: str | None, said: str) -> None:
@@ -294,7 +295,11 @@ def test_what_is_not_understood_is_refused_by_its_name(web: Any, asked: Any, par
         ([{"role": "user"}], "messages[0].content", "is missing"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content", "read and write text alone"),
         ([{"role": "assistant", "content": "x", "tool_calls": [1]}], "messages[0].tool_calls", "no tools"),
-        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], None, "nothing asks for an answer"),
+        (
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            "messages",
+            "nothing asks for an answer",
+        ),
         ([{"role": "user", "content": "a", "nam": "b"}], "messages[0].nam", "did you mean 'name'?"),
     ],
 )
@@ -302,6 +307,19 @@ def test_a_faulty_message_is_named_by_its_place(web: Any, messages: Any, param: 
     answer = web.post("/v1/chat/completions", json={"model": "first", "messages": messages})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
     assert said in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("words", [3_000, 60_000])  # tokens beyond the context, characters beyond any tokens of it
+def test_a_prompt_beyond_the_context_is_said_in_the_words_clients_look_for(web: Any, words: int) -> None:
+    text = "a fox " * words
+    for route, asked, param in (
+        ("/v1/completions", {"model": "first", "prompt": text}, "prompt"),
+        ("/v1/chat/completions", {"model": "first", "messages": [{"role": "user", "content": text}]}, "messages"),
+        ("/generate", {"inputs": text}, "inputs"),
+    ):
+        answer = web.post(route, json=asked)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"], error["code"]) == (400, param, "context_length_exceeded"), error
 
 
 def test_parameters_that_ask_for_nothing_are_no_fault(web: Any) -> None:

@@ -152,7 +152,7 @@ def _add_errors(made: FastAPI) -> None:
 
     async def ours(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, LorakitError)
-        code, told, headers = refusal(error)
+        code, told, headers = refusal(error, request.url.path)
         if code >= 500:
             _log.error("%s: %s", request.state.visit.id, error)
         return JSONResponse(told, code, headers)

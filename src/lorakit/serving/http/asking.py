@@ -89,7 +89,7 @@ def model_named(model: str | None, adapter_id: str | None, service: Service) -> 
         return service.base if model is None else model
     if model in (None, adapter_id) or model in service.bases:
         return adapter_id
-    raise RequestError(f"model is {model!r} and adapter_id {adapter_id!r}; name one adapter")
+    raise RequestError(f"model is {model!r} and adapter_id {adapter_id!r}; name one adapter", param="adapter_id")
 
 
 async def _gone(request: "Request") -> Any:

@@ -21,7 +21,6 @@ from lorakit.serving.service import Draining
 
 _CODES: tuple[tuple[type[LorakitError], int, str], ...] = (
     (UnknownAdapterError, 404, "model_not_found"),
-    (RequestError, 400, "invalid_value"),
     (AdapterFileError, 422, "adapter_refused"),
     (SpecError, 422, "adapter_refused"),
     (AttachError, 422, "adapter_refused"),
@@ -31,17 +30,23 @@ _CODES: tuple[tuple[type[LorakitError], int, str], ...] = (
 )
 _LOST = {"error": (500, "engine_error"), "deadline": (504, "timeout"), "cancelled": (503, "stopped"),
          "slow": (503, "slow_client")}  # fmt: skip
+_PROMPTS = {"/v1/chat/completions": "messages", "/generate": "inputs", "/generate_stream": "inputs"}
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
-def refusal(error: LorakitError) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """Return the code, the body and the headers of an error."""
+def refusal(error: LorakitError, path: str = "") -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Return the code, the body and the headers of an error; `path` is the route's, whose words it speaks."""
     headers = {"retry-after": str(max(1, math.ceil(error.retry_after)))} if isinstance(error, BusyError) else {}
     if isinstance(error, Interrupted):
         code, kind = _LOST[error.why]
+    elif isinstance(error, RequestError):
+        code, kind = 400, error.code
     else:
         code, kind = next(((code, kind) for of, code, kind in _CODES if isinstance(error, of)), (500, "server_error"))
-    return code, body(code, str(error), kind), headers
+    param = error.param if isinstance(error, RequestError) else None
+    if param == "prompt":
+        param = _PROMPTS.get(path, param)
+    return code, body(code, str(error), kind, param), headers
 
 
 def body(code: int, message: str, kind: str | int | None, param: str | None = None) -> dict[str, Any]:
