@@ -6,8 +6,10 @@ folder.
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -109,6 +111,29 @@ def test_the_drawn_tree_is_the_tree(name: str) -> None:
     files = [file for file in package.glob("*/**/*") if file.is_file() and "__pycache__" not in file.parts]
     rooms = {f"{file.relative_to(package).parts[0]}/" for file in files}
     assert drawn == rooms, f"{name} lacks {sorted(rooms - drawn)} and invents {sorted(drawn - rooms)}"
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_readme_s_figures_are_those_on_record(name: str) -> None:
+    kept = {file.stem: json.loads(file.read_text()) for file in (ROOT / "docs" / "results").glob("*.json")}
+    jobs, batch = kept["train-vs-peers"], kept["serving"]["results"]["m768"]
+    runs = [run for run in kept["glue"]["runs"] if run["task"] in ("trec", "sst2")]
+    seeds: dict[tuple[str, str, float], list[float]] = {}
+    for run in runs:
+        seeds.setdefault((run["task"], run["method"], run["lr"]), []).append(run["test"])
+    chosen = {key[:2]: statistics.median(scores) for key, scores in seeds.items() if len(scores) == 3}
+    figures = [
+        *(f"{jobs[job]['ratios'][what]:.2f}" for job in ("e2e", "sst2") for what in ("seconds", "peak_mb")),
+        f"{len(kept['plan']['memory'])}",
+        f"{100 * max(abs(case['error']) for case in kept['plan']['memory']):.2f} %",
+        *(f"{chosen[task, method]:.1f}" for task in ("trec", "sst2") for method in ("lora-all", "full")),
+        f"{batch['peft']['peft']['ratio']:.1f}",
+        f"{batch['vllm']['vllm, 16 adapters']['ratio']:.1f}",
+        f"{kept['spectra']['spectrum']['ratio']:,}",
+    ]
+    table = [line for line in (ROOT / name).read_text().splitlines() if line.startswith("|") and "](docs/" in line]
+    in_order = ".*?".join(rf"(?<![\d.,]){re.escape(figure)}(?!\d)" for figure in figures)
+    assert re.search(in_order, " ".join(table)), f"{name} does not tell {figures}, in this order"
 
 
 def test_every_relative_link_leads_somewhere() -> None:
