@@ -41,10 +41,17 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+HEEDING = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a parent in the background leaves ignored
+runpy.run_module("lorakit", run_name="__main__", alter_sys=True)
+"""
+
+
 def start(*words: str) -> subprocess.Popen[str]:
     """Start a server that says in JSON when it listens."""
     return subprocess.Popen(
-        [sys.executable, "-m", "lorakit", "serve", "lorakit/tales", "--port", "0", "--json", *words],
+        [sys.executable, "-c", HEEDING, "serve", "lorakit/tales", "--port", "0", "--json", *words],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 

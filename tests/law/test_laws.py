@@ -25,6 +25,7 @@ from lorakit.inject.merge import merge
 from lorakit.methods.lora import LoRA
 from tests.law.cases import (
     CONTEXTS,
+    FIRST,
     HELD,
     KINDS,
     METHODS,
@@ -202,7 +203,9 @@ def test_copies_and_pickles_stay_adapted(kind: str, method: str) -> None:
     assert torch.equal(model(x), y), "a copy shares nothing with its original"
 
 
-@pairs
+@pytest.mark.parametrize(
+    ("kind", "method"), [pair if pair in FIRST else pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS]
+)
 def test_compiled_whole_equals_eager(kind: str, method: str) -> None:
     model, x = net(kind, method), inputs(kind)
     y = model(x)
