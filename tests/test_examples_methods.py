@@ -35,7 +35,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in NEED_BIASES])
 def test_a_method_s_recipe_trains_and_its_adapter_loads(name: str, rows: dict[str, str], tmp_path: Path) -> None:
-    small = {"train.steps": 3, "train.batch_size": 4, "train.dtype": "fp32", "output": str(tmp_path / "run")}
+    small = {"train.steps": 3, "train.evaluate_every": 3, "train.save_every": 3, "train.batch_size": 4,
+             "train.dtype": "fp32", "output": str(tmp_path / "run")}  # fmt: skip
     run = train(load_recipe(RECIPES[name], {**rows, **small, **SHORTER.get(name, {})}))
     assert run.steps == 3
     assert run.trainable_parameters > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,19 @@ def test_what_the_system_forbids_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
     message = "/tmp/somewhere: No space left on device"
     assert (result.exit_code, result.stderr) == (2, f"error: {message}\n")
     assert json.loads(result.stdout) == {"error": {"kind": "OSError", "message": message}}
+
+
+@pytest.mark.parametrize(
+    "arguments", [("methods",), ("methods", "--json"), ("train", "none", "--json")], ids=["table", "json", "error"]
+)
+def test_a_pipe_that_closes_early_ends_it_quietly(arguments: tuple[str, ...]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as closed:
+        command = [sys.executable, "-m", "lorakit", *arguments]
+        ended = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 141
+    assert not re.search("Traceback|Exception", ended.stderr)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

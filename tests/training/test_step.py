@@ -101,7 +101,11 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(
     ("family", "packed"),
-    [("llama", True), ("gpt2", True), ("llama", False), pytest.param("gpt2", False, marks=pytest.mark.slow)],
+    [
+        ("llama", True),
+        ("gpt2", True),
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("llama", "gpt2")),
+    ],
 )
 def test_a_compiled_step_is_the_step_and_compiles_no_more_after_the_second(family: str, packed: bool) -> None:
     model, parameters = made(family)
