@@ -12,32 +12,23 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from lorakit.context.start import FILLS, check_choice, check_some
-from lorakit.core.method import Call, Context, Start, Tensors
+from lorakit.context.start import FILLS, Around
+from lorakit.core.method import Call, Start, Tensors
 from lorakit.core.site import Decl, Role, Site
 
 
 @dataclass(frozen=True)
-class PrefixEmbedding(Context):
+class PrefixEmbedding(Around):
     """Put `before` trained embeddings in front of the prompt, and `after` behind it."""
 
     before: int = 32
     after: int = 8
-    start: Literal["vocabulary", "normal"] = "vocabulary"
 
     name: ClassVar[str] = "prefix-embedding"
     paper: ClassVar[str] = "arXiv 2106.09685, section 5.1 (PreEmbed)"
     formula: ClassVar[str] = "read [P; E(prompt); I; E(answer)], P (before, d), I (after, d)"
     count: ClassVar[str] = "m * (before + after)"
     where: ClassVar[Literal["input", "blocks", "cache"]] = "input"
-
-    def __post_init__(self) -> None:
-        check_some(self.before, self.after)
-        check_choice("start", self.start, FILLS)
-
-    def lengths(self) -> tuple[int, int]:
-        """Return `(before, after)`."""
-        return self.before, self.after
 
     def tensors(self, site: Site) -> dict[str, Decl]:
         """Declare d (l_p + l_i) parameters, those before the prompt first."""

@@ -15,32 +15,20 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from lorakit.context.start import FILLS, check_choice, check_some
-from lorakit.core.method import Call, Context, Start, Tensors
+from lorakit.context.start import FILLS, Around
+from lorakit.core.method import Call, Start, Tensors
 from lorakit.core.site import Decl, Role, Site
 
 
 @dataclass(frozen=True)
-class PrefixLayer(Context):
+class PrefixLayer(Around):
     """Let every block read `before` trained vectors in front of the prompt, and `after` behind it."""
-
-    before: int = 8
-    after: int = 8
-    start: Literal["vocabulary", "normal"] = "vocabulary"
 
     name: ClassVar[str] = "prefix-layer"
     paper: ClassVar[str] = "arXiv 2106.09685, section 5.1 (PreLayer)"
     formula: ClassVar[str] = "block i reads [P_i; h_i(prompt); I_i; h_i(answer)], P_i (before, d), I_i (after, d)"
     count: ClassVar[str] = "n * m * (before + after)"
     where: ClassVar[Literal["input", "blocks", "cache"]] = "blocks"
-
-    def __post_init__(self) -> None:
-        check_some(self.before, self.after)
-        check_choice("start", self.start, FILLS)
-
-    def lengths(self) -> tuple[int, int]:
-        """Return `(before, after)`."""
-        return self.before, self.after
 
     def tensors(self, site: Site) -> dict[str, Decl]:
         """Declare L d (l_p + l_i) parameters, those before the prompt first."""

@@ -1,24 +1,17 @@
-"""Where vectors that a model reads start, and what their numbers may be: shared by the methods of this room."""
+"""Where vectors that a model reads stand and start, and what their numbers may be: what methods of this room share."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lorakit.core.checks import check_whole
-from lorakit.core.method import Start
+from lorakit.core.method import Context, Start
 from lorakit.errors import SpecError
-
-
-def check_some(before: Any, after: Any) -> None:
-    """Raise `SpecError` unless there is a position before the row or after its prompt."""
-    check_whole("before", before, 0)
-    check_whole("after", after, 0)
-    if before + after < 1:
-        raise SpecError("before and after are both 0, so nothing would be read; give at least one a position")
 
 
 def check_choice(name: str, value: Any, known: Mapping[str, Any] | Sequence[str]) -> None:
@@ -49,3 +42,23 @@ def fill_from_ids(vectors: Tensor, ids: Sequence[int], start: Start) -> None:
 
 
 FILLS = {"vocabulary": fill_from_vocabulary, "normal": fill_normal}
+
+
+@dataclass(frozen=True)
+class Around(Context):
+    """What the LoRA paper's two baselines share: l_p vectors in front of the prompt, and l_i behind it."""
+
+    before: int = 8
+    after: int = 8
+    start: Literal["vocabulary", "normal"] = "vocabulary"
+
+    def __post_init__(self) -> None:
+        check_whole("before", self.before, 0)
+        check_whole("after", self.after, 0)
+        if self.before + self.after < 1:
+            raise SpecError("before and after are both 0, so nothing would be read; give at least one a position")
+        check_choice("start", self.start, FILLS)
+
+    def lengths(self) -> tuple[int, int]:
+        """Return `(before, after)`."""
+        return self.before, self.after
