@@ -89,6 +89,20 @@ def test_a_field_the_method_has_not_is_refused() -> None:
         assert f"adapter.{field}: method lora has no field '{field}'" in str(several.value)
 
 
+@pytest.mark.parametrize(
+    ("init", "said"),
+    [
+        ({"name": "pissa", "iteration": 16}, "pissa has no field 'iteration'; did you mean 'iterations'"),
+        ({"name": "eva", "rho": 0}, "eva: rho must be a number from 1, not 0"),
+        ({"name": "pisa"}, "unknown initialisation 'pisa'; did you mean 'pissa'"),
+        ("pisa", "unknown initialisation 'pisa'; did you mean 'pissa'"),
+    ],
+)
+def test_a_fault_of_a_start_is_told_of_the_start(init: Any, said: str) -> None:
+    with pytest.raises(RecipeError, match=rf"adapter\.init: {said}"):
+        make_recipe({"adapter": {"init": init}})
+
+
 def test_both_units_of_a_batch_are_refused() -> None:
     with pytest.raises(RecipeError, match="give batch_tokens or batch_size, not both"):
         make_recipe({"train": {"batch_tokens": 4096, "batch_size": 8}})

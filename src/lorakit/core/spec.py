@@ -175,7 +175,10 @@ def _init_from_json(given: dict[str, Any]) -> Init:
         raise SpecError(f"init {given!r} names none; write init: pissa, or init: {{name: pissa, iterations: 16}}")
     cls = init_named(fields.pop("name"))
     _refuse_unknown("init", cls, fields)
-    return cls(**fields)
+    try:
+        return cls(**fields)
+    except SpecError as error:
+        raise SpecError(f"init {cls.name}: {error}") from error
 
 
 def _refuse_unknown(what: str, cls: type[Method | Init], given: dict[str, Any]) -> None:

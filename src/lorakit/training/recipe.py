@@ -82,9 +82,8 @@ def _blamed(error: SpecError, fields: dict[str, Any]) -> tuple[str, str]:
     word, _, rest = text.partition(" ")
     if word in fields:
         return word, rest
-    return next(
-        (key for key, value in fields.items() if isinstance(value, str) and repr(value) in text), "method"
-    ), text
+    said = {key: value.get("name") if isinstance(value, dict) else value for key, value in fields.items()}
+    return next((key for key, value in said.items() if isinstance(value, str) and repr(value) in text), "method"), text
 
 
 def _words(value: str | tuple[str, ...]) -> tuple[str, ...]:
