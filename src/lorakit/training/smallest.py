@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -93,28 +93,43 @@ def smallest(
             detach(model, handle.name)
 
     compress(state, rank=1, dtype=dtype, base=base)  # what has no smaller form for another reason than its size says so
-    whole = _score(scored(state))
+    measure, whole = _score(scored(state))
+
+    def judge(made: Compressed) -> Tried:
+        _, score = _score(scored(made.state))
+        good = score >= whole * (1 - within) if measure == "accuracy" else score <= whole * (1 + within)
+        one = Tried(made.bytes, made.error, score, good)
+        note(one)
+        return one
+
+    best, tried = None, []
+    for made, one in _halved(state, lambda size: compress(state, size=size, dtype=dtype, base=base), judge):
+        best = made if one.within else best  # each size that is tried after one that was within is smaller
+        tried.append(one)
+    if best is None:
+        raise CombineError(
+            f"no smaller form that was tried keeps the {measure} of {whole:.4g} within {within:.1%}; allow more, "
+            "or keep its numbers in fewer bits: dtype"
+        )
+    return Smallest(best, whole, measure, tuple(tried))
+
+
+def _halved(
+    state: AdapterState, make: Callable[[int], Compressed], judge: Callable[[Compressed], Tried]
+) -> Iterator[tuple[Compressed, Tried]]:
+    """Yield each form that is tried with its judgement: a smaller one after one that was within, else a larger one."""
     high = stored_bytes(state)
-    low, best, tried = LEAST * high, None, []
+    low = LEAST * high
     for _ in range(TRIES):
         size = round(math.sqrt(low * high))
         try:
-            made = compress(state, size=size, dtype=dtype, base=base)
+            made = make(size)
         except CombineError:  # smaller than any form of it
             low = size
             continue
-        score = _score(scored(made.state))
-        good = score[1] >= whole[1] * (1 - within) if whole[0] == "accuracy" else score[1] <= whole[1] * (1 + within)
-        tried.append(Tried(made.bytes, made.error, score[1], good))
-        note(tried[-1])
-        low, high = (low, size) if good else (size, high)
-        best = made if good else best
-    if best is None:
-        raise CombineError(
-            f"no smaller form that was tried keeps the {whole[0]} of {whole[1]:.4g} within {within:.1%}; allow more, "
-            "or keep its numbers in fewer bits: dtype"
-        )
-    return Smallest(best, whole[1], whole[0], tuple(tried))
+        tried = judge(made)
+        yield made, tried
+        low, high = (low, size) if tried.within else (size, high)
 
 
 def _score(found: Evaluation) -> tuple[str, float]:
