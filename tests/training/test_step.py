@@ -139,6 +139,7 @@ def test_compiled_blocks_and_recomputed_ones_go_together() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # four runs compile anew: three minutes on a quiet core, more than five beside other work
 @pytest.mark.usefixtures("backend")
 def test_a_compiled_run_ends_where_a_plain_one_does_and_goes_on_bit_for_bit(base: Path, tmp_path: Path) -> None:
     """With dropout, accumulation, validation and epochs that end in a short batch."""
