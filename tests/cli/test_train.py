@@ -16,6 +16,7 @@ from typer.testing import Result
 
 from lorakit.training.events import read_events
 from tests.cli.conftest import answer, invoke, write_recipe
+from tests.training.samples import save_base
 
 
 def test_a_run_shows_its_data_targets_plan_and_steps(finished: tuple[Path, Result]) -> None:
@@ -50,6 +51,16 @@ def test_a_long_run_prints_some_twenty_lines(base: Path, tmp_path: Path) -> None
     result = invoke("train", write_recipe(tmp_path, base, steps=90, evaluate_every=1000))
     lines = re.findall(r"^step (\d+)/90 ", result.stderr, re.MULTILINE)
     assert lines == ["1", *map(str, range(5, 91, 5))]
+
+
+def test_experts_that_no_target_reaches_are_told_unless_they_are_trained(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, save_base(tmp_path / "experts", "mixtral"), steps=1)
+    said = invoke("train", recipe).stderr
+    told = r"^left out +18,432 of the [\d,]+ parameters are experts in one tensor each, .*: no target reaches them"
+    assert re.search(told, said, re.MULTILINE), said
+    whole = invoke("train", recipe, "--set", "adapter.train=experts", "--output", tmp_path / "whole")
+    assert whole.exit_code == 0, whole.stderr
+    assert "left out" not in whole.stderr
 
 
 def test_set_and_output_change_the_recipe(base: Path, tmp_path: Path) -> None:

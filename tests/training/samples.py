@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, MixtralConfig, Qwen2Config
 
 from lorakit.training.recipe import Recipe, make_recipe
 from tests.data.samples import tokenizer
@@ -16,6 +16,9 @@ from tests.data.samples import tokenizer
 VOCABULARY = 267
 CONFIGS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(num_key_value_heads=2, intermediate_size=48, **_SIZES),
+    "mixtral": lambda: MixtralConfig(
+        num_key_value_heads=2, intermediate_size=48, num_local_experts=2, sliding_window=None, **_SIZES
+    ),
     "qwen2": lambda: Qwen2Config(num_key_value_heads=2, intermediate_size=48, **_SIZES),
 }
 _SIZES: dict[str, Any] = {

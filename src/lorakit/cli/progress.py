@@ -65,6 +65,8 @@ class Progress:
         )
         if event.get("trained_whole"):
             self._print(f"{'whole':<11} {', '.join(event['trained_whole'])}")
+        for told in event["out_of_reach"]:
+            self._print(f"{'left out':<11} {told}")
 
     def _on_fused(self, event: dict[str, Any]) -> None:
         runs = ", ".join(f"{count} {what}" for what, count in event["runs"].items()) or "nothing"

@@ -231,6 +231,20 @@ def roles(counts: Counts, skeleton: Skeleton) -> tuple[Spread, ...]:
     return tuple(found)
 
 
+def fused_experts(shapes: Shapes, total: int, trained: Collection[str] = ()) -> list[str]:
+    """Say of experts whose weights are one parameter that no target reaches them, nor packing.
+
+    Nothing is said of those that are `trained` whole, nor of less than a tenth of the base's `total` parameters.
+    """
+    fused = {name: math.prod(shape) for name, shape in shapes.items() if len(shape) == 3 and name not in trained}
+    if not fused or sum(fused.values()) < total / 10:
+        return []
+    return [
+        f"{sum(fused.values()):,} of the {total:,} parameters are experts in one tensor each, such as "
+        f"{next(iter(fused))}: no target reaches them, and `quant` leaves them in 16 bits"
+    ]
+
+
 def compare(counted: Mapping[str, Counts], dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
     """Return one plain row for each adapter, in the given order, for a table or JSON; bytes are those of its file."""
     return [

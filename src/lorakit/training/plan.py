@@ -24,7 +24,7 @@ from lorakit.errors import SpecError
 from lorakit.inject.sites import sites
 from lorakit.inject.skeleton import head_width, shapes_of, size_of, ties_of
 from lorakit.planning.advice import Advice, Choice, Facts, advise
-from lorakit.planning.counting import Counts, count, roles
+from lorakit.planning.counting import count, fused_experts, roles
 from lorakit.planning.devices import OVERHEAD, Device
 from lorakit.planning.fitting import VERDICTS, Fit, fits
 from lorakit.planning.lint import lint
@@ -147,7 +147,7 @@ def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> Plan
         findings=lint(spec, matches, tied=bool(ties), heads=skeleton.heads, trained=trained,
                       depths=skeleton.depths),
         warnings=(*map(str, roles(counts, skeleton)), *_unread(recipe, stage), *_guessed(found),
-                  *_fused(shapes, counts), *_narrow(recipe, stage, load.dtype),
+                  *fused_experts(shapes, counts.total_parameters, trained), *_narrow(recipe, stage, load.dtype),
                   *surprises(matches, load.dtype, head_width(model.config))),
     )  # fmt: skip
 
@@ -174,17 +174,6 @@ def _guessed(found: Ways) -> list[str]:
     where = "activations, logits and FLOPs are by the formulas of arXiv 2205.05198, for full fine-tuning"
     lacking = f", but {found.lacking}" if found.lacking else ""
     return [f"{found.guessed}; {where}{lacking}"] if found.guessed else []
-
-
-def _fused(shapes: Mapping[str, tuple[int, ...]], counts: Counts) -> list[str]:
-    """Say of experts whose weights are one parameter: no target reaches them, and no packing."""
-    fused = {name: prod(shape) for name, shape in shapes.items() if len(shape) == 3}
-    if not fused or sum(fused.values()) < counts.total_parameters / 10:
-        return []
-    return [
-        f"{sum(fused.values()):,} of the {counts.total_parameters:,} parameters are experts in one tensor each, such "
-        f"as {next(iter(fused))}: no target reaches them, and `quant` leaves them in 16 bits"
-    ]
 
 
 def _load(recipe: Recipe, model: Any, stage: Stage | None) -> Load:

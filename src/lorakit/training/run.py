@@ -153,7 +153,6 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
 
     from lorakit.data.preview import example
     from lorakit.inject.attach import adapters_named
-    from lorakit.inject.sites import sites
     from lorakit.planning.counting import percent
     from lorakit.training.base import choose_device
     from lorakit.training.checkpoints import Memory, checkpoints, fingerprint, refuse_changes, refuse_damaged
@@ -161,7 +160,7 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
     from lorakit.training.frozen import cached, discard
     from lorakit.training.optimizers import refuse_optimizer
     from lorakit.training.progress import Progress
-    from lorakit.training.stage import build_stage, decided, target_counts
+    from lorakit.training.stage import build_stage, decided
     from lorakit.training.step import prepare_step, refuse_step
 
     refuse_optimizer(recipe.train.optimizer, choose_device(recipe.train.device))
@@ -183,13 +182,13 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
             log.append("data", part=part, **prepared.report.to_json())
     if saved is None:
         log.append("example", runs=[list(run) for run in example(stage.train, stage.tokenizer)])
-    patterns, base = target_counts(stage), sites(stage.model).total_parameters
+    targets = _targets(stage)
     handle = attached(recipe, stage, saved)
     ways = prepare_step(stage, recipe.train)
     trainable = sum(p.numel() for p in handle.parameters())
     own = {id(t): t.numel() for one in adapters_named(stage.model, handle.name) for t in one.tensors().values()}
-    log.append("targets", patterns=patterns, trainable_parameters=trainable, base_parameters=base,
-               percent=percent(trainable, base, sum(own.values())), trained_whole=list(stage.spec.train))  # fmt: skip
+    share = percent(trainable, targets["base_parameters"], sum(own.values()))
+    log.append("targets", trainable_parameters=trainable, percent=share, **targets)
     for way, told in ways.items():
         log.append(way, **told)
     _share(recipe, stage, handle)
@@ -209,6 +208,22 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
     run = _finish(recipe, stage, trainer, output, trainable, log)
     log.append("end", run.steps, **run.to_json())
     return run
+
+
+def _targets(stage: Stage) -> dict[str, Any]:
+    """Return what the adapter reaches of the bare base, by its patterns, and in words what no pattern can reach."""
+    from lorakit.core.targets import parameters_named
+    from lorakit.inject.sites import sites
+    from lorakit.inject.skeleton import shapes_of
+    from lorakit.planning.counting import fused_experts
+    from lorakit.training.stage import target_counts
+
+    spec, skeleton, shapes = stage.spec, sites(stage.model), shapes_of(stage.model)
+    whole = parameters_named(spec.train, shapes, skeleton, spec.targets.layers)
+    trained = {name for names in whole.values() for name in names}
+    total = skeleton.total_parameters
+    return {"patterns": target_counts(stage), "base_parameters": total, "trained_whole": list(spec.train),
+            "out_of_reach": fused_experts(shapes, total, trained)}  # fmt: skip
 
 
 def _share(recipe: Recipe, stage: Stage, handle: Handle) -> None:
