@@ -109,7 +109,8 @@ def test_problems_name_every_layer_and_what_to_do() -> None:
     hollow.tie_weights()  # type: ignore[operator]
     attach(model, AdapterSpec(Mixture(2, 2), Targets("q_proj")))
     assert StreamedMerge(copy.deepcopy(hollow), state(model)).problems == [
-        f"model.layers.{i}.self_attn.q_proj: mixture depends on the input, so no single weight equals it"
+        f"model.layers.{i}.self_attn.q_proj: mixture depends on the input, so no single weight equals it; "
+        "keep it attached"
         for i in (0, 1)
     ]
     detach(model)

@@ -99,7 +99,7 @@ class Adapter(nn.Module):
         if not isinstance(self.method, Static):
             raise MergeError(
                 f"{self.site.path}: {self.method.name} depends on the input, so no single weight equals it; "
-                "keep it attached instead of merging"
+                "keep it attached"
             )
         rows = self.site.rows
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))

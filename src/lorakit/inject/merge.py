@@ -270,7 +270,7 @@ def not_a_weight(layers: Mapping[str, nn.Module], acting: Mapping[str, set[str]]
         for name, adapter in cast(Adapters, module.adapters).named():
             if name in acting[path] and not isinstance(adapter.method, Static):
                 why = "acts on what the model reads" if adapter.site.kind == "model" else "depends on the input"
-                problems.append(f"{path}: {adapter.method.name} {why}, so no single weight equals it")
+                problems.append(f"{path}: {adapter.method.name} {why}, so no single weight equals it; keep it attached")
     return problems
 
 
