@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lorakit.errors import AdapterFileError, BusyError, RequestError, ServingError, UnknownAdapterError
+from lorakit.serving.requests import Loaded
 from lorakit.serving.shelf.manifest import Golden
 from lorakit.serving.shelf.names import Names
 from lorakit.serving.shelf.registry import Model, Registry, Resolved, Use
@@ -393,3 +395,29 @@ def test_memory_is_never_exceeded_and_nothing_in_use_or_pinned_goes(
     for use, _ in uses:
         use.__exit__(None, None, None)
     assert registry.usage().in_use == 0
+
+
+def test_pruning_waits_until_another_server_has_named_what_it_stored(registry: Registry, tmp_path: Path) -> None:
+    loading, go_on = Event(), Event()
+
+    class Slow(EchoEngine):
+        def load(self, digest: str, folder: Path) -> Loaded:
+            loading.set()
+            assert go_on.wait(60)
+            return super().load(digest, folder)
+
+    slow = Slow()
+    other = made(slow, tmp_path)
+    folder = folder_of(tmp_path / "root" / "a")
+    with ThreadPoolExecutor(2) as threads:
+        adding = threads.submit(other.add, "support", folder)
+        assert loading.wait(60)  # stored, and not named yet
+        pruning = threads.submit(registry.prune)
+        with pytest.raises(TimeoutError):
+            pruning.result(timeout=0.3)
+        go_on.set()
+        assert pruning.result(60) == []
+        assert registry.store.digests() == [adding.result(60).digest]
+    other.names.delete("support")
+    assert [one.digest for one in registry.prune()] == [adding.result().digest]
+    slow.close()

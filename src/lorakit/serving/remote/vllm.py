@@ -70,7 +70,7 @@ class VLLMEngine:
         self._lock, self._changing = threading.Lock(), threading.Lock()
         self._wanted: dict[str, Path] = {}
         self._leaving: dict[str, Path] = {}
-        self._places: dict[Path, str] = {}
+        self._places: dict[Path, str] = {}  # folders outside of a store, whose content may change
         self._kick, self._closed = threading.Event(), threading.Event()
         self._every, self._said = every, ""
         self._relay = Relay(self._carry, slots, queue, "vllm")
@@ -96,7 +96,8 @@ class VLLMEngine:
         updates = fitted(load(place), self._skeleton)
         check_tensors(updates)
         with self._changing:
-            if (other := self._places.setdefault(place, digest)) != digest:
+            other = digest if place.name == digest else self._places.setdefault(place, digest)
+            if other != digest:
                 raise AdapterFileError(
                     f"{place} was loaded as {other[:12]} and is {digest[:12]} now; vLLM keeps its caches, so content "
                     "that changed needs a folder of its own: add it to the store"

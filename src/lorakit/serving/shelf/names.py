@@ -153,8 +153,10 @@ class Names:
         return _past(self._now(), name)
 
     def remembered(self) -> set[str]:
-        """Return every digest that a pointer points to or did, as far back as it can be turned."""
-        turns = [turn for past in self._now().values() for turn in past]
+        """Return every digest that a pointer points to or did, as far back as it can be turned, by the file itself."""
+        with self._writing:
+            pointers = self._read() if self.path.exists() else self._turns
+        turns = [turn for past in pointers.values() for turn in past]
         return {target for turn in turns for target in targets_of(turn.target) if is_digest(target)}
 
     def pointers(self) -> dict[str, Target]:

@@ -110,7 +110,7 @@ class Registry:
             AdapterFileError, SpecError: an adapter that cannot be stored or served; the name is as it was.
             BusyError: no room beside the adapters that are in use.
         """
-        with self._changing:
+        with self._changing, self.store.naming():
             source = self._inside(folder, (*self.roots, self.store.root))
             return self._added(name, examine(source), replace)
 
@@ -129,7 +129,7 @@ class Registry:
             if place.name.startswith(".") or (adapter := _adapter_in(place)) is None:
                 continue
             try:
-                with self._changing:
+                with self._changing, self.store.naming():
                     self._scanned(place.name, self._inside(adapter, (Path(os.path.realpath(folder)), *self.roots)))
                 found.append(place.name)
             except LorakitError as wrong:
@@ -150,7 +150,7 @@ class Registry:
             RequestError, UnknownAdapterError: a target that cannot be.
             AdapterFileError, SpecError, BusyError: an adapter that cannot be served now; the pointer is as it was.
         """
-        with self._changing:
+        with self._changing, self.store.naming():
             self.names.check(name)
             self._try(target)
             self.names.point(name, target)
@@ -177,12 +177,13 @@ class Registry:
     def prune(self) -> list[Manifest]:
         """Delete the files of adapters that no name or alias can be turned to any more, and return their manifests.
 
-        Whoever is being answered by one keeps it: it is in memory, and stays out of this.
+        Whoever is being answered by one keeps it: it is in memory, and stays out of this. Where another server of the
+        store is about to name one, this waits for it.
 
         Raises:
             AdapterFileError: a store that cannot be read or written.
         """
-        with self._changing:
+        with self._changing, self.store.pruning():
             kept = self.names.remembered() | self._residents.loaded()
             gone = [one for one in self.store.manifests() if one.digest not in kept]
             for one in gone:

@@ -151,6 +151,22 @@ class Store:
             )
         return manifest
 
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Hold off whoever prunes the store, in any process, until what is stored inside the block has its name."""
+        with ExitStack() as stack:
+            with self._telling():
+                stack.enter_context(one_at_a_time(self.root / ".naming", shared=True))
+            yield
+
+    @contextmanager
+    def pruning(self) -> Iterator[None]:
+        """Wait until nobody is `naming`, and let nobody begin inside the block."""
+        with ExitStack() as stack:
+            with self._telling():
+                stack.enter_context(one_at_a_time(self.root / ".naming"))
+            yield
+
     def remove(self, digest: str) -> None:
         """Delete a stored adapter; raises `UnknownAdapterError` where there is none."""
         with self._alone():
