@@ -62,3 +62,10 @@ def test_bitfit_trains_the_biases_of_a_model_that_has_some(tmp_path: Path) -> No
 
 def test_every_method_has_a_recipe() -> None:
     assert set(methods()) <= {load_recipe(file).adapter.method for file in RECIPES.values()}
+
+
+def test_every_recipe_has_the_best_rate_of_the_study() -> None:
+    studied = json.loads((ROOT / "docs" / "results" / "methods.json").read_text())["methods"]
+    best = {row["method"]: float(format(row["lr"], ".2g")) for row in studied}
+    assert best.keys() == RECIPES.keys() - set(NEED_BIASES)
+    assert {name: load_recipe(RECIPES[name]).train.lr for name in best} == best

@@ -45,7 +45,13 @@ def test_every_layer_keeps_the_method_s_scale(stabilised: bool) -> None:
     assert all(abs(m.scale - method.scale) < 1e-12 for m in found)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("method", [AdaLoRA(), Adaptive(), DoRA(LoRA(4)), Hierarchical(), VeRA()])
+def test_what_wraps_a_method_hands_it_the_rank_and_the_alpha() -> None:
+    method = DoRA(LoRA(16, 32.0))
+    spec = AdapterSpec(method, overrides=PROFILES["low"].overrides(method, 6))
+    assert [spec.method_with(one) for one in spec.overrides] == [DoRA(LoRA(r, 2.0 * r)) for r in (2, 8, 16)]
+
+
+@pytest.mark.parametrize("method", [AdaLoRA(), Adaptive(), DoRA(VeRA()), Hierarchical(), VeRA()])
 def test_a_method_whose_layers_cannot_each_have_a_rank_is_refused(method: Method) -> None:
     with pytest.raises(SpecError, match=f"a rank and an alpha of its own, which {method.name} cannot have"):
         PROFILES["low"].overrides(method, 6)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
-from transformers import AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig, Phi3Config
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig, Phi3Config
 
 from lorakit.core.site import Site, Skeleton
 from lorakit.core.spec import AdapterSpec, Override, Targets
@@ -176,6 +176,62 @@ def test_multihead_attention_s_projection_is_refused() -> None:
         keys(layer, "out_proj")
 
 
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 64}
+READ = {
+    "wavlm": ({"k_proj", "q_proj", "v_proj", "out_proj"}, "WavLMAttention"),
+    "mamba": ({"conv1d", "dt_proj", "out_proj", "x_proj"}, "MambaMixer"),
+    "falcon_mamba": ({"conv1d", "dt_proj", "out_proj", "x_proj"}, "FalconMambaMixer"),
+    "deberta": ({"in_proj", "rel_embeddings"}, "DisentangledSelfAttention"),
+    "bloom": (set[str](), ""),  # reads two of them where it was told to repeat how it was pretrained
+    "t5": (set[str](), ""),  # asks for the dtype of one
+}
+
+
+@pytest.mark.parametrize("family", READ)
+def test_layers_whose_weight_a_module_around_them_reads_are_told_by_its_code(family: str) -> None:
+    skeleton = sites(AutoConfig.for_model(family, **SMALL))
+    names, reader = READ[family]
+    read = {path.rpartition(".")[2]: why for path, (_, why) in skeleton.others.items() if "reads directly" in why}
+    assert read.keys() <= names
+    assert not reader or any(f"whose weight {reader} reads directly" in why for why in read.values())
+    assert names <= read.keys() | {"rel_embeddings"}
+
+
+def test_a_weight_read_from_further_up_is_told_and_one_that_is_made_another_s_is_not() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
+            self.own, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.own.weight = self.other.weight
+
+        def tie(self) -> None:
+            self.own.weight = self.other.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if isinstance(self.own.weight, nn.Parameter) and self.own.weight.dtype == x.dtype:
+                x = self.own(x)
+            return x @ self.inner.a.weight
+
+    found = sites(nn.Sequential(Reads()))
+    assert [path for path, (_, why) in found.others.items() if "Reads reads directly" in why] == ["0.inner.a"]
+
+
+@pytest.mark.parametrize(
+    ("family", "layer"),
+    [("codegen", "qkv_proj"), ("gpt_bigcode", "c_attn"), ("lfm2", "in_proj"), ("gpt_neox", "query_key_value")],
+)
+def test_a_fused_layer_that_is_not_three_thirds_has_no_named_parts(family: str, layer: str) -> None:
+    more: dict[str, Any] = {"gpt_bigcode": {"multi_query": False}, "lfm2": {"layer_types": ["conv"] * 2}}.get(
+        family, {}
+    )
+    skeleton = sites(AutoConfig.for_model(family, **SMALL, **more))
+    path = next(site.path for site in skeleton.sites if site.path.endswith(layer))
+    assert path not in skeleton.parts
+    with pytest.raises(TargetError, match="has no part"):
+        keys(skeleton, f"{layer}[q]")
+
+
 def test_a_subclass_with_its_own_forward_is_refused() -> None:
     class Doubled(nn.Linear):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -232,7 +288,7 @@ def test_an_override_that_applies_to_nothing_is_refused(llama: Skeleton) -> None
     spec = AdapterSpec(LoRA(8), Targets("q_proj"), overrides=(Override.of("mlp", rank=4),))
     with pytest.raises(TargetError, match="the override of mlp applies to no adapted layer"):
         resolve(spec, llama)
-    with pytest.raises(SpecError, match=r"override of mlp: lora has no field 'rnak'; did you mean 'rank'"):
+    with pytest.raises(SpecError, match=r"override of mlp: method lora has no field 'rnak'; did you mean 'rank'"):
         AdapterSpec(LoRA(8), overrides=(Override.of("mlp", rnak=4),))
 
 

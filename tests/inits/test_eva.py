@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 from lorakit import load, save
 from lorakit.core.method import Static
@@ -90,6 +91,19 @@ def test_tokens_that_do_not_count_are_left_out(said: str) -> None:
     batch = {"x": x, said: marks[said]}
     assert gather(model, spec, [batch])["layer"].tolist() == [[9.0, 0.0], [0.0, 0.0]]
     assert gather(model, spec, [{"x": x}])["layer"].tolist() == [[9.0, 0.0], [0.0, 25.0]]
+
+
+def test_padding_of_an_encoder_does_not_count_though_the_labels_are_the_decoder_s() -> None:
+    config = T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).eval()
+    spec = AdapterSpec(LoRA(1, init_=Eva()), Targets([r"re:encoder.*\.q", "EncDecAttention.k", r"re:decoder.*\.wi"]))
+    ids, labels = torch.tensor([[3, 4, 5]]), torch.tensor([[7, 8, 9, -100]])
+    padded = {"input_ids": torch.tensor([[3, 4, 5, 0, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}
+    plain = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    found = [gather(model, spec, [{**batch, "labels": labels}]) for batch in (padded, plain)]
+    assert len(found[1]) == 3
+    for key, moment in found[1].items():
+        assert_close(found[0][key], moment)
 
 
 class Beside(nn.Module):

@@ -6,19 +6,24 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lorakit.core.spec import AdapterSpec, Targets
+from lorakit.core.spec import AdapterSpec, Override, Targets, method_from_json
 from lorakit.errors import AdapterFileError, AliveError, AttachError, LorakitError, SpecError, TargetError
 from lorakit.inject.activate import active, use
 from lorakit.inject.alive import alive
 from lorakit.inject.attach import adapters_named, attach, detach, state
 from lorakit.inject.sites import sites
+from lorakit.inject.skeleton import shapes_of, ties_of
+from lorakit.methods.dora import DoRA
+from lorakit.methods.ia3 import IA3
 from lorakit.methods.lora import LoRA
+from lorakit.planning.counting import count
 from tests.law.cases import jitter
 from tests.tolerances import assert_close
 
@@ -226,9 +231,47 @@ def test_names_and_choices_that_cannot_be_are_refused() -> None:
         use(model, {"suport": 1.0})
     with pytest.raises(AttachError, match="no adapter named 'x'"):
         detach(model, "x")
+    for wrong in (float("nan"), float("inf"), "1", True):
+        with pytest.raises(AttachError, match="support: a weight is a finite number or a .* tensor, not "):
+            use(model, {"support": wrong})  # type: ignore[dict-item]
+    use(model, {"support": 1})
+    assert isinstance(active(model)["support"], float), "which the fused way asks for"
     use(model, {"support": torch.ones(3)})
     with pytest.raises(AttachError, match=r"q_proj: weights for 3 rows meet a batch of 2; give one weight per row"):
         model(IDS)
+
+
+@pytest.mark.parametrize(("target", "train"), [("lm_head", "wte"), ("wte", "lm_head"), ("lm_head", "lm_head")])
+def test_a_tied_table_is_not_adapted_under_one_name_and_trained_whole_under_the_other(target: str, train: str) -> None:
+    model, spec = gpt2(), AdapterSpec(LoRA(4), Targets(target), train=(train,))
+    with pytest.raises(AttachError, match="both adapted and trained whole"):
+        attach(model, spec)
+    with pytest.raises(SpecError, match="both adapted and trained whole"):
+        count(spec, sites(model), shapes_of(model), ties_of(model))
+
+
+def test_dropout_that_would_do_nothing_is_refused() -> None:
+    for method in (None, IA3()):
+        with pytest.raises(SpecError, match="nothing here computes from it; remove dropout"):
+            AdapterSpec(method, train="norm", dropout=0.1)
+    overrides = [Override.of("down_proj", side="input")]
+    assert AdapterSpec(IA3(), Targets("mlp"), dropout=0.1, overrides=overrides).dropout == 0.1
+
+
+def test_an_override_reaches_the_method_inside_and_names_the_field_nobody_has() -> None:
+    spec = AdapterSpec(DoRA(LoRA(16)), Targets("q_proj"), overrides=[Override.of("q_proj", layers="1", rank=4)])
+    model = llama()
+    attach(model, spec)
+    assert [len(u.tensors["down"]) for u in state(model).updates] == [16, 4]
+    with pytest.raises(SpecError, match="override of mlp: method lora has no field 'rnak'; did you mean 'rank'"):
+        AdapterSpec(DoRA(), overrides=[Override.of("mlp", rnak=4)])
+
+
+@pytest.mark.parametrize("inner", [5, None, ["lora"]])
+def test_a_method_inside_is_named_or_refused(inner: Any) -> None:
+    with pytest.raises(SpecError, match="inner must be a method's name, or its name and fields as "):
+        method_from_json({"name": "dora", "inner": inner})
+    assert method_from_json({"name": "dora", "inner": {"rank": 4}}) == DoRA(LoRA(4))
 
 
 def test_each_row_of_a_model_s_batch_chooses() -> None:

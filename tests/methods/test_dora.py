@@ -18,12 +18,14 @@ from lorakit.core.method import Static, Tensors
 from lorakit.core.site import Site
 from lorakit.core.spec import AdapterSpec, Targets, method_from_json, method_to_json
 from lorakit.errors import SpecError
-from lorakit.inject.attach import adapters_named, attach
+from lorakit.inits.loftq import LoftQ
+from lorakit.inject.attach import adapters_named, attach, detach
 from lorakit.inject.merge import merge
 from lorakit.methods.dora import DoRA, row_norms, row_norms_of_sum
 from lorakit.methods.ia3 import IA3
 from lorakit.methods.loha import LoHa
 from lorakit.methods.lora import LoRA
+from lorakit.methods.lora_fa import LoRAFA
 from lorakit.training.recipe import Recipe
 from tests.law.cases import KINDS, METHODS, Net, deltas, dense, inputs, jitter, net, weight_of
 from tests.tolerances import assert_close
@@ -104,6 +106,21 @@ def test_m_starts_at_the_row_norms_of_the_weight(kind: str) -> None:
     assert_close(magnitude, weight_of(model).double().square().flatten(1).sum(1).sqrt().float())
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv2d, grouped, reflected"])
+def test_on_a_start_that_corrects_a_quantised_weight_it_begins_with_the_correction(kind: str) -> None:
+    model, x = Net(KINDS[kind].layer()), inputs(kind)
+    exact = {"layer": weight_of(model).clone()}
+    with torch.no_grad():
+        model.layer.get_parameter("weight").copy_((exact["layer"] * 4).round() / 4)
+    found = []
+    for method in (LoRA(2, init_=LoftQ()), DoRA(LoRA(2, init_=LoftQ()))):
+        attach(model, AdapterSpec(method, Targets("layer")), evidence=exact)
+        found.append(model(x))
+        detach(model)
+    assert not torch.allclose(found[0], model(x), atol=1e-3), "the correction does something"
+    assert_close(found[1], found[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("weight", "rank", "groups"),
@@ -169,7 +186,7 @@ def test_a_row_of_zeros_stays_zero_and_poisons_nothing() -> None:
         assert parameter.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("inner", [LoRA(4, 8.0, True), LoHa(4, 8.0), IA3(), IA3("input")], ids=lambda m: m.name)
+@pytest.mark.parametrize("inner", [LoRA(4, 8.0, True), LoHa(4, 8.0), IA3("input")], ids=lambda m: m.name)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_any_static_method_fits_inside(kind: str, inner: Static) -> None:
     model, x = Net(KINDS[kind].layer()), inputs(kind)
@@ -288,8 +305,11 @@ def test_an_inner_method_is_told_of_all_the_sites() -> None:
 def test_an_inner_method_it_cannot_wrap_is_refused() -> None:
     with pytest.raises(SpecError, match="dora of dora would norm the inner lengths away; give it the method inside"):
         DoRA(DoRA())
-    with pytest.raises(SpecError, match="does not run the schedule or penalty that pruned needs; use pruned alone"):
-        DoRA(Pruned())
+    for inner in (Pruned(), LoRAFA(4)):
+        with pytest.raises(SpecError, match=f"corrected gradient that {inner.name} needs; use {inner.name} alone"):
+            DoRA(inner)
+    with pytest.raises(SpecError, match="dora would norm away the scales of ia3 at the outputs"):
+        DoRA(IA3())
 
 
 def test_an_inner_method_that_changes_no_weight_is_refused_where_no_type_checker_runs() -> None:

@@ -57,7 +57,7 @@ def of(method: Method, *targets: str, overrides: tuple[Override, ...] = ()) -> A
     ("given", "said"),
     [
         (of(DoRA(LoRA(4)), "grouped"), "grouped: PEFT's LORA has no grouped convolution"),
-        (of(DoRA(IA3()), "linear"), "linear: PEFT has DoRA of lora alone, not of ia3"),
+        (of(DoRA(IA3("input")), "linear"), "linear: PEFT has DoRA of lora alone, not of ia3"),
         (of(DoRA(LoRA(4, init_=Pissa())), "linear"), "linear: PEFT's LORA has no place for down_start, up_start"),
         (of(LoHa(2), "table"), "table: PEFT's LOHA has no layer of kind embedding"),
         (of(LoHa(2), "grouped"), "grouped: PEFT's LOHA has no grouped convolution"),

@@ -250,7 +250,7 @@ def test_the_rank_is_that_of_the_method_inside_and_none_where_there_is_none() ->
     here = base("llama")
     assert {m.rank for m in here.count(AdapterSpec(DoRA(LoRA(4, 8.0)))).modules} == {4}
     assert {m.rank for m in here.count(AdapterSpec(IA3())).modules} == {None}
-    assert {m.rank for m in here.count(AdapterSpec(DoRA(IA3()))).modules} == {None}
+    assert {m.rank for m in here.count(AdapterSpec(DoRA(IA3("input")))).modules} == {None}
 
 
 def test_a_pattern_whose_modules_another_caught_already_is_shown_with_none() -> None:

@@ -83,7 +83,7 @@ def test_dora_is_read_by_peft_alone() -> None:
 
 def test_the_remedy_fits_the_method() -> None:
     equal, near, neither = (
-        one(found(m, "q_proj")["PEFT"]) for m in (Hierarchical(), DoRA(IA3()), Mixture(experts=2, rank=2))
+        one(found(m, "q_proj")["PEFT"]) for m in (Hierarchical(), DoRA(IA3("input")), Mixture(experts=2, rank=2))
     )
     assert "the plain LoRA that it equals" in equal.remedy
     assert "the nearest plain LoRA" in near.remedy

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lorakit.core.method import LowRank, Method
+from lorakit.core.method import LowRank, Method, Stretched
 from lorakit.core.site import Site
 from lorakit.core.spec import Override, fields_of
 from lorakit.errors import SpecError
@@ -33,21 +33,22 @@ class Profile:
 
     def overrides(self, method: Method, depth: int) -> list[Override]:
         """Return the overrides that give each band its rank, alpha / rank (or alpha / sqrt(rank)) unchanged."""
+        ranked = method.inner if isinstance(method, Stretched) else method
         if (
-            not isinstance(method, LowRank)
-            or not {"rank", "alpha"} <= fields_of(method).keys()
-            or any(decl.shared for decl in method.tensors(_SOME).values())
+            not isinstance(ranked, LowRank)
+            or not {"rank", "alpha"} <= fields_of(ranked).keys()
+            or any(decl.shared for decl in ranked.tensors(_SOME).values())
         ):
             raise SpecError(
                 f"the layer-wise preset gives each layer a rank and an alpha of its own, which {method.name} cannot "
                 "have; remove `layerwise`"
             )
-        ranks, usual = self.by_layer(depth), vars(method)["alpha"]
-        root = 0.5 if getattr(method, "stabilised", False) else 1.0
+        ranks, usual = self.by_layer(depth), vars(ranked)["alpha"]
+        root = 0.5 if getattr(ranked, "stabilised", False) else 1.0
         found = []
         for rank in dict.fromkeys(ranks):
             first, last = ranks.index(rank), len(ranks) - 1 - ranks[::-1].index(rank)
-            alpha = usual * (rank / method.rank) ** root
+            alpha = usual * (rank / ranked.rank) ** root
             found.append(Override.of("*", layers=f"{first}-{last}", rank=rank, alpha=alpha))
         return found
 

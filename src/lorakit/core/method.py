@@ -7,7 +7,8 @@
     LowRank   writes factors(p) -> (down, up); delta and branch follow; can be banked for serving
 
 One law ties the rungs and is the main test: `op(x; W) + branch(x) == op(x; W + delta(W))`. Rungs are abstract, methods
-are final frozen dataclasses whose fields are their configuration, and no concrete function is ever overridden.
+are final frozen dataclasses whose fields are their configuration, and the mathematics that a rung gives, `delta` and
+`branch`, is never overridden; to `check` a method may add.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class Method(ABC):
     count: ClassVar[str]
     """Trained parameters at an `(m, n)` weight, as an expression of m, n and the method's fields; tested against it.
 
-    At a model (`Context`) m is its width and n its number of blocks."""
+    Tensors that sites share are not in it. At a model (`Context`) m is its width and n its number of blocks."""
     kinds: ClassVar[frozenset[str]] = WEIGHT_KINDS
     peft: ClassVar[PeftForm | None] = None
     """How it looks in PEFT's files, if it does."""
@@ -120,6 +121,11 @@ class Method(ABC):
     """What of the base its authors train beside it: what a recipe takes that does not say."""
     reads: ClassVar[Literal["input", "output"]] = "input"
     """What its branch computes from, which is what dropout thins."""
+
+    @property
+    def drops(self) -> bool:
+        """Return whether dropout reaches its branch."""
+        return True
 
     @abstractmethod
     def tensors(self, site: Site) -> dict[str, Decl]:
@@ -195,7 +201,7 @@ class LowRank(Static):
 
 
 @runtime_checkable
-class Scaled(Protocol):
+class Paired(Protocol):
     """A low-rank method whose factors are a pair and one number, which need not be multiplied first."""
 
     def pair(self, p: Tensors) -> tuple[Tensor, Tensor, float]:

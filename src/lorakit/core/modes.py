@@ -9,16 +9,17 @@ from torch import nn
 
 
 def evaluating(model: nn.Module) -> AbstractContextManager[None]:
-    """Hold a model in evaluation mode, and put it back into its own, whatever happens inside."""
+    """Hold a model in evaluation mode, and put each part of it back into its own, whatever happens inside."""
     return in_mode(model, training=False)
 
 
 @contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Hold a model in training or in evaluation mode, and put it back into its own, whatever happens inside."""
-    was_training = model.training
+    """Hold a model in training or in evaluation mode, and put each part back into its own, whatever happens inside."""
+    modes = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode

@@ -6,7 +6,7 @@ A spec is frozen, validated when made, equal by value, and JSON both ways; the r
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -80,8 +80,9 @@ class AdapterSpec:
         check_whole("seed", self.seed, 0)
         object.__setattr__(self, "train", _words(self.train))
         object.__setattr__(self, "overrides", tuple(self.overrides))
-        for override in self.overrides:
-            self.method_with(override)
+        methods = [self.method, *map(self.method_with, self.overrides)]
+        if self.dropout and not any(method is not None and method.drops for method in methods):
+            raise SpecError("dropout thins the input of an update, and nothing here computes from it; remove dropout")
 
     @property
     def name(self) -> str:
@@ -92,15 +93,10 @@ class AdapterSpec:
         """Return the method with an override's fields, or raise `SpecError` naming the field it has not."""
         if self.method is None:
             raise SpecError("an override changes fields of the method, and there is none")
-        known = fields_of(self.method)
-        for name, _ in override.fields:
-            if name not in known:
-                raise SpecError(
-                    f"override of {'/'.join(override.targets.include)}: {self.method.name} has no field {name!r}"
-                    f"{did_you_mean(name, known)}; its fields: {', '.join(known)}"
-                )
-        changed: Method = replace(self.method, **{known[name].name: value for name, value in override.fields})
-        return changed
+        try:
+            return with_fields(self.method, dict(override.fields))
+        except SpecError as error:
+            raise SpecError(f"override of {'/'.join(override.targets.include)}: {error}") from error
 
     def to_json(self) -> dict[str, Any]:
         """Return the spec as JSON-ready values, with a format version."""
@@ -157,15 +153,30 @@ def method_from_json(data: dict[str, Any]) -> Method:
     cls = method_named(fields.pop("name"))
     known = fields_of(cls)
     if "inner" in known:
+        usual = known["inner"].default
         passed = {name: fields.pop(name) for name in list(fields) if name not in known}
-        inner = fields.get("inner", known["inner"].default)
-        inner = (
-            method_to_json(inner) if isinstance(inner, Method) else {"name": inner} if isinstance(inner, str) else inner
-        )
-        fields["inner"] = method_from_json({**inner, **passed})
+        given = fields.get("inner", usual)
+        inner = {"name": usual.name, **given} if isinstance(given, dict) else given
+        fields["inner"] = with_fields(_field("inner", inner), passed)
     _refuse_unknown("method", cls, fields)
     made: Method = cls(**{known[name].name: _field(name, value) for name, value in fields.items()})
     return made
+
+
+def with_fields(method: Method, changes: Mapping[str, Any]) -> Method:
+    """Return a method with other values of some fields, or raise `SpecError` with the nearest field.
+
+    What a method that wraps another does not know goes to the one inside.
+    """
+    known = fields_of(method)
+    own = {name: value for name, value in changes.items() if name in known}
+    passed = {name: value for name, value in changes.items() if name not in known}
+    if passed and "inner" in known:
+        own["inner"] = with_fields(_field("inner", own.get("inner", vars(method)["inner"])), passed)
+    else:
+        _refuse_unknown("method", type(method), passed)
+    changed: Method = replace(method, **{known[name].name: _field(name, value) for name, value in own.items()})
+    return changed
 
 
 def _init_from_json(given: dict[str, Any]) -> Init:
@@ -194,9 +205,20 @@ def _field(name: str, value: Any) -> Any:
     """Return the value of a field: an initialisation by name or in full, a list as a tuple, anything else as it is."""
     if name == "init" and isinstance(value, str | dict):
         return _init_from_json({"name": value} if isinstance(value, str) else value)
-    if name == "inner" and isinstance(value, dict):
-        return method_from_json(value)
+    if name == "inner":
+        return _inner(value)
     return tuple(value) if isinstance(value, list) else value
+
+
+def _inner(value: Any) -> Method:
+    """Return the method inside another: itself, or by its name, or by its name and fields."""
+    if isinstance(value, Method):
+        return value
+    if isinstance(value, dict) and "name" in value:
+        return method_from_json(value)
+    if isinstance(value, str):
+        return method_from_json({"name": value})
+    raise SpecError(f"inner must be a method's name, or its name and fields as {{name: lora, rank: 8}}, not {value!r}")
 
 
 def _plain(value: Any) -> Any:

@@ -15,7 +15,7 @@ near misses, all of them at once.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -25,7 +25,16 @@ from lorakit.core.spec import AdapterSpec, Targets
 from lorakit.core.sublayers import KEYWORDS, LINEAR_KINDS
 from lorakit.errors import SpecError, TargetError, did_you_mean, grouped, listing
 
-__all__ = ["LINEAR_KINDS", "Match", "modules_named", "parameters_named", "parse_layers", "resolve", "select"]
+__all__ = [
+    "LINEAR_KINDS",
+    "Match",
+    "adapted_and_whole",
+    "modules_named",
+    "parameters_named",
+    "parse_layers",
+    "resolve",
+    "select",
+]
 
 _SLICE = re.compile(r"(?P<pattern>.+)\[(?P<parts>[\w:, ]+)\]")
 
@@ -134,6 +143,27 @@ def modules_named(patterns: Iterable[str], paths: Iterable[str]) -> dict[str, li
     if missed := [f"{p!r} matched no module{_near(p, known)}" for p, found in hits.items() if not found]:
         raise TargetError(f"modules to train whole were not found:\n{listing(missed)}")
     return hits
+
+
+def adapted_and_whole(adapted: Iterable[str], trained: Iterable[str], ties: Mapping[str, str]) -> str | None:
+    """Return what speaks against training parameters whole whose layer is adapted as well, or None.
+
+    Args:
+        adapted: the paths of the adapted layers.
+        trained: the names of the parameters.
+        ties: the further names of tied parameters, each with the first name of the same one.
+    """
+    inside = set(adapted)
+    weights = {ties.get(f"{path}.weight", f"{path}.weight"): f"{path}.weight" for path in inside}
+    both = []
+    for name in trained:
+        if name.rpartition(".")[0] in inside:
+            both.append(name)
+        elif (other := weights.get(ties.get(name, name))) is not None:
+            both.append(f"{name}, which is tied to {other}")
+    if not both:
+        return None
+    return f"these are both adapted and trained whole; exclude them from the targets, or from `train`:\n{listing(both)}"
 
 
 def parameters_named(

@@ -25,11 +25,12 @@ from lorakit.core.registry import host_at
 from lorakit.core.site import Site, Skeleton
 from lorakit.core.spec import AdapterSpec
 from lorakit.core.state import AdapterState, Base, Update, check_tensors, expect_adapter
-from lorakit.core.targets import parameters_named, resolve
+from lorakit.core.targets import adapted_and_whole, parameters_named, resolve
 from lorakit.errors import AdapterFileError, AttachError, SpecError, did_you_mean, listing
 from lorakit.inject.context import refuse_context
 from lorakit.inject.ledger import Ledger, ledger_of, parameters_of
 from lorakit.inject.sites import sites
+from lorakit.inject.skeleton import ties_of
 from lorakit.inject.together import resting
 
 PROBES = 8
@@ -96,7 +97,8 @@ def attach(
         tensors = {u.site.key: u.tensors for u in updates}
     trained = _trained_whole(model, spec, skeleton)
     brought = _distinct(model, values) if values else trained
-    _refuse_adapted_and_whole([site.path for site, _ in placed], trained)
+    if both := adapted_and_whole([site.path for site, _ in placed], trained, ties_of(model)):
+        raise AttachError(both)
     ledger.refuse_shared(name, brought)
     modules = dict(model.named_modules())
     _refuse_patched({site.path: modules[site.path] for site, _ in placed})
@@ -285,14 +287,6 @@ def _distinct(model: nn.Module, values: dict[str, Tensor]) -> list[str]:
     if problems:
         raise AdapterFileError(f"modules saved whole do not fit this model:\n{listing(problems)}")
     return list({id(named[key]): key for key in reversed(values)}.values())[::-1]
-
-
-def _refuse_adapted_and_whole(paths: list[str], trained: list[str]) -> None:
-    if both := [key for key in trained if key.rpartition(".")[0] in set(paths)]:
-        raise AttachError(
-            "these are both adapted and trained whole; exclude them from the targets, or from `train`:\n"
-            f"{listing(both)}"
-        )
 
 
 def _refuse_patched(modules: dict[str, nn.Module]) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lorakit.core.host import Host
 from lorakit.core.init import Need, init_of
+from lorakit.core.modes import evaluating
 from lorakit.core.registry import host_at
 from lorakit.core.site import Site
 from lorakit.core.spec import AdapterSpec
@@ -64,8 +65,8 @@ def gather(
         model: the base; adapters attached to it already take part.
         spec: what will be attached.
         batches: a few batches, each the keyword arguments of the model (a mapping) or its input (a tensor). Tokens
-            whose label is -100, or without labels those the attention mask hides, do not count as inputs. LoftQ needs
-            no batch.
+            whose label is -100, or without labels those the attention mask hides, do not count as inputs; in an
+            encoder the mask alone tells. LoftQ needs no batch.
         weights: the dense weights by the key of each site, for LoftQ on a model that is quantised already; it may read
             them one by one. Without it they are the model's own.
         loss: runs the model on a batch, `(model, batch)`, and returns the mean loss, for gradients; by default what
@@ -81,14 +82,14 @@ def gather(
     ]
     need_of = {site.key: need for site, need in found}
     backward = "gradients" in need_of.values()
+    two = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     count = 0
     if probes:
         with _resting(model), _hooked(probes, need_of), torch.set_grad_enabled(backward):
             for batch in batches:
                 count += 1
-                kept = _counted(batch)
                 for probe in probes:
-                    probe.kept = kept
+                    probe.counted = _counted(batch, encoder=two and "decoder" not in probe.site.path)
                 if backward:
                     torch.autograd.backward((loss or _own_loss)(model, batch))
                 else:
@@ -113,7 +114,8 @@ class _Probe:
     host: Host
     module: nn.Module
     total: Tensor | None = None
-    kept: Tensor | None = field(default=None, repr=False)
+    counted: tuple[Tensor, ...] = field(default=(), repr=False)
+    """Which tokens count, of the rows that its inputs may be."""
 
     def add(self, values: Tensor) -> None:
         values = values.to("cpu", torch.float32)
@@ -131,8 +133,8 @@ class _Probe:
             eye = torch.eye(site.fan_in, dtype=x.dtype, device=x.device).reshape(site.fan_in, site.in_, *site.kernel)
             x = self.host.op.apply(module, x, eye.repeat(site.groups, *[1] * (eye.dim() - 1)))
             x = x.movedim(self.host.op.axis, -1)
-        elif self.kept is not None and self.kept.shape == x.shape[:-1]:
-            x = x[self.kept.to(x.device)]
+        elif (kept := next((one for one in self.counted if one.shape == x.shape[:-1]), None)) is not None:
+            x = x[kept.to(x.device)]
         rows = x.reshape(-1, site.groups, site.fan_in).transpose(0, 1).float()
         moment = rows.mT @ rows
         self.add(moment[0] if site.groups == 1 else moment)
@@ -157,18 +159,15 @@ class _Probe:
 @contextmanager
 def _resting(model: nn.Module) -> Iterator[None]:
     """Hold the model in evaluation mode with everything frozen, and give back its modes and flags."""
-    modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
     for parameter, _ in flags:
         parameter.requires_grad_(False)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager
@@ -197,13 +196,15 @@ def _own_loss(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
-def _counted(batch: Any) -> Tensor | None:
-    """Return which tokens `(batch, length)` count, or None where nothing says so: then all do."""
+def _counted(batch: Any, *, encoder: bool) -> tuple[Tensor, ...]:
+    """Return which tokens `(batch, length)` count, or nothing where nothing says so: then all do.
+
+    Labels are of the tokens that a decoder reads; what its layers read of an encoder has the encoder's mask.
+    """
     given: Mapping[str, Any] = batch if isinstance(batch, Mapping) else {}
     labels, mask = given.get("labels"), given.get("attention_mask")
-    if isinstance(labels, Tensor) and labels.dim() == 2:
-        return labels != IGNORE
-    return mask.bool() if isinstance(mask, Tensor) else None
+    of_labels = (labels != IGNORE,) if isinstance(labels, Tensor) and labels.dim() == 2 and not encoder else ()
+    return (*of_labels, mask.bool()) if isinstance(mask, Tensor) else of_labels
 
 
 def _input(args: Any, kwargs: Mapping[str, Any]) -> Tensor:

@@ -12,18 +12,17 @@ from typing import Any
 from torch import nn
 
 from lorakit.core.adapters import Adapters
+from lorakit.core.fronts import base_class
 from lorakit.core.registry import host_of
 from lorakit.core.site import Site, Skeleton
 from lorakit.inject.context import reader
 from lorakit.inject.skeleton import head_width, on_meta
+from lorakit.inject.statements import weights_read
 
-READ_BY_PARENT: dict[str, frozenset[str]] = {
-    "MultiheadAttention": frozenset({"out_proj"}),
-    "TransformerEncoderLayer": frozenset({"linear1", "linear2"}),
-    "MambaMixer": frozenset({"out_proj", "conv1d"}),
-    "Mamba2Mixer": frozenset({"out_proj", "conv1d"}),
-}
-"""Layers whose parent class reads `.weight` past their forward: an update there would be called by no one."""
+INTERLEAVED = frozenset(
+    {"CodeGenAttention", "DisentangledSelfAttention", "GPTBigCodeAttention", "MiniMaxLightningAttention"}
+)
+"""Attention whose fused layer has the query, key and value of each head, or group of heads, side by side."""
 
 
 def sites(model_or_config: Any) -> Skeleton:
@@ -31,8 +30,7 @@ def sites(model_or_config: Any) -> Skeleton:
     model = model_or_config if isinstance(model_or_config, nn.Module) else on_meta(model_or_config)
     found: list[Site] = []
     others: dict[str, tuple[str, str]] = {}
-    parents = {f"{path}.{name}" if path else name: parent for path, parent in model.named_modules()
-               for name, _ in parent.named_children()}  # fmt: skip
+    readers = _readers(model)
     ours: tuple[str, ...] = ()
     hidden = 0
     for path, module in model.named_modules():
@@ -44,8 +42,8 @@ def sites(model_or_config: Any) -> Skeleton:
         name = type(module).__name__
         if host is None:
             others[path] = (name, _why_not(module))
-        elif (parent := _reads_weight(parents[path], path)) is not None:
-            others[path] = (name, f"whose weight {parent} reads directly, past the layer's forward")
+        elif path in readers:
+            others[path] = (name, f"whose weight {readers[path]} reads directly, past the layer's forward")
         else:
             found.append(replace(host.site(path, module), bias=getattr(module, "bias", None) is not None))
             if not host.store.lossless:  # a packed tensor stands for more weights than it has values
@@ -81,10 +79,17 @@ def _base_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if ".adapters.by_name." not in f".{name}"]
 
 
-def _reads_weight(parent: nn.Module, path: str) -> str | None:
-    """Return the parent's class name where it is known to read this child's weight itself."""
-    child = path.rpartition(".")[2]
-    return next((c.__name__ for c in type(parent).__mro__ if child in READ_BY_PARENT.get(c.__name__, ())), None)
+def _readers(model: nn.Module) -> dict[str, str]:
+    """Return the layers whose weight a module around them reads past their forward, by path, and its class's name.
+
+    An update there would be called by no one.
+    """
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        cls: Any = base_class(module)
+        if module._modules:
+            found |= {f"{path}.{layer}".lstrip("."): cls.__name__ for layer in weights_read(cls)}
+    return found
 
 
 def _why_not(module: nn.Module) -> str:
@@ -117,12 +122,14 @@ def _heads(model: nn.Module, found: list[Site]) -> frozenset[str]:
 
 def _parts(site: Site, model: nn.Module) -> dict[str, tuple[int, int]]:
     """Return the named output slices of a fused layer, where its name and the configuration tell them for sure."""
-    name = site.path.rpartition(".")[2]
-    if name in ("c_attn", "in_proj", "qkv", "Wqkv") and site.out == 3 * site.in_:
+    around, _, name = site.path.rpartition(".")
+    kind = base_class(model.get_submodule(around)).__name__
+    attends = "att" in f"{around} {kind}".lower() and kind not in INTERLEAVED
+    if name in ("c_attn", "qkv", "Wqkv") and attends and site.out == 3 * site.in_:
         return _spans(q=site.in_, k=site.in_, v=site.in_)
     if name == "gate_up_proj" and site.out % 2 == 0:
         return _spans(gate=site.out // 2, up=site.out // 2)
-    if name in ("qkv_proj", "Wqkv", "in_proj"):
+    if name in ("qkv_proj", "Wqkv") and attends:
         config = getattr(model, "config", None)
         heads = getattr(config, "num_attention_heads", None)
         if heads and (width := head_width(config)):

@@ -143,5 +143,5 @@ def _layer(module: nn.Module, x: Tensor) -> tuple[Layer, float] | None:
 
 @cache
 def _has(method: Hashable, word: str) -> bool:
-    """Return whether a class of methods is `Stretched` ("gain") or `Scaled` ("pair"): a protocol is slow to ask."""
+    """Return whether a class of methods is `Stretched` ("gain") or `Paired` ("pair"): a protocol is slow to ask."""
     return hasattr(method, word)

@@ -17,17 +17,30 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorakit.core.method import Call, LowRank, Method, Penalised, Scheduled, Settled, Start, Static, Tensors, Trimmed
+from lorakit.core.method import (
+    Call,
+    LowRank,
+    Method,
+    Penalised,
+    Preconditioned,
+    Scheduled,
+    Settled,
+    Start,
+    Static,
+    Tensors,
+    Trimmed,
+)
 from lorakit.core.peft_form import LORA_NO_BEARING, PATTERNS, PeftForm, pair_from_peft, pair_to_peft
 from lorakit.core.site import Decl, Role, Site
 from lorakit.core.state import Update
 from lorakit.errors import SpecError
+from lorakit.methods.ia3 import IA3
 from lorakit.methods.lora import LoRA
 
 
 @dataclass(frozen=True)
 class DoRA(Static):
-    """Give each row of `W + dW` of the inner method a trained length m, started at the row norms of W."""
+    """Give each row of `W + dW` of the inner method a trained length m, started at the row norms it begins with."""
 
     inner: Static = field(default=LoRA())
 
@@ -58,9 +71,12 @@ class DoRA(Static):
             raise SpecError(f"dora gives lengths to a changed weight, and {called} is no change of a weight; use lora")
         if isinstance(inner, DoRA):
             raise SpecError("dora of dora would norm the inner lengths away; give it the method inside, such as lora")
-        if isinstance(inner, Penalised | Scheduled | Trimmed):
+        if isinstance(inner, IA3) and inner.side == "output":
+            raise SpecError("dora would norm away the scales of ia3 at the outputs; give it lora, or ia3 of side input")
+        if isinstance(inner, Penalised | Scheduled | Trimmed | Preconditioned):
             raise SpecError(
-                f"dora does not run the schedule or penalty that {inner.name} needs; use {inner.name} alone"
+                f"dora does not run the schedule, penalty or corrected gradient that {inner.name} needs; use "
+                f"{inner.name} alone"
             )
 
     def check(self, site: Site) -> None:
@@ -78,9 +94,9 @@ class DoRA(Static):
         return {**self.inner.tensors(site), "magnitude": Decl((site.out,), Role.GAIN)}
 
     def init(self, p: Tensors, start: Start) -> None:
-        """Start at m = ||W||, so that g is exactly 1 where the inner method starts at dW = 0."""
+        """Start at m = ||W + dW||, so that g is 1, also where the inner method starts at another dW than 0."""
         self.inner.init({name: t for name, t in p.items() if name != "magnitude"}, start)
-        p["magnitude"].copy_(row_norms(start.weight))
+        p["magnitude"].copy_(self._lengths(p, start.weight))
 
     def delta(self, p: Tensors, weight: Tensor) -> Tensor:
         """Return `g (W + dW) - W`."""
@@ -96,11 +112,14 @@ class DoRA(Static):
     def gain(self, p: Tensors, weight: Tensor) -> Tensor:
         """Return g, with the norm detached; a row of V that is 0 has no direction to stretch and stays 0."""
         with torch.no_grad():
-            if isinstance(self.inner, LowRank):
-                norms = row_norms_of_sum(weight, *self.inner.factors(p))
-            else:
-                norms = row_norms(weight + self.inner.delta(p, weight))
+            norms = self._lengths(p, weight)
         return p["magnitude"] / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+
+    def _lengths(self, p: Tensors, weight: Tensor) -> Float[Tensor, " out"]:
+        """Return ||W + dW|| of each row; a low-rank dW is not formed."""
+        if isinstance(self.inner, LowRank):
+            return row_norms_of_sum(weight, *self.inner.factors(p))
+        return row_norms(weight + self.inner.delta(p, weight))
 
 
 def row_norms(weight: Float[Tensor, " out *rest"]) -> Float[Tensor, " out"]:

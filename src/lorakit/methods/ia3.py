@@ -3,7 +3,8 @@
 `W' = diag(l) W` (side "output": keys and values; arXiv 2205.05638, section 3.3) or `W' = W diag(l)` (side "input": the
 feed-forward layer that reads the scaled activations), l = 1 at the start. The paper's T5 has no biases. Where a layer
 has one, it stays as it is here, for the update is a change of the weight; PEFT's output side multiplies the bias by l
-too, so with equal l its output is larger by `(l - 1) b`.
+too, so with equal l its output is larger by `(l - 1) b`. A recipe that names no place scales the outputs of every linear
+layer; the paper's place is keys, values and the feed-forward's inner activations, the latter by an override.
 """
 
 from __future__ import annotations
@@ -56,6 +57,11 @@ class IA3(Static):
             raise SpecError(
                 f"side must be output (keys, values) or input (a feed-forward's last layer), not {self.side!r}"
             )
+
+    @property
+    def drops(self) -> bool:
+        """Return whether dropout reaches it: the output side never reads the layer's input."""
+        return self.side == "input"
 
     def check(self, site: Site) -> None:
         """Raise `SpecError` for part of a grouped convolution, whose rows read only some of the inputs."""

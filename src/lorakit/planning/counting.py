@@ -19,7 +19,7 @@ from lorakit.core.method import Method
 from lorakit.core.site import Decl, Skeleton, layer_of
 from lorakit.core.spec import AdapterSpec
 from lorakit.core.sublayers import KEYWORDS, attention, mlp
-from lorakit.core.targets import Match, modules_named, parameters_named, resolve
+from lorakit.core.targets import Match, adapted_and_whole, modules_named, parameters_named, resolve
 from lorakit.errors import SpecError, listing
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -189,12 +189,8 @@ def count(spec: AdapterSpec, skeleton: Skeleton, shapes: Shapes, ties: Mapping[s
     """
     matches = resolve(spec, skeleton)
     whole = _whole(spec, skeleton, shapes, ties or {})
-    adapted = {match.site.path for match in matches}
-    if both := [one.name for one in whole if one.name.rpartition(".")[0] in adapted]:
-        raise SpecError(
-            "these are both adapted and trained whole; exclude them from the targets, or from `train`:\n"
-            f"{listing(both)}"
-        )
+    if both := adapted_and_whole([m.site.path for m in matches], [one.name for one in whole], ties or {}):
+        raise SpecError(both)
     seen: set[str] = set()
     modules, frozen = [], 0
     for match in matches:
