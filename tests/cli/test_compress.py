@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lorakit.combining import compress
 from lorakit.combining.compress import STORED
 from lorakit.core.method import Static
 from lorakit.inject.attach import state
+from lorakit.methods.block import BlockDiagonal
 from lorakit.methods.dora import DoRA
 from lorakit.methods.ia3 import IA3
 from lorakit.persist import load, save
@@ -90,7 +92,7 @@ def test_an_adapter_that_names_no_base_needs_none(tmp_path: Path) -> None:
     assert "does not say which base" in refused.stderr
 
 
-def dora_on(base: Path, place: Path, method: Static | None = None) -> Path:
+def dora_on(base: Path, place: Path, method: Static | None = None, form: Literal["peft", "native"] = "peft") -> Path:
     """Write an adapter whose change depends on the base's weights."""
     model = load_base(str(base))[0]
     handle = attach(model, AdapterSpec(method or DoRA(LoRA(2, 4.0))))
@@ -98,7 +100,7 @@ def dora_on(base: Path, place: Path, method: Static | None = None) -> Path:
     with torch.no_grad():
         for parameter in handle.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    save(state(model), place)
+    save(state(model), place, form)
     return place
 
 
@@ -138,12 +140,14 @@ def test_what_is_kept_in_fewer_bits_stays_in_them(run: Path, tmp_path: Path, dty
     assert {tensor.dtype for tensor in stored.values()} == {STORED[dtype]}
 
 
-def test_a_larger_lora_is_not_written(base: Path, tmp_path: Path) -> None:
+def test_a_lora_that_is_no_smaller_is_not_written(base: Path, tmp_path: Path) -> None:
     ia3 = dora_on(base, tmp_path / "ia3", IA3())
-    refused = invoke("compress", ia3, "--energy", 0.99, "--output", tmp_path / "x")
-    assert refused.exit_code == 2
-    assert "nothing was written: as a LoRA of that rank it would take" in refused.stderr
-    assert not (tmp_path / "x").exists()
+    block = dora_on(base, tmp_path / "block", BlockDiagonal(4, blocks=2), "native")
+    for larger, asked in ((ia3, ["--energy", 0.99]), (block, ["--rank", 2])):
+        refused = invoke("compress", larger, *asked, "--output", tmp_path / "x")
+        assert refused.exit_code == 2
+        assert "nothing was written: as a LoRA of that rank it would take" in refused.stderr
+        assert not (tmp_path / "x").exists()
     assert "lorakit compress" not in invoke("inspect", ia3, "--base", base).stdout, "no advice that makes it larger"
 
 

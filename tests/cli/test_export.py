@@ -78,6 +78,14 @@ def test_what_is_written_gives_the_adapter_s_logits(
     assert said["command"].startswith(f"vllm serve {base} --enable-lora --max-lora-rank 8 --lora-modules out=")
 
 
+def test_an_adapted_table_is_said_to_depend_on_the_model_s_class(base: Path, tmp_path: Path) -> None:
+    model, _ = load_base(str(base))
+    attach(model, AdapterSpec(LoRA(2), Targets(("q_proj", "embed_tokens"))))
+    save(state(model), tmp_path / "adapter")
+    said = invoke("export", tmp_path / "adapter", "--output", tmp_path / "out").stdout
+    assert "where its class of the model lists model.embed_tokens among its embedding_modules" in said
+
+
 def test_dora_says_how_it_is_written_and_with_a_rank_what_is_lost(base: Path, tmp_path: Path) -> None:
     wanted = made(base, DoRA(LoRA(2, 4.0)), tmp_path / "adapter")
     refused = invoke("export", tmp_path / "adapter", "--output", tmp_path / "out")

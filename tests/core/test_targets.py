@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -100,13 +102,15 @@ def test_layers_are_counted_from_0(text: str, layers: set[int]) -> None:
     assert parse_layers(text, 8) == layers
 
 
-@pytest.mark.parametrize("text", ["8", "6-8", "top:9", "3-1"])
+@pytest.mark.parametrize("text", ["8", "6-8", "top:9"])
 def test_a_layer_the_model_does_not_have_is_refused(text: str) -> None:
     with pytest.raises(TargetError, match=r"lies outside this model: it has 8 layers, 0 to 7"):
         parse_layers(text, 8)
 
 
 def test_layers_in_other_words_are_refused() -> None:
+    with pytest.raises(TargetError, match="layers '3-1' runs backwards; write 1-3"):
+        parse_layers("3-1", 8)
     with pytest.raises(TargetError, match=r"layers 'last' is not understood; write 20-24, top:5"):
         parse_layers("last", 8)
 
@@ -158,6 +162,33 @@ def test_every_bad_pattern_is_told_at_once_with_near_misses(llama: Skeleton) -> 
     assert "'v_porj' matched nothing; did you mean 'v_proj'" in text
     assert "model.layers.0.input_layernorm is LlamaRMSNorm whose output is not linear in its weight" in text
     assert "exclude 'upp_proj' matched nothing; did you mean 'up_proj'" in text
+
+
+def test_layers_that_leave_nothing_of_one_pattern_are_refused(llama: Skeleton) -> None:
+    with pytest.raises(
+        TargetError, match=r"layers='top:2' leaves nothing of 'lm_head'; give other layers, or leave it"
+    ):
+        keys(llama, "q_proj", "lm_head", layers="top:2")
+    assert len(keys(llama, "q_proj", "lm_head")) == 5
+
+
+def test_a_pattern_of_an_override_that_means_nothing_says_whose_it_is(llama: Skeleton) -> None:
+    with pytest.raises(TargetError, match=r"override of zzz: 1 target pattern\(s\) cannot be used:\n .*'zzz' matched"):
+        resolve(AdapterSpec(LoRA(4), overrides=[Override.of("zzz", rank=2)]), llama)
+
+
+def test_what_says_nothing_without_a_method_is_refused() -> None:
+    for targets in (Targets("q_proj"), Targets(exclude="lm_head")):
+        with pytest.raises(SpecError, match="without a method targets and exclude mean nothing; name in `train` what"):
+            AdapterSpec(None, targets, train="*")
+    assert AdapterSpec(None, Targets(layers="1"), train="norms").targets.layers == "1"
+
+
+@pytest.mark.parametrize("wrong", [{"layers": 3}, {"include": None}, {"exclude": 5}])
+def test_targets_of_another_type_are_refused_where_no_type_checker_runs(wrong: dict[str, Any]) -> None:
+    script = f"from lorakit import LorakitError, Targets\ntry: Targets(**{wrong!r})\nexcept LorakitError as e: print(e)"
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert f"not {next(iter(wrong.values()))!r}" in told
 
 
 def test_a_container_is_not_a_layer(llama: Skeleton) -> None:

@@ -274,6 +274,26 @@ def test_a_method_inside_is_named_or_refused(inner: Any) -> None:
     assert method_from_json({"name": "dora", "inner": {"rank": 4}}) == DoRA(LoRA(4))
 
 
+def test_what_was_trained_whole_does_not_learn_while_its_adapter_is_off_nor_does_the_base() -> None:
+    model = llama()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    handle = attach(model, AdapterSpec(LoRA(4), Targets("q_proj"), train="norm"))
+    norm = model.get_parameter("model.norm.weight")
+    with use(model, {}):
+        assert not norm.requires_grad
+        assert all(p is not norm for p in handle.parameters())
+    assert norm.requires_grad
+    assert any(p is norm for p in handle.parameters())
+    norm.requires_grad_(False)  # its owner's own choice
+    with use(model, {}):
+        pass
+    assert not norm.requires_grad
+    detach(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(AttachError, match="no adapter named 'default' is attached"):
+        handle.parameters()
+
+
 def test_each_row_of_a_model_s_batch_chooses() -> None:
     model = moved(llama(), AdapterSpec(LoRA(4)), "a")
     moved(model, AdapterSpec(LoRA(2), Targets("mlp")), "b")

@@ -144,15 +144,18 @@ def test_all_experts_on_top_are_the_soft_mixture() -> None:
     assert_close(y, model(x))
 
 
-def test_one_expert_is_lora() -> None:
-    model, adapter = mixed(Mixture(1, 4, 8.0))
+def test_equal_experts_are_one_lora() -> None:
+    model, adapter = mixed(Mixture(2, 4, 8.0))
+    with torch.no_grad():
+        adapter.get_parameter("down")[4:] = adapter.get_parameter("down")[:4]
+        adapter.get_parameter("up")[:, 4:] = adapter.get_parameter("up")[:, :4]
     twin = Net(nn.Linear(12, 8))
     twin.layer.load_state_dict({k: v for k, v in model.layer.state_dict().items() if "adapters" not in k})
     attach(twin, AdapterSpec(LoRA(4, 8.0), Targets("layer")))
     other = adapters_named(twin, "default")[0]
     with torch.no_grad():
-        for name in ("down", "up"):
-            other.get_parameter(name).copy_(adapter.get_parameter(name))
+        other.get_parameter("down").copy_(adapter.get_parameter("down")[:4])
+        other.get_parameter("up").copy_(adapter.get_parameter("up")[:, :4])
     x = torch.randn(3, 5, 12)
     assert_close(model(x), twin(x))
 
@@ -374,14 +377,14 @@ def test_768_counts() -> None:
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        ({"experts": 0}, "experts must be a whole number of at least 1, not 0"),
+        ({"experts": 0}, "experts must be a whole number of at least 2, not 0"),
         ({"rank": 0}, "rank must be a whole number of at least 1, not 0"),
         ({"alpha": 0.0}, "alpha must be a positive number, not 0.0"),
         ({"top": 9}, "top must be 2 to 8, the number of experts, or left out, not 9"),
         ({"top": 1}, "top must be 2 to 8.* not 1; a single choice has weight 1 whatever the router says, so the loss"),
         ({"balance": -0.1}, "balance must be a number of at least 0, not -0.1"),
         ({"balance": math.inf}, "balance must be a number of at least 0, not inf"),
-        ({"experts": 1, "balance": 0.1}, "balance needs at least 2 experts; set it to 0, or experts higher"),
+        ({"experts": 1}, "experts must be a whole number of at least 2, not 1; with one the router has no choice"),
     ],
 )
 def test_fields_that_cannot_be_are_refused(fields: dict[str, Any], complaint: str) -> None:

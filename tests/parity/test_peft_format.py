@@ -316,6 +316,24 @@ def test_peft_s_tied_modules_to_save_load_with_equal_logits(tmp_path: Path) -> N
     assert_close(logits(base, tokens()), logits(model, tokens()))
 
 
+@pytest.mark.parametrize("layer", ["embed_tokens", "lm_head"])
+def test_a_copy_of_a_tied_table_that_peft_trained_apart_is_refused_where_both_ends_would_change(
+    layer: str, tmp_path: Path
+) -> None:
+    model = theirs(CASES["llama, linear"], llama(tied=True), target_modules=["q_proj"], modules_to_save=[layer])
+    peft_saves(model, tmp_path / "theirs")
+    found = load(tmp_path / "theirs")
+    save(found, tmp_path / "native", format="native")
+    save(found, tmp_path / "peft")
+    for place in ("theirs", "native", "peft"):
+        with pytest.raises(AdapterFileError, match=rf"{layer}.weight: PEFT trained a copy of its own, .* is tied to"):
+            attach(llama(tied=True), load(tmp_path / place))
+    apart = llama()
+    apart.load_state_dict(llama(tied=True).state_dict())
+    attach(apart, found)
+    assert_close(logits(apart, tokens()), logits(model, tokens()))
+
+
 @pytest.mark.parametrize("layer", ["model.embed_tokens", "lm_head"])
 def test_the_table_peft_saves_beside_its_lora_is_kept_and_not_trained(layer: str, tmp_path: Path) -> None:
     targets = [layer.rpartition(".")[2], "q_proj"]  # PEFT saves the base's table whenever it meets this name

@@ -43,6 +43,25 @@ def refusal(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     return str(caught.value)
 
 
+def test_patterns_and_checksums_of_another_type_are_told(tmp_path: Path) -> None:
+    told = refusal(config(rank_pattern=[1]), pair("q"))
+    assert told == "the configuration is wrong: rank_pattern must be an object, not [1]"
+    save(adapter(), tmp_path)
+    note = json.loads((tmp_path / "lorakit.json").read_text())
+    (tmp_path / "lorakit.json").write_text(json.dumps({**note, "sha256": []}))
+    with pytest.raises(AdapterFileError, match=r"lorakit\.json is damaged: sha256 must be an object"):
+        load(tmp_path)
+
+
+def test_a_note_of_a_layer_without_tensors_is_refused(tmp_path: Path) -> None:
+    save(slices(), tmp_path)
+    note = json.loads((tmp_path / "lorakit.json").read_text())
+    note["updates"].append({**note["updates"][0], "path": "zz"})
+    (tmp_path / "lorakit.json").write_text(json.dumps(note))
+    with pytest.raises(AdapterFileError, match=r"lorakit\.json is damaged .*no tensors for zz"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("make", [adapter, slices])
 def test_save_and_load_are_inverse(make: Any, tmp_path: Path) -> None:
     before = make()

@@ -274,6 +274,19 @@ def test_the_short_form_of_quant_takes_changes_of_its_section(tmp_path: Path) ->
     assert load_recipe(file, {"quant": "none"}).quant is None
 
 
+@pytest.mark.parametrize(
+    ("adapter", "told"),
+    [
+        ({"overrides": [{"targets": "mlp", "rank": 8}]}, "has targets, layers and fields: write fields: {rank: ...}"),
+        ({"method": "adalora", "kept": 3}, "adapter.kept: is what a run writes into its adapter; leave it out"),
+        ({"layers": "5-2"}, "adapter.layers: '5-2' runs backwards; write 2-5"),
+    ],
+)
+def test_what_an_adapter_s_section_cannot_hold_says_where_it_goes(adapter: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(told)):
+        make_recipe({"adapter": adapter})
+
+
 @pytest.mark.parametrize(("name", "train"), [("full", "'*'"), ("bitfit", "biases"), ("norms", "norms")])
 def test_what_is_no_method_of_its_own_says_how_it_is_written(name: str, train: str) -> None:
     with pytest.raises(RecipeError, match=re.escape(f"method '{name}' is written method: none, train: {train}")):

@@ -78,9 +78,9 @@ def compress(
         else:
             most = None if budget is None else bytes_of("--size", budget, before)
             made = compressed(state, rank=rank, energy=energy, size=most, dtype=dtype, base=weights)
-        if made.bytes > before:
+        if made.bytes > before or (made.bytes == before and made.error > 1e-6):
             raise CombineError(
-                f"nothing was written: as a LoRA of that rank it would take {size(made.bytes)}, more than the "
+                f"nothing was written: as a LoRA of that rank it would take {size(made.bytes)}, no less than the "
                 f"{size(before)} that {state.spec.name} takes; ask for less, as --size 50% does, or keep it"
             )
         save(made.state, output, dtype=made.dtype)

@@ -53,7 +53,8 @@ def export(
         written = adapter_bytes(output)
         out.say(
             f"{place}: {method}, {len(state.updates)} layers",
-            f"wrote {output} ({size(written)}){'' if said is None else f', {told(said)}'}; nothing in it vLLM refuses",
+            f"wrote {output} ({size(written)}){'' if said is None else f', {told(said)}'}; nothing in it vLLM refuses"
+            f"{_where_listed(state)}",
             f"serve it: {command}",
         )
         out.result(
@@ -86,6 +87,15 @@ def _is_plain(state: AdapterState) -> bool:
         all(type(update.method) is lora for update in state.updates)
         and len({float(get(update.method, "scale")) for update in state.updates}) == 1
     )
+
+
+def _where_listed(state: AdapterState) -> str:
+    """Return in words which layers vLLM takes of some models alone: embeddings and output layers."""
+    tables = ("lm_head", "embed_out", "embed_tokens")
+    ends = {u.site.path for u in state.updates if u.site.kind == "embedding" or u.site.path.endswith(tables)}
+    if not ends:
+        return ""
+    return f", where its class of the model lists {', '.join(sorted(ends))} among its embedding_modules"
 
 
 def _write(state: AdapterState, output: Path, place: Path) -> int:

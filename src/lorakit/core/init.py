@@ -67,6 +67,11 @@ class Init(ABC):
                 f"init {self.name} starts from {_MEASURED[self.needs]}, which nobody measured; call "
                 "gather(model, spec, batches) and pass what it returns to attach(..., evidence=...)"
             )
+        if not evidence.isfinite().all():
+            raise SpecError(
+                f"init {self.name} starts from {_MEASURED[self.needs]}, and those of {site.key} hold NaN or infinity; "
+                "look at the batches, or measure in a wider dtype"
+            )
         square = (site.fan_in, site.fan_in)
         expected = site.shape if self.needs != "inputs" else square if site.groups == 1 else (site.groups, *square)
         if tuple(evidence.shape) != expected:

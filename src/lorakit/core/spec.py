@@ -36,6 +36,12 @@ class Targets:
                 raise SpecError(f"targets must be non-empty names or patterns, not {bad[0]!r}")
         if not self.include:
             raise SpecError("targets is empty; name at least one pattern, for example all-linear")
+        if not isinstance(self.layers, str | None):
+            raise SpecError(f"layers must be text such as '4-7', '0,2' or 'top:2', not {self.layers!r}")
+
+    def without_layers(self) -> Targets:
+        """Return the same targets in all layers."""
+        return replace(self, layers=None)
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,8 @@ class AdapterSpec:
     def __post_init__(self) -> None:
         if self.method is None and not self.train:
             raise SpecError("without a method nothing would be trained; name a method, or what of the base to train")
+        if self.method is None and isinstance(self.targets, Targets) and self.targets.without_layers() != Targets():
+            raise SpecError("without a method targets and exclude mean nothing; name in `train` what shall be trained")
         if not (self.method is None or isinstance(self.method, Method)):
             raise SpecError(f"method must be a lorakit method such as LoRA(rank=16), not {self.method!r}")
         if not isinstance(self.targets, Targets):
@@ -230,6 +238,8 @@ def _plain(value: Any) -> Any:
 
 def _words(value: Sequence[str]) -> tuple[str, ...]:
     """Return one word, or a list of words, as a tuple."""
+    if not isinstance(value, str | Sequence):
+        raise SpecError(f"a pattern or a list of patterns is needed here, not {value!r}")
     return (value,) if isinstance(value, str) else tuple(value)
 
 

@@ -83,6 +83,8 @@ class AdapterState:
     trained: Mapping[str, Tensor] = field(default_factory=dict)
     base: Base = field(default_factory=Base)
     purpose: Purpose | None = None
+    apart: tuple[str, ...] = ()
+    """Names in `trained` of copies that PEFT made (`modules_to_save`), which no tied weight follows."""
 
     @property
     def labels(self) -> tuple[str, ...]:

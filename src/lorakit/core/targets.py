@@ -122,7 +122,14 @@ def select(targets: Targets, skeleton: Skeleton, *, blocks: bool = False) -> lis
     if problems:
         raise TargetError(f"{len(problems)} target pattern(s) cannot be used:\n{listing(problems)}")
     if targets.layers is not None:
-        found = {key: hit for key, hit in found.items() if _in_layers(hit[0].path, targets.layers, skeleton)}
+        inside = {key: hit for key, hit in found.items() if _in_layers(hit[0].path, targets.layers, skeleton)}
+        gone = {pattern for _, pattern in found.values()} - {pattern for _, pattern in inside.values()}
+        if inside and gone:
+            raise TargetError(
+                f"layers={targets.layers!r} leaves nothing of {', '.join(map(repr, sorted(gone)))}; give other layers, "
+                "or leave it out of the targets"
+            )
+        found = inside
     if not found:
         raise TargetError(
             f"nothing is left to adapt after exclude={list(targets.exclude)} and layers={targets.layers!r}"
@@ -213,6 +220,8 @@ def parse_layers(text: str, depth: int) -> frozenset[int]:
             first, last = (depth - n, depth - 1) if counted[1] == "top" else (0, n - 1)
         else:
             raise TargetError(f"layers {part!r} is not understood; write 20-24, top:5, bottom:2 or 0,3,8-11")
+        if ranged and first > last:
+            raise TargetError(f"layers {part!r} runs backwards; write {last}-{first}")
         if first > last or first < 0 or last >= depth:
             raise TargetError(f"layers {part!r} lies outside this model: it has {depth} layers, 0 to {depth - 1}")
         chosen.update(range(first, last + 1))
@@ -319,7 +328,10 @@ def _keys(targets: Targets, skeleton: Skeleton, chosen: list[tuple[Site, str]]) 
             paths -= set(_paths(pattern, skeleton, paths))
         hit = {site.key for site, _ in chosen if site.path in paths}
     else:
-        meant = [site for site, _ in select(targets, skeleton, blocks=any(s.kind == "module" for s, _ in chosen))]
+        try:
+            meant = [site for site, _ in select(targets, skeleton, blocks=any(s.kind == "module" for s, _ in chosen))]
+        except TargetError as error:
+            raise TargetError(f"override of {'/'.join(targets.include)}: {error}") from error
         whole = {site.path for site in meant if site.rows is None}
         hit = {site.key for site, _ in chosen if site.path in whole or site in meant}
     if not hit:

@@ -8,7 +8,7 @@ and the values of modules that were trained whole.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -46,7 +46,12 @@ class Handle:
     paths: tuple[str, ...]
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return the trainable parameters of this adapter, modules trained whole included."""
+        """Return the trainable parameters of this adapter, modules trained whole included while it is active.
+
+        Raises:
+            AttachError: it was detached.
+        """
+        ledger_of(self.model).require(self.name)
         layers = adapters_named(self.model, self.name)
         own = list(dict.fromkeys(p for a in layers for p in a.parameters() if p.requires_grad))
         base = parameters_of(self.model)
@@ -91,6 +96,7 @@ def attach(
         expect_adapter(what)
         spec, values = what.spec, dict(what.trained)
         updates = fitted(what, skeleton)
+        _refuse_tied_copies(model, what.apart)
         check_tensors(updates)
         check_base(what.base, base_of(model))
         placed = [(u.site, u.method) for u in updates]
@@ -287,6 +293,18 @@ def _distinct(model: nn.Module, values: dict[str, Tensor]) -> list[str]:
     if problems:
         raise AdapterFileError(f"modules saved whole do not fit this model:\n{listing(problems)}")
     return list({id(named[key]): key for key in reversed(values)}.values())[::-1]
+
+
+def _refuse_tied_copies(model: nn.Module, apart: Sequence[str]) -> None:
+    """Raise `AdapterFileError` for values that PEFT kept apart, where this model has one weight for several names."""
+    named = parameters_of(model) if apart else {}
+    for name in apart:
+        if others := [key for key, p in named.items() if p is named.get(name) and key != name]:
+            raise AdapterFileError(
+                f"{name}: PEFT trained a copy of its own, and in this model it is tied to {', '.join(others)}, which "
+                "would change too; load a base that has them apart (tie_word_embeddings: false in its config.json, the "
+                "weight saved under both names)"
+            )
 
 
 def _refuse_patched(modules: dict[str, nn.Module]) -> None:

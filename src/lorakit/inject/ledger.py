@@ -28,6 +28,8 @@ class Ledger:
     """For each parameter trained whole, the value that is not in the model now: the base's, or the adapter's."""
     swapped_in: set[str] = field(default_factory=set)
     """The adapters whose wholly trained modules are in the model now."""
+    learning: set[str] = field(default_factory=set)
+    """The parameters trained whole that learn again when their adapter is active again: the base's never do."""
     requires_grad: dict[str, bool] = field(default_factory=dict)
     base: Base | None = None
     """What the base was known by before its weights were divided among processes; None while they are whole."""
@@ -91,6 +93,10 @@ class Ledger:
                     here = named[key].detach().clone()
                     named[key].copy_(self.resting[key])
                     self.resting[key] = here
+                    if name not in active and named[key].requires_grad:
+                        self.learning.add(key)
+                    named[key].requires_grad_(name in active and key in self.learning)
+                    self.learning -= {key} if name in active else set()
                 self.swapped_in ^= {name}
 
     def trained_values(self, model: nn.Module, name: str) -> dict[str, Tensor]:

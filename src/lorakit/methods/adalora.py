@@ -13,7 +13,7 @@ of them), and s is a constant (there: on a 16-bit base its denominator is traine
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -46,7 +46,7 @@ class AdaLoRA(LowRank):
     beta1: float = 0.85
     beta2: float = 0.85
     orthogonal_weight: float = 0.5
-    kept: int | None = None
+    kept: int | None = field(default=None, metadata={"written": True})
 
     name: ClassVar[str] = "adalora"
     paper: ClassVar[str] = "arXiv 2303.10512"

@@ -3,8 +3,8 @@
 `W' = diag(l) W` (side "output": keys and values; arXiv 2205.05638, section 3.3) or `W' = W diag(l)` (side "input": the
 feed-forward layer that reads the scaled activations), l = 1 at the start. The paper's T5 has no biases. Where a layer
 has one, it stays as it is here, for the update is a change of the weight; PEFT's output side multiplies the bias by l
-too, so with equal l its output is larger by `(l - 1) b`. A recipe that names no place scales the outputs of every linear
-layer; the paper's place is keys, values and the feed-forward's inner activations, the latter by an override.
+too, so with equal l its output is larger by `(l - 1) b`. A recipe that names no place scales the outputs of every
+linear layer; the paper's place is keys, values and the feed-forward's inner activations, the latter by an override.
 """
 
 from __future__ import annotations

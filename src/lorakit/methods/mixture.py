@@ -47,8 +47,8 @@ class Mixture(Method):
     kinds: ClassVar[frozenset[str]] = frozenset(LINEAR_KINDS)
 
     def __post_init__(self) -> None:
-        for name, number in (("experts", self.experts), ("rank", self.rank)):
-            check_whole(name, number)
+        check_whole("experts", self.experts, 2, hint="; with one the router has no choice, which is lora")
+        check_whole("rank", self.rank)
         check_positive("alpha", self.alpha, hint="; the usual choice is 2 * rank")
         if self.top is not None and (type(self.top) is not int or not 2 <= self.top <= self.experts):
             raise SpecError(
@@ -57,8 +57,6 @@ class Mixture(Method):
             )
         if not (is_number(self.balance) and self.balance >= 0):
             raise SpecError(f"balance must be a number of at least 0, not {self.balance!r}; MixLoRA's is 0.01")
-        if self.balance and self.experts == 1:
-            raise SpecError("balance needs at least 2 experts; set it to 0, or experts higher")
 
     def check(self, site: Site) -> None:
         """Raise `SpecError` for a layer that is not linear, or a rank it cannot have."""

@@ -75,6 +75,7 @@ def write_native(file: Path, state: AdapterState, dtype: torch.dtype | None = No
         "base": {"name": state.base.name, "probes": {k: list(v) for k, v in state.base.probes.items()}},
         "trained": list(state.trained),
         "purpose": state.purpose and state.purpose.to_json(),
+        **({"apart": list(state.apart)} if state.apart else {}),
     }
     tensors = {_key(u, name): t for u in state.updates for name, t in u.tensors.items()}
     tensors.update({f"{_TRAINED}{name}": t for name, t in state.trained.items()})
@@ -111,7 +112,8 @@ def _state(head: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState:
     base = Base(head["base"]["name"], {k: tuple(v) for k, v in head["base"]["probes"].items()})
     trained = {name: rest[key] for key, name in names.items()}
     purpose = Purpose.from_json(head.get("purpose"))
-    return AdapterState(AdapterSpec.from_json(head["spec"]), _in_declared_order(updates), trained, base, purpose)
+    spec, apart = AdapterSpec.from_json(head["spec"]), tuple(head.get("apart", ()))
+    return AdapterState(spec, _in_declared_order(updates), trained, base, purpose, apart)
 
 
 def _key(update: Update, name: str) -> str:

@@ -133,7 +133,8 @@ def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapt
     check_tensors(tuple(u for u in updates if u.site.in_))  # of the others `attach` learns the widths
     _refuse_non_finite([u for u in updates if not u.site.in_])
     spec = settings.spec(updates, list(reading.trained))
-    return AdapterState(spec, updates, reading.trained, Base(config.get("base_model_name_or_path")))
+    copied = () if config.get("ensure_weight_tying") else tuple(settings.copied(list(reading.trained)))
+    return AdapterState(spec, updates, reading.trained, Base(config.get("base_model_name_or_path")), apart=copied)
 
 
 def _refuse(updates: Sequence[Update]) -> None:
@@ -214,6 +215,7 @@ def _note(state: AdapterState, plain: AdapterState, sums: Mapping[str, str]) -> 
         "sha256": dict(sums),
         "base": {"name": state.base.name, "probes": {k: list(v) for k, v in state.base.probes.items()}},
         "purpose": state.purpose and state.purpose.to_json(),
+        **({"apart": list(state.apart)} if state.apart else {}),
         "spec": state.spec.to_json(),
         "updates": [
             {"path": s.path, "rows": s.rows and list(s.rows), "kind": s.kind, "method": method_to_json(m)}
@@ -228,7 +230,10 @@ def _verify(place: Path, note: Mapping[str, Any]) -> None:
         raise AdapterFileError(
             f"{place / NOTE} has format {note.get('format')!r}, this lorakit reads {NOTE_VERSION}; upgrade lorakit"
         )
-    for name, expected in note.get("sha256", {}).items():
+    sums = note.get("sha256", {})
+    if not isinstance(sums, dict):
+        raise AdapterFileError(f"{place / NOTE} is damaged: sha256 must be an object; get the adapter again")
+    for name, expected in sums.items():
         if files.sha256(place / name) != expected:
             raise AdapterFileError(
                 f"{place / name} was changed after it was saved: its checksum is not the one in {NOTE}; get it again, "
@@ -246,6 +251,8 @@ def _restored(state: AdapterState, note: Mapping[str, Any], file: Path) -> Adapt
             parts.setdefault(entry["path"], []).append((rows, entry["kind"], method_from_json(entry["method"]), shape))
         named = [u if u.site.path else replace(u, site=replace(u.site, path=next(iter(parts), "")))
                  for u in state.updates]  # fmt: skip
+        if unknown := sorted(parts.keys() - {u.site.path for u in named}):
+            raise KeyError(f"no tensors for {unknown[0]}")
         updates = tuple(part for whole in named for part in _exact(whole, parts.get(whole.site.path)))
         updates = settle(updates, [_site(u, parts.get(u.site.path)) for u in updates])
         if parts:
@@ -254,7 +261,8 @@ def _restored(state: AdapterState, note: Mapping[str, Any], file: Path) -> Adapt
         base = Base(note["base"]["name"], probes)
         purpose = Purpose.from_json(note.get("purpose"))
         spec = AdapterSpec.from_json(note["spec"])
-        return replace(state, spec=spec, updates=updates, base=base, purpose=purpose)
+        apart = tuple(map(str, note.get("apart", ())))
+        return replace(state, spec=spec, updates=updates, base=base, purpose=purpose, apart=apart)
     except (KeyError, TypeError, IndexError, AttributeError, SpecError) as bad:
         raise AdapterFileError(f"{file} is damaged or of another version ({bad}); get the adapter again") from bad
 

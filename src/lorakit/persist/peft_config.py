@@ -101,7 +101,11 @@ class Settings:
         for key, name in self.form.fields.items():
             value = self.config.get(key, get(usual, name))
             if path is not None and key in self.form.patterns:
-                value = _first(self.config.get(self.form.patterns[key]) or {}, path, value)
+                patterns = self.config.get(self.form.patterns[key]) or {}
+                if not isinstance(patterns, dict):
+                    told = f"{self.form.patterns[key]} must be an object, not {shown(patterns)}"
+                    raise AdapterFileError(f"the configuration is wrong: {told}")
+                value = _first(patterns, path, value)
             values[name] = _checked(key, value, get(usual, name))
         try:
             if path is not None and self.form.of_config is not None:
@@ -129,6 +133,11 @@ class Settings:
                 Override(Targets(tuple(exact(p, ends) for p in at)), other) for other, at in groups.items()
             ),
         )
+
+    def copied(self, trained: Sequence[str]) -> list[str]:
+        """Return the tensors of the modules that PEFT means by `modules_to_save`."""
+        inside = tuple(f"{path}." for path in self._saved_whole(trained))
+        return [name for name in trained if name.startswith(inside)]
 
     def _saved_whole(self, trained: Sequence[str]) -> list[str]:
         """Return the paths PEFT means by `modules_to_save`, an end of the path with or without a dot before it."""

@@ -99,6 +99,8 @@ def _placed(key: str, line: str, given: Any) -> tuple[str, str]:
 
 def _unknown(key: str, sections: Mapping[str, type[BaseModel]]) -> str:
     *above, last = key.split(".")
+    if "overrides" in above:
+        return f"unknown key; an override has targets, layers and fields: write fields: {{{last}: ...}}"
     section = sections.get(above[0], sections[""]) if above else sections[""]
     known = list(section.model_fields)
     elsewhere = [f"{name}.{last}" for name, one in sections.items() if name and last in one.model_fields]

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from lorakit.core.layerwise import PROFILES
 from lorakit.core.method import Method
 from lorakit.core.registry import methods
-from lorakit.core.spec import AdapterSpec, Override, Targets, method_from_json
+from lorakit.core.spec import AdapterSpec, Override, Targets, fields_of, method_from_json
 from lorakit.core.targets import parse_layers
 from lorakit.errors import RecipeError, SpecError, did_you_mean, listing, looked_in, shown
 from lorakit.training.explain import explain
@@ -146,7 +146,8 @@ class AdapterSection(BaseModel):
                 changed = Override(Targets(_words(override.targets)), tuple(sorted(override.fields.items())))
                 AdapterSpec(method, train=("*",), overrides=(changed,))
             except SpecError as error:
-                found.append(f"overrides[{place}]: {error}")
+                told = str(error).removeprefix(f"override of {'/'.join(_words(override.targets))}: ")
+                found.append(f"overrides[{place}]: {told}")
         try:
             Targets(_words(self.targets), _words(self.exclude))
         except SpecError as error:
@@ -155,7 +156,7 @@ class AdapterSection(BaseModel):
             try:
                 parse_layers(text, 10_000)
             except ValueError as error:
-                if "is not understood" in str(error):
+                if "lies outside this model" not in str(error):
                     found.append(f"layers: {str(error).removeprefix('layers ')}")
         return found
 
@@ -168,6 +169,9 @@ class AdapterSection(BaseModel):
             return None
         if self.method in _BASELINES:
             raise SpecError(f"method {self.method!r} is written method: none, train: {_BASELINES[self.method]}")
+        known = fields_of(methods()[self.method]) if self.method in methods() else {}
+        if written := [name for name in extra if name in known and known[name].metadata.get("written")]:
+            raise SpecError(f"{written[0]} is what a run writes into its adapter; leave it out")
         try:
             return method_from_json({"name": self.method, **extra})
         except SpecError as error:
