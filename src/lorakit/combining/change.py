@@ -17,7 +17,7 @@ from torch import Tensor
 from lorakit.core.as_lora import plain_lora
 from lorakit.core.factored import factored, factored_values
 from lorakit.core.init import by_group, leading
-from lorakit.core.method import LowRank
+from lorakit.core.method import LowRank, per_group
 from lorakit.core.site import Site
 from lorakit.core.state import Update, delta_of
 
@@ -32,8 +32,8 @@ class Pair:
     @classmethod
     def of(cls, down: Float[Tensor, "gr *in"], up: Float[Tensor, "out r"]) -> Pair:
         """Return the product of factors as a method stores them: the inverse of `factors`, for any kernel."""
-        groups, rank = len(down) // up.shape[1], up.shape[1]
-        return cls(up.reshape(groups, -1, rank), down.reshape(groups, rank, -1))
+        right, left = per_group(down, up)
+        return cls(left, right)
 
     @property
     def rank(self) -> int:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lorakit.core.method import LowRank, Static
+from lorakit.core.method import LowRank, Static, per_group
 from lorakit.core.spec import AdapterSpec, Override, Targets, method_from_json
 from lorakit.core.state import AdapterState, Update
 from lorakit.errors import SpecError, listing
@@ -65,13 +65,12 @@ def _plain(update: Update) -> Update:
 
 def within_the_weight(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Return the pair, or, where its rank exceeds what a weight `(out, in, *kernel)` can have, its product and ones."""
-    groups = down.shape[0] // up.shape[1]
-    right, left = down.reshape(groups, up.shape[1], -1), up.reshape(groups, -1, up.shape[1])
+    right, left = per_group(down, up)
     high, wide = left.shape[1], right.shape[2]
     if up.shape[1] <= min(high, wide):
         return down, up
     product = left @ right
-    eye = torch.eye(min(high, wide), dtype=up.dtype, device=up.device).repeat(groups, 1)
+    eye = torch.eye(min(high, wide), dtype=up.dtype, device=up.device).repeat(len(left), 1)
     if high <= wide:
         return product.reshape(-1, *down.shape[1:]), eye
     return eye.reshape(-1, *down.shape[1:]), product.flatten(0, 1)

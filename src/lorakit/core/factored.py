@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lorakit.core.method import per_group
+
 
 @torch.no_grad()
 def factored(
@@ -55,7 +57,7 @@ def block_diagonal(blocks: Float[Tensor, "groups m n"]) -> Float[Tensor, "rows c
 
 def _reduced(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return `Q_u (g, m, .)`, `Q_d (g, n, .)` and `R_u R_d^T` of each group."""
-    groups = down.shape[0] // up.shape[1]
-    q_up, r_up = torch.linalg.qr(up.detach().cpu().double().reshape(groups, -1, up.shape[1]))
-    q_down, r_down = torch.linalg.qr(down.detach().cpu().double().reshape(groups, up.shape[1], -1).mT)
+    d, u = per_group(down.detach().cpu().double(), up.detach().cpu().double())
+    q_up, r_up = torch.linalg.qr(u)
+    q_down, r_down = torch.linalg.qr(d.mT)
     return q_up, q_down, r_up @ r_down.mT

@@ -175,11 +175,8 @@ class LowRank(Static):
 
     def delta(self, p: Tensors, weight: Tensor) -> Tensor:
         """Return `up @ down` in the weight's shape; with g groups, the product of each group's own block."""
-        down, up = self.factors(p)
-        groups = down.shape[0] // up.shape[1]
-        per_group_up = up.reshape(groups, -1, up.shape[1])
-        per_group_down = down.reshape(groups, up.shape[1], -1)
-        return (per_group_up @ per_group_down).reshape(weight.shape)
+        down, up = per_group(*self.factors(p))
+        return (up @ down).reshape(weight.shape)
 
     def branch(self, p: Tensors, call: Call) -> Tensor:
         """Return `up @ op(x; down)`, never forming dW; what factors subtract is subtracted before it is rounded."""
@@ -317,6 +314,14 @@ class Preconditioned(Protocol):
 
     def precondition(self, p: Tensors) -> None:
         """Replace the gradients of one site's live tensors, in place; a tensor may have none."""
+
+
+def per_group(
+    down: Float[Tensor, "gr *in"], up: Float[Tensor, "out r"]
+) -> tuple[Float[Tensor, "g r n"], Float[Tensor, "g m r"]]:
+    """Return a pair as the g pairs it stands for, one for each group of a convolution; elsewhere g is 1."""
+    groups, rank = down.shape[0] // up.shape[1], up.shape[1]
+    return down.reshape(groups, rank, -1), up.reshape(groups, -1, rank)
 
 
 def down_up(rank: int, site: Site) -> dict[str, Decl]:

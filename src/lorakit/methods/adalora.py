@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorakit.core.checks import check_positive, check_whole, is_number
-from lorakit.core.method import LowRank, Schedule, Start, Tensors, down_up
+from lorakit.core.method import LowRank, Schedule, Start, Tensors, down_up, per_group
 from lorakit.core.peft_form import LORA_NO_BEARING, PeftForm, matrices
 from lorakit.core.site import Decl, Role, Site
 from lorakit.core.state import Update
@@ -125,10 +125,8 @@ class AdaLoRA(LowRank):
         The norm is not squared and, with the mean over sites, is a mean over all 2n matrices: so do the authors' code
         (w = 0.1) and PEFT (w = 0.5); the paper's eq. 4 has the sum of squares. Grouped convolutions: per group's block.
         """
-        groups = p["down"].shape[0] // p["up"].shape[1]
-        rank = p["up"].shape[1]
-        up, down = p["up"].reshape(groups, -1, rank), p["down"].reshape(groups, rank, -1)
-        eye = torch.eye(rank, dtype=up.dtype, device=up.device)
+        down, up = per_group(p["down"], p["up"])
+        eye = torch.eye(up.shape[2], dtype=up.dtype, device=up.device)
         off = torch.stack([torch.linalg.vector_norm(gram - eye) for gram in (up.mT @ up, down @ down.mT)])
         return self.orthogonal_weight * off.mean()
 

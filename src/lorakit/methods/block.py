@@ -94,14 +94,14 @@ class BlockDiagonal(Scaled):
         nn.init.kaiming_uniform_(p["down"], a=slope, generator=start.rng)
         nn.init.zeros_(p["up"])
 
-    def factors(self, p: Tensors) -> tuple[Float[Tensor, "r in"], Float[Tensor, "out r"]]:
-        """Return `(A, s B)`, the blocks laid out on the diagonal."""
-        down, up = p["down"], self.scale * p["up"]
+    def pair(self, p: Tensors) -> tuple[Tensor, Tensor, float]:
+        """Return `(A, B, s)`, the blocks laid out on the diagonal."""
+        down, up, scale = super().pair(p)
         if self.side != "up":
             down = on_the_diagonal(down, self.blocks)
         if self.side != "down":
             up = on_the_diagonal(up, self.blocks)
-        return down, up
+        return down, up, scale
 
 
 def on_the_diagonal(stacked: Float[Tensor, "rows width"], blocks: int) -> Float[Tensor, "rows full_width"]:

@@ -29,6 +29,7 @@ from lorakit.core.method import (
     Static,
     Tensors,
     Trimmed,
+    per_group,
 )
 from lorakit.core.peft_form import LORA_NO_BEARING, PATTERNS, PeftForm, pair_from_peft, pair_to_peft
 from lorakit.core.site import Decl, Role, Site
@@ -137,8 +138,8 @@ def row_norms_of_sum(
     `||W + U D||^2 = ||W||^2 + 2 <U, W D^T> + <U, U (D D^T)>` per row, `W (out, n)`, `D (r, n)`, `U (out, r / g)`: two
     thin products and an r x r Gram matrix. The error is some roundings of ||W||, also where `U D` all but cancels W.
     """
-    groups = down.shape[0] // up.shape[1]
-    w, d, u = (t.reshape(groups, t.shape[0] // groups, -1) for t in (weight, down, up))
+    d, u = per_group(down, up)
+    w = weight.reshape(*u.shape[:2], -1)
     crossed = u * (w @ d.mT.to(w.dtype)).to(u.dtype)  # a wider product would need a wide copy of a 16-bit W
     squared = u * (u @ (d @ d.mT))
     return (row_norms(weight).square() + (2 * crossed + squared).sum(-1).flatten()).clamp_min(0).sqrt()

@@ -48,6 +48,15 @@ class Scaled(LowRank):
         """Return s."""
         return self.alpha / (math.sqrt(self.rank) if self.stabilised else self.rank)
 
+    def pair(self, p: Tensors) -> tuple[Tensor, Tensor, float]:
+        """Return `(A, B, s)`."""
+        return p["down"], p["up"], self.scale
+
+    def factors(self, p: Tensors) -> tuple[Float[Tensor, "r in *kernel"], Float[Tensor, "out rg"]]:
+        """Return `(A, s B)`."""
+        down, up, scale = self.pair(p)
+        return down, scale * up
+
 
 @dataclass(frozen=True)
 class LoRA(Scaled):
@@ -104,16 +113,11 @@ class LoRA(Scaled):
             for name, own in _STARTS.items():
                 p[name].copy_(p[own])
 
-    def factors(self, p: Tensors) -> tuple[Float[Tensor, "r in *kernel"], Float[Tensor, "out rg"]]:
-        """Return `(A, s B)`, or the same of rank 2r where the start is taken off."""
-        down, up, scale = self.pair(p)
-        return down, scale * up
-
     def pair(self, p: Tensors) -> tuple[Tensor, Tensor, float]:
         """Return `(A, B, s)`, or `([A; A - A0], [B - B0, B0], s)`, whose product is `s (B A - B0 A0)`."""
-        down, up = p["down"], p["up"]
         if not self.init_.keeps_start:
-            return down, up, self.scale
+            return super().pair(p)
+        down, up = p["down"], p["up"]
         groups = down.shape[0] // up.shape[1]
         by_group = [t.reshape(groups, -1, *down.shape[1:]) for t in (down, down - p["down_start"])]
         stacked = torch.cat(by_group, dim=1).flatten(0, 1)  # each group's rows stay together

@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from lorakit.core.method import WEIGHT_KINDS, Start, Tensors, down_up
 from lorakit.core.peft_form import PeftForm
@@ -45,10 +44,6 @@ class LoRAFA(Scaled):
         """Start at dW = 0: A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0."""
         nn.init.kaiming_uniform_(p["down"].flatten(1), a=math.sqrt(5), generator=start.rng)
         nn.init.zeros_(p["up"])
-
-    def factors(self, p: Tensors) -> tuple[Float[Tensor, "r in *kernel"], Float[Tensor, "out rg"]]:
-        """Return `(A, s B)`."""
-        return p["down"], self.scale * p["up"]
 
     def precondition(self, p: Tensors) -> None:
         """Replace the gradient of B by `dL/dB (A A^T)^-1 / s^2`; with groups, in each group's own block."""
