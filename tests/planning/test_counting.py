@@ -160,7 +160,7 @@ def test_planned_equals_allocated_on_slices_overrides_layers_and_kept_starts() -
     cases = [
         ("gpt2", lora(4, "c_attn[q,v]", "mlp.c_fc", overrides=half)),
         ("gpt2", lora(4, "attention", train=("heads", "norms"))),
-        ("gpt2", AdapterSpec(LoRA(4, 8.0), Targets(("wte", "c_fc"), (), "1"))),
+        ("gpt2", AdapterSpec(LoRA(4, 8.0), Targets(("c_attn", "c_fc"), (), "1"))),
         ("phi3", lora(4, "gate_up_proj[up]", "qkv_proj[q,k]")),
         ("vit", lora(4, "projection")),  # a convolution
         ("whisper", lora(4, "conv1", "conv2", "fc1")),

@@ -37,8 +37,10 @@ def _spec(specs: Sequence[AdapterSpec], keys: Sequence[set[str]], updates: tuple
         targets = exactly(updates, layers)
     train = tuple(dict.fromkeys(word for spec in specs for word in spec.train))
     dropout, seed = _agreed([spec.dropout for spec in specs], 0.0), _agreed([spec.seed for spec in specs], 0)
-    spec = replace(specs[0], targets=targets, train=train, dropout=dropout, seed=seed)
-    return plain_spec(spec, updates) if updates else spec
+    if not updates:
+        return replace(specs[0], targets=targets, train=train, dropout=dropout, seed=seed)
+    usual = next(spec for spec in specs if spec.method is not None)
+    return plain_spec(replace(usual, targets=targets, train=train, dropout=dropout, seed=seed), updates)
 
 
 def exactly(updates: Iterable[Update], layers: str | None = None) -> Targets:

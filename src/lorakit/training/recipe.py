@@ -169,7 +169,7 @@ class AdapterSection(BaseModel):
             return None
         if self.method in _BASELINES:
             raise SpecError(f"method {self.method!r} is written method: none, train: {_BASELINES[self.method]}")
-        known = fields_of(methods()[self.method]) if self.method in methods() else {}
+        known = fields_of(methods()[self.method]) if extra and self.method in methods() else {}
         if written := [name for name in extra if name in known and known[name].metadata.get("written")]:
             raise SpecError(f"{written[0]} is what a run writes into its adapter; leave it out")
         try:
