@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import torch
 
 from lorakit.core.method import Static
-from lorakit.core.site import Role
+from lorakit.core.site import Role, Skeleton
+from lorakit.core.sublayers import attention_out, mlp
 from lorakit.core.targets import Match
+from lorakit.errors import TargetError
 
 
-def surprises(matches: Sequence[Match], dtype: torch.dtype, head_width: int | None) -> tuple[str, ...]:
+def surprises(
+    matches: Sequence[Match], skeleton: Skeleton, dtype: torch.dtype, head_width: int | None
+) -> tuple[str, ...]:
     """Return what to know of these updates, a line each.
 
     Args:
         matches: what `resolve` found.
+        skeleton: of the base.
         dtype: of the base.
         head_width: values of one attention head, None where the model does not tell.
     """
-    return (*_rounded_gains(matches, dtype), *(_no_heads(matches, head_width) if head_width else ()))
+    by_heads = [match for match in matches if getattr(match.method, "heads", 0)]
+    misplaced = _misplaced_heads(by_heads, skeleton) if by_heads else ()
+    return (*_rounded_gains(matches, dtype), *misplaced, *(_no_heads(by_heads, head_width) if head_width else ()))
 
 
 def _rounded_gains(matches: Sequence[Match], dtype: torch.dtype) -> Iterator[str]:
@@ -35,14 +43,31 @@ def _rounded_gains(matches: Sequence[Match], dtype: torch.dtype) -> Iterator[str
         )
 
 
+def _misplaced_heads(matches: Sequence[Match], skeleton: Skeleton) -> Iterator[str]:
+    """Say of an update by heads where the layer has none, or has them at its inputs."""
+    outside, outs = {site.path for site in mlp(skeleton)}, set[str]()
+    with suppress(TargetError):  # a model that does not tell its output projections
+        outs = {site.path for site in attention_out(skeleton)}
+    if apart := [match.site.key for match in matches if match.site.path in outside]:
+        yield (
+            f"{len(apart)} layers, such as {apart[0]}, lie outside of attention, where there are no heads: exclude "
+            "them, or target attention"
+        )
+    if wrong := [m.site.key for m in matches if m.site.path in outs and getattr(m.method, "side", "up") == "up"]:
+        yield (
+            f"{len(wrong)} layers, such as {wrong[0]}, read the heads and write none: give them side: down by an "
+            "override, or exclude them"
+        )
+
+
 def _no_heads(matches: Sequence[Match], width: int) -> Iterator[str]:
     """Say of an update by heads where it divides a layer into parts that are no heads of the model."""
     odd: dict[int, list[str]] = {}
     for match in matches:
-        if heads := getattr(match.method, "heads", 0):
-            divided = match.site.out if getattr(match.method, "side", "up") == "up" else match.site.in_
-            if divided != heads * width:
-                odd.setdefault(divided // heads, []).append(match.site.key)
+        heads = vars(match.method)["heads"]
+        divided = match.site.out if getattr(match.method, "side", "up") == "up" else match.site.in_
+        if divided != heads * width:
+            odd.setdefault(divided // heads, []).append(match.site.key)
     for part, paths in odd.items():
         yield (
             f"{len(paths)} layers, such as {paths[0]}, are divided into parts of {part} values, and a head of this "

@@ -148,7 +148,7 @@ def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> Plan
                       depths=skeleton.depths),
         warnings=(*map(str, roles(counts, skeleton)), *_unread(recipe, stage), *_guessed(found),
                   *fused_experts(shapes, counts.total_parameters, trained), *_narrow(recipe, stage, load.dtype),
-                  *surprises(matches, load.dtype, head_width(model.config))),
+                  *surprises(matches, skeleton, load.dtype, head_width(model.config))),
     )  # fmt: skip
 
 
