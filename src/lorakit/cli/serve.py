@@ -34,6 +34,9 @@ def serve(
             help="A folder of adapters, each served under its own folder's name; may be given more than once."
         ),
     ] = None,
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Start without the adapters of --adapters that cannot be served.")
+    ] = False,
     base: Annotated[str | None, typer.Option(help=BASE_HELP)] = None,
     host: Annotated[
         str, typer.Option(help="The address to listen at; others than this machine's own ask for --keys.")
@@ -99,8 +102,8 @@ def serve(
             begun, tokenizer = slot_engine(found, shape, dtype)
         if context is not None and (most := begun.limits.context) < context:
             out.note(f"--context {context} is more than this model has positions for; {most} it is")
-        service = _service(found, source, place, [Path(folder) for folder in adapters or ()], room, timeout,
-                           begun, tokenizer)  # fmt: skip
+        service = _service(found, source, place, [Path(folder) for folder in adapters or ()], skip_broken, room,
+                           timeout, begun, tokenizer)  # fmt: skip
         if lost := service.registry.lost():
             out.note(f"the files of these are gone from {place}; add them anew or delete their names:\n{listing(lost)}")
         try:
@@ -176,8 +179,8 @@ def _vllm(found: Source, url: str, shape: dict[str, Any]) -> tuple[Engine, PreTr
 
 
 def _service(
-    found: Source, source: str, place: Path, folders: list[Path], memory: int, timeout: float, engine: Engine,
-    tokenizer: PreTrainedTokenizerBase,
+    found: Source, source: str, place: Path, folders: list[Path], skip: bool, memory: int, timeout: float,
+    engine: Engine, tokenizer: PreTrainedTokenizerBase,
 ) -> Service:  # fmt: skip
     from lorakit.serving.feedback import Feedback
     from lorakit.serving.metrics import Metrics
@@ -191,7 +194,7 @@ def _service(
         kept, names = Store(place), Names(place / "names.json", _names(found.base))
         registry = Registry(engine, kept, names, memory=memory, roots=[*folders, *own])
         for folder in folders:
-            registry.scan(folder)
+            registry.scan(folder, skip=skip)
         for adapter in own:
             registry.add(_name(Path(source)), adapter, replace=True)
         metrics = Metrics()

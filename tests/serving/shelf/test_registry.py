@@ -300,14 +300,18 @@ def test_a_folder_of_adapters_is_added_by_their_folders_names(
     assert len(registry.names.history("support")) == 1
 
 
-def test_broken_adapters_are_told_together_and_the_others_added(registry: Registry, tmp_path: Path) -> None:
+def test_broken_adapters_are_told_together_and_the_others_added(
+    registry: Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     place = tmp_path / "adapters"
     folder_of(place / "good")
     (folder_of(place / "cut") / "adapter_model.safetensors").write_bytes(b"")
     (folder_of(place / "pickle") / "extra.bin").write_bytes(b"")
     folder_of(place / "odd name")
     (place / "away").symlink_to(folder_of(tmp_path / "elsewhere"))
-    with pytest.raises(ServingError, match="4 of 5 adapters cannot be served; repair them or move them away") as told:
+    with pytest.raises(
+        ServingError, match="4 of 5 adapters cannot be served; repair them, move them away, or leave them"
+    ) as told:
         registry.scan(place)
     for line in ("- away: ", "- cut: ", "- odd name: 'odd name' is no name", "- pickle: "):
         assert line in str(told.value)
@@ -315,6 +319,9 @@ def test_broken_adapters_are_told_together_and_the_others_added(registry: Regist
     (tmp_path / "empty").mkdir()
     with pytest.raises(ServingError, match="empty holds no adapter"):
         registry.scan(tmp_path / "empty")
+    assert registry.scan(place, skip=True) == ["good"]
+    assert registry.scan(tmp_path / "empty", skip=True) == []
+    assert ["4 of 5" in caplog.messages[0], "empty holds no adapter" in caplog.messages[1]] == [True, True]
     with pytest.raises(ServingError, match="none is not a folder"):
         registry.scan(tmp_path / "none")
 

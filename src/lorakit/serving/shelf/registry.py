@@ -6,6 +6,7 @@ and a turn of the pointer: whoever is being answered keeps the adapter he began 
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from lorakit.serving.shelf.names import Names, Resolved, Target, is_digest, targ
 from lorakit.serving.shelf.residents import Residents, Usage
 from lorakit.serving.shelf.store import Examined, Store, examine
 
+_log = logging.getLogger("lorakit.serving")
 __all__ = ["Model", "Registry", "Resolved", "Usage", "Use"]
 
 
@@ -114,13 +116,17 @@ class Registry:
             source = self._inside(folder, (*self.roots, self.store.root))
             return self._added(name, examine(source), replace)
 
-    def scan(self, folder: Path) -> list[str]:
+    def scan(self, folder: Path, *, skip: bool = False) -> list[str]:
         """Add each adapter in a folder, also that of a run, under its own folder's name, and return the names.
 
         A name that had the folder's adapter before, and was turned to another since, stays as it was turned.
 
+        Args:
+            folder: holds a folder for each adapter.
+            skip: log what is broken, and that nothing is there, instead of raising.
+
         Raises:
-            ServingError: no adapter there, or broken ones, all of them listed; the others are added.
+            ServingError: no folder; no adapter in it, or broken ones, all of them listed; the others are added.
         """
         if not folder.is_dir():
             raise ServingError(f"{folder} is not a folder; give the folder that the adapters' folders lie in")
@@ -134,13 +140,17 @@ class Registry:
                 found.append(place.name)
             except LorakitError as wrong:
                 broken.append(f"{place.name}: {' '.join(str(wrong).split())}")
+        if found and not broken:
+            return found
+        told = f"{folder} holds no adapter; each is a run's folder, or one with {CONFIG} or {NATIVE}"
         if broken:
-            raise ServingError(
-                f"{folder}: {len(broken)} of {len(broken) + len(found)} adapters cannot be served; repair them or move "
-                f"them away:\n{listing(broken)}"
+            told = (
+                f"{folder}: {len(broken)} of {len(broken) + len(found)} adapters cannot be served; repair them, move "
+                f"them away, or leave them out (--skip-broken):\n{listing(broken)}"
             )
-        if not found:
-            raise ServingError(f"{folder} holds no adapter; each is a run's folder, or one with {CONFIG} or {NATIVE}")
+        if not skip:
+            raise ServingError(told)
+        _log.warning("%s", told)
         return found
 
     def point(self, name: str, target: Target) -> None:
