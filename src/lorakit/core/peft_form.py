@@ -138,7 +138,7 @@ def _settled(update: Update, site: Site, held: dict[str, Tensor]) -> Update:
         return update
     form, unfolded = update.method.peft, len(update.site.kernel) == len(site.kernel)
     if form is None or not site.in_ or (update.site.in_ and (unfolded or not form.folds)):
-        return replace(update, site=site)
+        return Update(site, update.method, update.tensors)
     tensors = dict(update.tensors)
     for name, decl in update.method.tensors(site).items():
         tensor = tensors.get(name)
@@ -220,16 +220,17 @@ def matrices(wrong: str, *pairs: tuple[Tensor, Tensor]) -> None:
 
 
 def _wrong_shapes(a: Tensor, b: Tensor, embedding: bool) -> str | None:
-    shapes = f"lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}"
     if a.dim() not in _KINDS or a.dim() != b.dim() or any(n != 1 for n in b.shape[2:]) or (embedding and a.dim() != 2):
-        return f"{shapes} are no pair; expected (r, in, *kernel) and (out, r, 1, ...)"
-    if 0 in (*a.shape, *b.shape):
-        return f"{shapes} have an empty dimension; the file was saved from shards that were not gathered"
-    if a.shape[0] % b.shape[1] or (a.dim() == 2 and a.shape[0] != b.shape[1]):
-        return f"{shapes} do not multiply: the rank differs"
-    if a.shape[1] % (a.shape[0] // b.shape[1]):
-        return f"{shapes} mean {a.shape[0] // b.shape[1]} groups, which do not divide {a.shape[1]} input channels"
-    return None
+        why = "are no pair; expected (r, in, *kernel) and (out, r, 1, ...)"
+    elif 0 in (*a.shape, *b.shape):
+        why = "have an empty dimension; the file was saved from shards that were not gathered"
+    elif a.shape[0] % b.shape[1] or (a.dim() == 2 and a.shape[0] != b.shape[1]):
+        why = "do not multiply: the rank differs"
+    elif a.shape[1] % (groups := a.shape[0] // b.shape[1]):
+        why = f"mean {groups} groups, which do not divide {a.shape[1]} input channels"
+    else:
+        return None
+    return f"lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} {why}"
 
 
 def on_all_channels(down: Tensor, groups: int) -> Tensor:

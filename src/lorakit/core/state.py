@@ -173,8 +173,14 @@ def check_shapes(updates: tuple[Update, ...]) -> None:
 
 def _check(updates: tuple[Update, ...], finite: bool) -> None:
     problems: list[str] = []
+    alike: dict[Any, Mapping[str, tuple[int, ...]]] = {}  # what updates of one method declare at layers of one shape
     for update in updates:
-        declared = update.method.tensors(update.site)
+        site, key = update.site, (id(update.method), update.site.shape, update.site.groups, update.site.kind)
+        if key not in alike:
+            alike[key] = {name: decl.shape for name, decl in update.method.tensors(site).items()}
+        if finite and alike[key] == {name: tensor.shape for name, tensor in update.tensors.items()}:
+            continue
+        declared = update.method.tensors(site)
         for name in sorted(declared.keys() | update.tensors.keys()):
             where = f"{update.site.key}.{name}"
             if name not in update.tensors:

@@ -76,13 +76,16 @@ def kept_in_8_bits(path: str | Path) -> Literal["int8", "fp8"] | None:
     return "int8" if "I8" in dtypes else "fp8" if "F8_E4M3" in dtypes else None
 
 
-def load(path: str | Path, *, alpha: float | None = None, enabled: Sequence[bool] | None = None) -> AdapterState:
+def load(
+    path: str | Path, *, alpha: float | None = None, enabled: Sequence[bool] | None = None, checked: bool = False
+) -> AdapterState:
     """Return the adapter at `path`, whichever format it has.
 
     Args:
         path: a directory, or the file of a native or loralib adapter.
         alpha: of a loralib file, which does not store it.
         enabled: which projections the merged layers of a loralib file adapt, as its `enable_lora` had it.
+        checked: the files were held against their checksums just now, as a store does it, and need not be again.
 
     Raises:
         AdapterFileError: nothing there, something else there, or an adapter with faults (all of them listed).
@@ -115,7 +118,7 @@ def load(path: str | Path, *, alpha: float | None = None, enabled: Sequence[bool
     if has_native:
         return native.load_native(place)
     if has_peft:
-        return peft.load_peft(place)
+        return peft.load_peft(place, checked=checked)
     raise AdapterFileError(f"{path} is no adapter: {_found(place)}")
 
 

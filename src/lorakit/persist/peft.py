@@ -67,7 +67,7 @@ def save_peft(state: AdapterState, path: str | Path, dtype: torch.dtype | None =
             files.write_file(draft / "README.md", card(state))
 
 
-def load_peft(path: str | Path) -> AdapterState:
+def load_peft(path: str | Path, *, checked: bool = False) -> AdapterState:
     """Return the adapter in a directory PEFT or lorakit wrote; PEFT's named adapters lie one directory deeper.
 
     Raises:
@@ -77,7 +77,7 @@ def load_peft(path: str | Path) -> AdapterState:
     config = files.read_json(place / CONFIG)
     note = files.read_json(place / NOTE) if (place / NOTE).exists() else None
     if note is not None:
-        _verify(place, note)
+        _verify(place, note, sums=not checked)
     if (place / WEIGHTS).exists() or not (place / PICKLE).exists():
         tensors, _ = files.read_safetensors(place / WEIGHTS)
     else:
@@ -225,15 +225,16 @@ def _note(state: AdapterState, plain: AdapterState, sums: Mapping[str, str]) -> 
     }
 
 
-def _verify(place: Path, note: Mapping[str, Any]) -> None:
+def _verify(place: Path, note: Mapping[str, Any], *, sums: bool) -> None:
+    """Raise `AdapterFileError` for a note of another format, or, by its `sums`, for files that were changed."""
     if note.get("format") != NOTE_VERSION:
         raise AdapterFileError(
             f"{place / NOTE} has format {note.get('format')!r}, this lorakit reads {NOTE_VERSION}; upgrade lorakit"
         )
-    sums = note.get("sha256", {})
-    if not isinstance(sums, dict):
+    kept = note.get("sha256", {})
+    if not isinstance(kept, dict):
         raise AdapterFileError(f"{place / NOTE} is damaged: sha256 must be an object; get the adapter again")
-    for name, expected in sums.items():
+    for name, expected in kept.items() if sums else ():
         if files.sha256(place / name) != expected:
             raise AdapterFileError(
                 f"{place / name} was changed after it was saved: its checksum is not the one in {NOTE}; get it again, "

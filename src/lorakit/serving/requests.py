@@ -171,6 +171,8 @@ class Engine(Protocol):
     def load(self, digest: str, folder: Path) -> Loaded:
         """Read an adapter's folder and hold it under `digest`; it blocks, others are served meanwhile.
 
+        The folder holds what the digest says: whoever calls has held its files against it.
+
         Raises:
             AdapterFileError: a folder that does not fit this base; names the module, expected and found.
             SpecError: an adapter this engine cannot serve, with what to do instead.

@@ -120,7 +120,7 @@ class SlotEngine:
         with self._lock:
             found = self._adapters.get(digest)
         if found is None:
-            found = self._decoder.prepare(digest, load(folder))
+            found = self._decoder.prepare(digest, load(folder, checked=True))
             with self._lock:
                 found = self._adapters.setdefault(digest, found)
         return Loaded(digest, len(found.pairs), found.bytes)

@@ -23,9 +23,9 @@ from lorakit.kernels import grouped, prepacked
 
 
 class Pair(NamedTuple):
-    """What an adapter adds at one layer: `y + x down up`, `down (in, r)`, `up (r, out)`, every scale folded in.
+    """What an adapter adds at one layer: `y + x down^T up`, `down (r, in)`, `up (r, out)`, every scale folded in.
 
-    With `stretch (out,)`, g - 1 of DoRA, `y + stretch y0 + x down up` and `up` has g folded in; y0 is y without bias.
+    With `stretch (out,)`, g - 1 of DoRA, `y + stretch y0 + x down^T up` and `up` has g folded in; y0 is y without bias.
     """
 
     down: Tensor
@@ -43,7 +43,7 @@ class Prepared:
     @cached_property
     def rank(self) -> int:
         """Return the highest rank."""
-        return max((pair.down.shape[1] for pair in self.pairs.values()), default=0)
+        return max((len(pair.down) for pair in self.pairs.values()), default=0)
 
     @cached_property
     def stretched(self) -> bool:
@@ -143,7 +143,7 @@ class Place:
         if self.site.kind == "embedding" or any(pair.stretch is not None for pair in acting):
             return
         if route.rows == route.tokens:
-            down, up = self.down[: route.rows, :, : route.rank], self.up[: route.rows, : route.rank]
+            down, up = self.down[: route.rows, : route.rank], self.up[: route.rows, : route.rank]
             self.work = lambda x, y: grouped.rows(y, x, down, up)
         elif len(route.spans) == 1 and route.spans[0][:2] == (0, route.tokens):
             choice = route.spans[0].choice
@@ -153,13 +153,13 @@ class Place:
     def seat(self, row: int, choice: Choice | None) -> None:
         """Write a row's own factors into the rows; zeros where nothing acts."""
         pair = None if choice is None else choice.adapter.pairs.get(self.site.path)
-        rank, before = 0 if pair is None else pair.down.shape[1], self.filled[row]
+        rank, before = 0 if pair is None else len(pair.down), self.filled[row]
         self.filled[row] = rank
         if before > rank:
-            self.down[row, :, rank:before] = 0
+            self.down[row, rank:before] = 0
             self.up[row, rank:before] = 0
         if pair is not None and choice is not None:
-            self.down[row, :, :rank] = pair.down
+            self.down[row, :rank] = pair.down
             torch.mul(pair.up, choice.scale, out=self.up[row, :rank])
         if self.stretch is not None:
             self.stretch[row] = 0.0
@@ -169,7 +169,7 @@ class Place:
     def make_rows(self, count: int, rank: int, stretched: bool) -> None:
         """Make room for `count` rows of up to `rank`."""
         like, self.filled = self.like, [0] * count
-        self.down = like.new_zeros(count, self.site.in_, rank)
+        self.down = like.new_zeros(count, rank, self.site.in_)
         self.up = like.new_zeros(count, rank, self.site.height)
         self.stretch = like.new_zeros(count, self.site.height) if stretched else None
 
@@ -194,7 +194,7 @@ class Place:
         n = y.shape[0]
         if self.stretch is not None:
             self._stretch(y, self.stretch[:n])
-        grouped.rows(y, x, self.down[:n, :, :rank], self.up[:n, :rank])
+        grouped.rows(y, x, self.down[:n, :rank], self.up[:n, :rank])
 
     def _span(self, x: Tensor, y: Tensor, pair: Pair, scale: float) -> None:
         if pair.stretch is not None:
@@ -221,6 +221,6 @@ class Place:
         return wide if bias is None else wide - bias
 
     def _looked_up(self, ids: Tensor, pair: Pair) -> Tensor:
-        found = F.embedding(ids, pair.down)
+        found = F.embedding(ids, pair.down.mT)
         scale = getattr(self.module, "embed_scale", None)
         return found if scale is None else found * scale

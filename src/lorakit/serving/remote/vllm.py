@@ -93,7 +93,7 @@ class VLLMEngine:
         place = folder.resolve()
         if refused := refusals(place):
             raise SpecError(f"vLLM does not serve the adapter in {place}:\n{listing(refused)}")
-        updates = fitted(load(place), self._skeleton)
+        updates = fitted(load(place, checked=True), self._skeleton)
         check_tensors(updates)
         with self._changing:
             other = digest if place.name == digest else self._places.setdefault(place, digest)
