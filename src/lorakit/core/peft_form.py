@@ -120,6 +120,8 @@ def put(method: Any, values: Mapping[str, Any]) -> Any:
 
 def differing(method: Method, usual: Method) -> tuple[tuple[str, Any], ...]:
     """Return the fields in which a method differs from another of its class, sorted by name."""
+    if method is usual:
+        return ()
     pairs = [(f.name, getattr(method, f.name)) for f in fields(method)]
     return tuple(sorted((name.rstrip("_"), value) for name, value in pairs if value != getattr(usual, name)))
 
@@ -183,7 +185,7 @@ def pair_from_peft(method: Any, q: Mapping[str, Tensor], embedding: bool, rank: 
         )
     kind = "embedding" if embedding else _KINDS[a.dim()]
     site = Site("", b.shape[0], down.shape[1], tuple(a.shape[2:]), kind=kind, groups=groups)
-    return Update(site, method, {**q, "down": down, "up": b.reshape(b.shape[0], b.shape[1])})
+    return Update(site, method, {**q, "down": down, "up": b if b.dim() == 2 else b.flatten(1)})
 
 
 def prompt_embeddings(type: str, name: str, *no_bearing: str) -> PeftForm:

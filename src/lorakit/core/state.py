@@ -153,10 +153,11 @@ def _near(one: tuple[float, ...], other: tuple[float, ...], tolerance: float) ->
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Return whether no value is NaN or infinite.
 
-    A finite norm has finite terms, and is one call for all tensors; where squares overflow, each value is looked at.
+    A finite norm has finite terms, and is one call for all tensors; where squares overflow, or where tensors have
+    several dtypes, each value is looked at.
     """
-    floats = [t.detach() for t in tensors if t.is_floating_point()]
-    if torch.nn.utils.get_total_norm(floats).isfinite():
+    floats = [t.detach() if t.requires_grad else t for t in tensors if t.is_floating_point()]
+    if len({(t.dtype, t.device) for t in floats}) == 1 and torch.stack(torch._foreach_norm(floats)).isfinite().all():
         return True
     return all(bool(t.isfinite().all()) for t in floats)
 

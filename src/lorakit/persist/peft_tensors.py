@@ -73,7 +73,7 @@ class Reading:
         self.problems: list[str] = []
         ends = [(name, end, False) for name, end in self.form.keys.items()]
         ends += [(name, end, True) for name, end in self.form.embedding.items()]
-        patterns = [(name, _pattern(end), table) for name, end, table in ends]
+        patterns = [(name, f".{end.partition('.')[0]}", _pattern(end), table) for name, end, table in ends]
         names, rest = {"default"}, {}
         for key, tensor in tensors.items():
             if bank := next(
@@ -87,8 +87,8 @@ class Reading:
             if not key.startswith(PREFIX):
                 self.problems.append(f"{key}: extra, not under {PREFIX}")
                 continue
-            hits = [(name, found, table) for name, pattern, table in patterns
-                    if (found := pattern.fullmatch(key.removeprefix(PREFIX)))]  # fmt: skip
+            hits = [(name, found, table) for name, stem, pattern, table in patterns
+                    if stem in key and (found := pattern.fullmatch(key.removeprefix(PREFIX)))]  # fmt: skip
             if not hits:
                 rest[key] = tensor
             elif ".base_layer" in f".{(path := hits[0][1]['path'])}":

@@ -114,13 +114,14 @@ def _across(up: Tensor, scale: float) -> Tensor:
     """Return `s U^T`, row by row in memory; on a CPU numpy writes such a copy several times as fast as torch."""
     if up.device.type != "cpu":
         return (scale * up).T.contiguous()
-    values = up.detach().numpy()
+    values = (up.detach() if up.requires_grad else up).numpy()
     return torch.from_numpy(np.multiply(values.T, values.dtype.type(scale), order="C"))
 
 
 def _factors(update: Update, place: Place) -> tuple[Tensor, Tensor, float, Tensor | None]:
     """Return `down (r, in)`, `up (out, r)`, s and, of a stretched update, g: `up` has it folded in."""
-    p = {name: t.to(place.like) for name, t in update.tensors.items()}
+    dtype, device = place.like.dtype, place.like.device
+    p = {name: t if (t.dtype, t.device) == (dtype, device) else t.to(place.like) for name, t in update.tensors.items()}
     if isinstance(update.method, LowRank):
         return *_thin(update.method, p), None
     assert isinstance(update.method, Stretched)
