@@ -23,6 +23,8 @@ import torch
 from tests.shape_checks import check_shapes
 
 ROOT = Path(__file__).parents[1]
+LONGEST = frozenset({"test_docs.py", "test_processes.py", "test_resume.py"})
+"""Files with tests of half a minute and more."""
 
 if os.environ.get("LORAKIT_NO_TYPECHECK") != "1":
     check_shapes(
@@ -59,3 +61,8 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the study data in ../shared/data, beside the repository")
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest, so that no process is left with one of them at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)

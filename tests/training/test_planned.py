@@ -243,6 +243,7 @@ def gpt2_s_step(load: Load) -> int:
     return forecast(on_meta(config_of(shape("gpt2")), "causal-lm"), spec, load).step.total  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_largest_batch_is_that_of_the_way_that_is_recommended() -> None:
     found = of_shape("gpt2", "3.3 GB", "24 GB", train={"dtype": "bf16", "batch_size": 8})
     assert [fit.verdict for fit in found.fits] == ["fits with checkpointing", "fits"]

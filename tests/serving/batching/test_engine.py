@@ -101,12 +101,12 @@ def until_stop(tokens: list[int]) -> list[int]:
 
 def check(answer: Answer, request: Request, alone: Any, *, cancelled: bool = False) -> None:
     """Assert that an answer is what PEFT alone writes, ended as it should; only some may have been cancelled."""
-    wanted = alone(request.adapter, request.prompt, request.sampling.max_tokens)
-    if cancelled and answer.end.reason == "cancelled":
+    wanted, end = alone(request.adapter, request.prompt, request.sampling.max_tokens), answer.end
+    if cancelled and end.reason == "cancelled":
         assert answer.tokens == until_stop(wanted)[: len(answer.tokens)]
     else:
         assert answer.tokens == until_stop(wanted)
-        assert answer.end == End("stop" if STOP in wanted else "length")
+        assert end == End("stop" if STOP in wanted else "length")
 
 
 @pytest.mark.parametrize("seed", range(3))
