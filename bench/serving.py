@@ -51,6 +51,7 @@ from lorakit.serving.batching.decoder import Decoder, Piece
 from lorakit.serving.batching.engine import SlotEngine
 from lorakit.serving.batching.place import Choice
 from lorakit.serving.requests import End, Event, Request, Sampling
+from lorakit.serving.shelf.store import Store
 
 MODELS = {
     "s256": {"hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 688, "num_attention_heads": 4},
@@ -299,20 +300,21 @@ def pace(folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def loading(folder: Path, rounds: int) -> dict[str, Any]:
-    """How long an adapter takes to be served by an idle engine and beside 16 running sequences, which notice it."""
+    """How long an adapter of a store takes, its checksums included, on an idle engine and beside 16 sequences."""
     with served_alike():
         return _loading(folder, rounds)
 
 
 def _loading(folder: Path, rounds: int) -> dict[str, Any]:
     ours = engine(folder, 15)
-    new = folder / "adapter-15"
-    size = sum(file.stat().st_size for file in new.iterdir())
+    store = Store(folder / "store")
+    kept = store.add(folder / "adapter-15")
     idle, took, beside, before = list[float](), list[float](), list[float](), list[float]()
 
     def load_once() -> tuple[float, float]:
         began = time.perf_counter()
-        ours.load("new", new)
+        store.verify(kept.digest)
+        ours.load("new", store.get(kept.digest))
         ended = time.perf_counter()
         ours.unload("new")
         return began, ended
@@ -341,7 +343,7 @@ def _loading(folder: Path, rounds: int) -> dict[str, Any]:
             time.sleep(0.01)
     ours.close()
     return {
-        "megabytes": round(size / 1e6, 2),
+        "megabytes": round(kept.bytes / 1e6, 2),
         "loads": len(took),
         "milliseconds, idle": {"p50": _share(idle, 0.5), "p95": _share(idle, 0.95)},
         "milliseconds": {"p50": _share(took, 0.5), "p95": _share(took, 0.95)},
