@@ -132,7 +132,12 @@ def test_a_bank_that_is_no_part_of_the_widest_is_refused() -> None:
         (
             {"peft_type": "LOHA", "r": 2, "alpha": 2},
             {**{f"q.hada_w{i}_{s}": (2, 2) for i in (1, 2) for s in "ab"}, "q.hada_t1": (2, 2, 3, 3)},
-            "q.hada_t1: extra, not a tensor of a LoHa adapter",
+            "(2, 2), (2, 18), (2, 2), (2, 2) do not multiply",
+        ),
+        (
+            {"peft_type": "LOHA", "r": 2, "alpha": 2},
+            {**{f"q.hada_w{i}_{s}": (2, 2) for i in (1, 2) for s in "ab"}, "q.hada_t1": (3, 2, 3, 3)},
+            "q: a core and two factors of shapes (3, 2, 3, 3), (2, 2), (2, 2) do not multiply",
         ),
         ({"peft_type": "LOKR", "r": 1, "alpha": 1}, {"q.lokr_w1": (2, 2)}, "not the factors of one Kronecker product"),
         (

@@ -221,6 +221,21 @@ def matrices(wrong: str, *pairs: tuple[Tensor, Tensor]) -> None:
         raise SpecError(f"{wrong} of shapes {shapes} do not multiply")
 
 
+def without_core(core: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `(out, r)` and `(r, in * kernel)` of a Tucker-2 decomposition, its core `(r, r, *kernel)` taken into down.
+
+    `W[o, i, s] = sum_kl core[k, l, s] up[k, o] down[l, i]`, PEFT's `use_effective_conv2d` (LyCORIS, arXiv 2309.14859,
+    section 3.3).
+
+    Raises:
+        SpecError: shapes that do not multiply.
+    """
+    if core.dim() < 3 or (up.dim(), down.dim()) != (2, 2) or tuple(core.shape[:2]) != (len(up), len(down)):
+        shapes = ", ".join(str(tuple(t.shape)) for t in (core, up, down))
+        raise SpecError(f"a core and two factors of shapes {shapes} do not multiply")
+    return up.T.contiguous(), torch.einsum("klf,li->kif", core.flatten(2), down).flatten(1)
+
+
 def _wrong_shapes(a: Tensor, b: Tensor, embedding: bool) -> str | None:
     if a.dim() not in _KINDS or a.dim() != b.dim() or any(n != 1 for n in b.shape[2:]) or (embedding and a.dim() != 2):
         why = "are no pair; expected (r, in, *kernel) and (out, r, 1, ...)"

@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 from lorakit.core.checks import check_positive, check_whole
 from lorakit.core.method import LowRank, Start, Tensors, down_up
-from lorakit.core.peft_form import LYCORIS, LYCORIS_PATTERNS, PeftForm, matrices
+from lorakit.core.peft_form import LYCORIS, LYCORIS_PATTERNS, PeftForm, matrices, without_core
 from lorakit.core.site import Decl, Site
 from lorakit.core.state import Update
 from lorakit.errors import SpecError
+
+_CORES = {"core1": "hada_t1", "core2": "hada_t2"}
+"""What PEFT's `use_effective_conv2d` trains beside the pairs; it is multiplied out when it is read."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,14 @@ class LoHa(LowRank):
     peft: ClassVar[PeftForm | None] = PeftForm(
         "LOHA",
         {"r": "rank", "alpha": "alpha"},
-        {"up1": "hada_w1_a", "down1": "hada_w1_b", "up2": "hada_w2_a", "down2": "hada_w2_b"},
+        {"up1": "hada_w1_a", "down1": "hada_w1_b", "up2": "hada_w2_a", "down2": "hada_w2_b"} | _CORES,
         read=lambda method, q, embedding: _from_peft(method, q),
         write=lambda update: {name: t.flatten(1) for name, t in update.tensors.items()},
         kinds=frozenset({"linear", "conv1d", "conv2d"}),
         patterns=LYCORIS_PATTERNS,
         settings={"init_weights": True},
         no_bearing=LYCORIS,
+        optional=frozenset(_CORES),
         folds=True,
         plain=True,
     )
@@ -80,6 +84,10 @@ class LoHa(LowRank):
 
 
 def _from_peft(method: LoHa, q: dict[str, Tensor]) -> Update:
+    q = dict(q)
+    for i in (1, 2):
+        if (core := q.pop(f"core{i}", None)) is not None:
+            q[f"up{i}"], q[f"down{i}"] = without_core(core, q[f"up{i}"], q[f"down{i}"])
     matrices("hada_w1 and hada_w2", (q["up1"], q["down1"]), (q["up2"], q["down2"]))
     if (rank := q["up1"].shape[1]) != method.rank:
         raise SpecError(f"hada_w1_a has rank {rank}, the configuration says {method.rank} (r, or rank_pattern)")

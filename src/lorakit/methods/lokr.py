@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lorakit.core.checks import check_flag, check_positive, check_whole
 from lorakit.core.method import Call, Start, Static, Tensors
-from lorakit.core.peft_form import LYCORIS, LYCORIS_PATTERNS, PeftForm
+from lorakit.core.peft_form import LYCORIS, LYCORIS_PATTERNS, PeftForm, without_core
 from lorakit.core.site import Decl, Role, Site
 from lorakit.core.state import Update
 from lorakit.errors import SpecError
@@ -52,13 +52,13 @@ class LoKr(Static):
     peft: ClassVar[PeftForm | None] = PeftForm(
         "LOKR",
         {"r": "rank", "alpha": "alpha", "decompose_both": "decompose_both"},
-        {name: f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")},
+        {name: f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
         read=lambda method, q, embedding: _from_peft(method, q),
         kinds=frozenset({"linear", "conv1d", "conv2d"}),
         patterns=LYCORIS_PATTERNS,
         settings={"init_weights": True},
         no_bearing=LYCORIS | {"decompose_factor", "rank_dropout_scale"},
-        optional=frozenset({"w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b"}),
+        optional=frozenset({"w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"}),
         folds=True,
         plain=True,
         config=lambda updates: _config(updates),
@@ -136,6 +136,9 @@ def _refusal(site: Site, method: LoKr) -> str | None:
 
 def _from_peft(method: LoKr, q: dict[str, Tensor]) -> Update:
     """Return the update; where both factors are whole PEFT scales by alpha / r and this does not, so W1 takes it in."""
+    if {"t2", "w2_a", "w2_b"} <= q.keys():  # PEFT's use_effective_conv2d
+        w2_a, w2_b = without_core(q["t2"], q["w2_a"], q["w2_b"])
+        q = {name: t for name, t in q.items() if name != "t2"} | {"w2_a": w2_a, "w2_b": w2_b}
     whole = [name for name in ("w1", "w2") if name in q]
     pairs = [name for name in ("w1", "w2") if {f"{name}_a", f"{name}_b"} <= q.keys()]
     if sorted(whole + pairs) != ["w1", "w2"] or len(q) != len(whole) + 2 * len(pairs):
