@@ -23,9 +23,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMod
 from lorakit.core.reading import blocks_of
 from lorakit.errors import LorakitError, RecipeError
 from lorakit.inject.lower import GIVEN, answering, lower_of, run_lower, why_not_frozen
-from lorakit.training import frozen, trainer
+from lorakit.training import calibration, frozen, trainer
 from lorakit.training.loss import batches, mean_of_batch
-from lorakit.training.plan import plan
+from lorakit.training.plan import calibrated, plan
+from lorakit.training.planned import HERE, Where
 from lorakit.training.run import attached, train
 from lorakit.training.stage import build_stage
 from tests.inject.families import FAMILIES
@@ -344,6 +345,43 @@ def test_the_plan_says_the_bytes_that_the_run_writes(base: Path, tmp_path: Path)
     (event,) = told(tmp_path, "frozen")
     assert planned.pace.cache_bytes == planned.to_json()["pace"]["cache_bytes"] == event["bytes"] > 0
     assert plan(recipe_of(base, tmp_path, **TOP)).pace.cache_bytes == 0
+
+
+def test_the_plan_counts_the_lower_part_once_and_not_in_every_step(base: Path, tmp_path: Path) -> None:
+    """By hand: 2 FLOP a token and number of a matrix, 4 a token, place of its row and channel of attention."""
+    validation = write_rows(tmp_path / "v.jsonl", pairs(12, 200))
+    recipes = [recipe_of(base, tmp_path, data__validation=validation, **changes) for changes in (TOP, CACHED)]
+    whole, kept = (plan(recipe, Where(("A10",))) for recipe in recipes)
+    model, load = build_stage(recipes[0]).model, kept.load
+    numbers = sum(p.numel() for p in model.model.layers[0].parameters() if p.dim() == 2)
+    lower = (2 * numbers + 4 * load.length * model.config.hidden_size) * load.rows * load.length
+    assert whole.pace.flops_per_step - kept.pace.flops_per_step == lower
+    cached = kept.pace.cache_bytes / model.config.hidden_size / 4
+    assert kept.pace.cache_flops == pytest.approx(lower * cached / (load.rows * load.length), abs=1)
+    assert whole.pace.cache_flops == 0
+    ratio = kept.pace.times["A10"].duration.seconds / whole.pace.times["A10"].duration.seconds
+    step, padded = whole.pace.flops_per_step, load.rows * load.length
+    tokens = kept.pace.tokens
+    assert tokens is not None
+    assert ratio == pytest.approx(((step - lower) / padded * tokens + kept.pace.cache_flops) / (step / padded * tokens))
+
+
+def test_calibration_computes_the_lower_part_once_a_batch(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learning: list[bool] = []
+    real = calibration.build_stage
+
+    def watched(recipe: Any) -> Any:
+        stage = real(recipe)
+        stage.model.model.layers[0].mlp.register_forward_hook(lambda m, *_: learning.append(m.training))
+        return stage
+
+    monkeypatch.setattr(calibration, "build_stage", watched)
+    recipe = recipe_of(base, tmp_path, train__batch_size=4, **CACHED)
+    found = calibrated(plan(recipe), recipe)
+    assert learning == [False] * (calibration.STEPS + 1), "once more to find the head, and never in a step"
+    assert found.pace.times[HERE].duration.seconds > 0
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,8 @@ def _say_data(out: Screen, found: PlannedRun, values: dict[str, Any]) -> None:
     if pace.steps is not None and pace.tokens is not None:
         work = f"{pace.steps:,} steps, {pace.tokens:,} tokens; {work}"
     if pace.cache_bytes:
-        work = f"{work} (fewer from the cache of train.cache_frozen, {size(pace.cache_bytes)} on disk)"
+        once = f"{operations(pace.cache_flops)} and {size(pace.cache_bytes)} on disk"
+        work = f"{work}, and once for train.cache_frozen {once}"
     out.say("", work, *times(values))
 
 

@@ -101,6 +101,11 @@ class Measured:
     seconds: float
 
 
+def per_token(steps: Sequence[Measured]) -> float:
+    """Return the seconds a token took."""
+    return sum(step.seconds for step in steps) / sum(step.tokens for step in steps)
+
+
 def from_steps(steps: Sequence[Measured], tokens: int, extra_seconds: float = 0.0) -> Duration:
     """Return how long `tokens` take at the rate of measured steps, `extra_seconds` (evaluations, checkpoints) included.
 
@@ -115,7 +120,7 @@ def from_steps(steps: Sequence[Measured], tokens: int, extra_seconds: float = 0.
     if any(step.tokens <= 0 or step.seconds <= 0 for step in steps):
         raise SpecError("a measured step has tokens and takes time; measure again")
     each = [step.seconds / step.tokens for step in steps]
-    usual = sum(step.seconds for step in steps[1:]) / sum(step.tokens for step in steps[1:])
+    usual = per_token(steps[1:])
     reason = f"{1 / usual:,.0f} tokens/s over {len(steps) - 1} of {len(steps)} measured steps"
     seconds, fastest, slowest = (tokens * rate + extra_seconds for rate in (usual, min(each), max(each)))
     return Duration(seconds, fastest, slowest, reason)

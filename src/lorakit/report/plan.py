@@ -203,7 +203,8 @@ def _work(plan: Values) -> Html:
     if pace["tokens"] is not None:
         facts["tokens, with padding"] = f"{pace['tokens']:,}"
     if pace["cache_bytes"]:
-        facts["on disk for train.cache_frozen"] = size(pace["cache_bytes"])
+        facts["once for train.cache_frozen"] = operations(pace["cache_flops"])
+        facts["on disk for it"] = size(pace["cache_bytes"])
     return join(_facts(facts), *(tag("p", line) for line in times(plan)))
 
 

@@ -7,21 +7,25 @@ memory alone. The others are batches of the run's own, so that padding is as the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, cycle, islice
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorakit.core.modes import evaluating
+from lorakit.data.branches import seen
 from lorakit.data.packing import row_lengths
 from lorakit.errors import LorakitError
+from lorakit.inject.lower import GIVEN, Lower, answering, run_lower
 from lorakit.inject.penalty import penalty
-from lorakit.planning.pace import Duration, Measured, from_steps
+from lorakit.planning.pace import Duration, Measured, from_steps, per_token
 from lorakit.training.arguments import make_plan, widen
 from lorakit.training.base import quiet
+from lorakit.training.frozen import cached_tokens, lower_or_refuse
 from lorakit.training.groups import param_groups
 from lorakit.training.loss import batches, mean_loss, mean_of_batch
 from lorakit.training.optimizers import make_optimizer
@@ -70,30 +74,45 @@ def calibrate(recipe: Recipe) -> Calibration:
         forward = partial(torch.autocast, model.device.type, dtype, enabled=narrow)
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(model.device)
-        steps = tuple(_steps(recipe, stage, forward))
+        chosen, below, rest = list(_chosen(recipe, stage)), 0.0, 0.0
+        lower = lower_or_refuse(model) if recipe.train.cache_frozen else None
+        if lower is not None:
+            below = per_token([_give(model, lower, batch, forward) for batch in chosen][1:])
+            rest = below * sum(cached_tokens(part.dataset) for part in (stage.train, stage.validation) if part)
+        with nullcontext() if lower is None else answering(model, lower):
+            steps = tuple(_steps(recipe, stage, forward, chosen))
         peak = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else None
         with forward(), uncompiled() if recipe.train.compile else nullcontext():
-            rest = _evaluations(recipe, stage)
+            rest += _evaluations(recipe, stage, below)
     numbers = make_plan(recipe, stage)
     tokens = padded_tokens(recipe, stage) * numbers.steps // numbers.steps_per_epoch
     return Calibration(steps, from_steps(steps, tokens, rest), peak)
 
 
-def _steps(recipe: Recipe, stage: Stage, forward: Callable[[], Any]) -> Iterator[Measured]:
+def _give(model: Any, lower: Lower, batch: dict[str, Tensor], forward: Callable[[], Any]) -> Measured:
+    """Add to a batch what lies below its lowest trained block, as `train.cache_frozen` computes it once a row."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    began = time.perf_counter()
+    with evaluating(model), torch.no_grad(), forward():
+        batch[GIVEN] = run_lower(model, lower, seen(model, inputs)).hidden
+    _wait(model.device)
+    return Measured(batch["input_ids"].numel(), time.perf_counter() - began)
+
+
+def _steps(
+    recipe: Recipe, stage: Stage, forward: Callable[[], Any], chosen: Sequence[dict[str, Tensor]]
+) -> Iterator[Measured]:
     """Yield micro-batches that were run, each with its share of the optimizer's step that several have in common."""
     model, train = stage.model, recipe.train
     optimizer = make_optimizer(train.optimizer, param_groups(model, 1e-8, train.up_ratio, train.weight_decay))
     precondition(model, optimizer)
     trained = [p for p in model.parameters() if p.requires_grad]
     model.train(True)
-    chosen = _chosen(recipe, stage)
     if train.compile:  # the first batch compiles
-        first = next(chosen)
         with forward():
-            loss = mean_of_batch(model, first)
+            loss = mean_of_batch(model, chosen[0])
         loss.backward()  # type: ignore[no-untyped-call]
         model.zero_grad()
-        chosen = chain([first], chosen)
     for batch in chosen:
         _wait(model.device)
         began = time.perf_counter()
@@ -129,15 +148,18 @@ def _chosen(recipe: Recipe, stage: Stage) -> Iterator[dict[str, Tensor]]:
     yield from batches(rows.select([*heaviest, *order]), size, pad, stage.model.device)
 
 
-def _evaluations(recipe: Recipe, stage: Stage) -> float:
-    """Return the seconds of all evaluations of the run, from the time of some rows."""
+def _evaluations(recipe: Recipe, stage: Stage, below: float) -> float:
+    """Return the seconds of all evaluations of the run, from the time of some rows.
+
+    Of it `below` a token are not computed again, as what they compute is kept.
+    """
     if stage.validation is None:
         return 0.0
     rows = stage.validation.dataset
     few = rows.select(range(min(len(rows), WATCHED)))
     began = time.perf_counter()
     mean_loss(stage.model, few, stage.batch_rows, stage.tokenizer.pad_token_id)
-    each = (time.perf_counter() - began) / sum(row_lengths(few)) * sum(row_lengths(rows))
+    each = max(0.0, (time.perf_counter() - began) / sum(row_lengths(few)) - below) * sum(row_lengths(rows))
     numbers = make_plan(recipe, stage)
     return each * (numbers.steps // numbers.evaluate_every_steps)
 

@@ -16,17 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from lorakit.core.method import Context
 from lorakit.core.site import layer_of
 from lorakit.core.spec import AdapterSpec
+from lorakit.data.branches import seen
 from lorakit.errors import LorakitError
 from lorakit.inject.attach import attach
 from lorakit.inject.fuse import fuse
+from lorakit.inject.lower import run_lower
 from lorakit.inject.penalty import penalty
 from lorakit.inject.pooled import compute_first_alone
 from lorakit.planning.memory import Parts, optimizer_bytes
 from lorakit.training.arguments import widen
+from lorakit.training.frozen import lower_or_refuse
 from lorakit.training.groups import param_groups
 from lorakit.training.loss import mean_of_batch
 from lorakit.training.optimizers import PLAIN, make_optimizer
@@ -91,6 +96,17 @@ def forecast(model: PreTrainedModel, spec: AdapterSpec, load: Load, evaluation: 
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise Unrehearsed(f"a step of {type(model).__name__} cannot be rehearsed on tokens alone ({reason})") from error
     return replace(found, evaluation=evaluation or found.evaluation)
+
+
+def lower_flops(model: PreTrainedModel, spec: AdapterSpec, load: Load) -> int:
+    """Return the FLOPs of one micro-batch's forward below the lowest trained block, or raise `RecipeError`."""
+    played = scene(model, spec, load)
+    with FakeTensorMode(), torch.no_grad(), played.forward(), FlopCounterMode(display=False) as counted:
+        made = played.build()
+        played.prepare(made)
+        inputs = {name: tensor for name, tensor in played.batch().items() if name != "labels"}
+        run_lower(made, lower_or_refuse(made), seen(made, inputs))
+    return int(counted.get_total_flops())
 
 
 def scene(

@@ -44,12 +44,18 @@ FOLDER = "frozen-cache"
 
 def needed_bytes(rows: Sequence[Dataset], width: int, dtype: torch.dtype) -> int:
     """Return the bytes that the hidden states of all rows take."""
-    return sum(sum(row_lengths(part)) for part in rows) * width * dtype.itemsize
+    return sum(map(cached_tokens, rows)) * width * dtype.itemsize
 
 
-def lower_or_refuse(model: Any, trained: Sequence[str]) -> Lower:
-    """Return the frozen lower part of a model, or raise `RecipeError` where it has none."""
-    lower = lower_of(model, trained)
+def cached_tokens(rows: Dataset) -> int:
+    """Return how many tokens have their hidden states in the cache."""
+    return sum(row_lengths(rows))
+
+
+def lower_or_refuse(model: Any, trained: Sequence[str] | None = None) -> Lower:
+    """Return the part of a model below what is `trained`, by default all that learns, or raise `RecipeError`."""
+    learns = [name for name, p in model.named_parameters() if p.requires_grad] if trained is None else trained
+    lower = lower_of(model, learns)
     if isinstance(lower, str):
         raise _refusal(lower)
     return lower
@@ -66,7 +72,7 @@ def cached(trainer: AdapterTrainer, output: Path, log: EventLog) -> Iterator[Non
     model, folder = trainer.adapted, output / FOLDER
     if processes.count() > 1 and trainer.recipe.train.parallel != "ddp":
         raise _refusal("the base is divided among processes, and its blocks cannot be left out of a step")
-    lower = lower_or_refuse(model, [name for name, p in model.named_parameters() if p.requires_grad])
+    lower = lower_or_refuse(model)
     parts = {"train": trainer.train_dataset, "validation": trainer.eval_dataset}
     rows = {name: part for name, part in parts.items() if part is not None}
     with _forward(trainer), answering(model, lower):

@@ -34,8 +34,8 @@ from lorakit.planning.sharding import per_device
 from lorakit.planning.surprises import surprises
 from lorakit.training.arguments import make_plan
 from lorakit.training.base import build_empty, choose_device, choose_dtype, quiet, times_fp32
-from lorakit.training.forecast import Load
-from lorakit.training.frozen import lower_or_refuse, needed_bytes
+from lorakit.training.forecast import Load, lower_flops
+from lorakit.training.frozen import cached_tokens, lower_or_refuse, needed_bytes
 from lorakit.training.limits import Limits, limits
 from lorakit.training.order import padded_tokens
 from lorakit.training.phases import CHOICES, Ways, ways
@@ -45,6 +45,8 @@ from lorakit.training.recipe import QuantSection
 from lorakit.training.stage import BATCH_TOKENS, build_stage
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from lorakit.core.site import Skeleton
     from lorakit.data.report import DataReport
     from lorakit.training.recipe import Recipe
@@ -137,7 +139,7 @@ def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> Plan
         own=found.own,
         divided=divided,
         fits=_fits(where, found.forecasts, depth, divided, load.dtype),
-        pace=replace(_pace(recipe, where, found, stage, load), cache_bytes=kept),
+        pace=replace(_pace(recipe, where, found, stage, model, spec, load), cache_bytes=kept),
         where=where,
         limits=_limits(where, found, model, spec, load, depth),
         data={} if stage is None else _reports(stage),
@@ -263,20 +265,25 @@ def _limits(where: Where, found: Ways, model: Any, spec: AdapterSpec, load: Load
     return {one.name: largest[one.name] for one in where.chosen}
 
 
-def _pace(recipe: Recipe, where: Where, found: Ways, stage: Stage | None, load: Load) -> Pace:
+def _pace(
+    recipe: Recipe, where: Where, found: Ways, stage: Stage | None, model: Any, spec: AdapterSpec, load: Load
+) -> Pace:
     """Return what the run computes; how long it takes only on devices that were named."""
-    per_step = found.rehearsal.flops * recipe.train.accumulation
+    cached = recipe.train.cache_frozen and not found.guessed
+    lower = lower_flops(model, spec, load) if cached else 0
+    each, accumulation = found.rehearsal.flops - lower, recipe.train.accumulation
     if stage is None:
-        return Pace(per_step)
+        return Pace(each * accumulation)
     numbers, dtype = make_plan(recipe, stage), DTYPES[load.dtype]
-    padded = load.rows * load.length * recipe.train.accumulation
+    padded = load.rows * load.length
     tokens = round(padded_tokens(recipe, stage) * numbers.steps / numbers.steps_per_epoch)
+    once = round(lower / padded * sum(map(cached_tokens, _rows(stage))))
     times = {}
     for one in where.chosen if where.devices else ():
         if one.knows(dtype):
-            took = from_throughput(per_step / padded * tokens, one, dtype, where.count)
+            took = from_throughput(each / padded * tokens + once, one, dtype, where.count)
             times[one.name] = Time(took, _bill(where, took))
-    return Pace(per_step, numbers.steps, tokens, times)
+    return Pace(each * accumulation, numbers.steps, tokens, times, cache_flops=once)
 
 
 def _kept(recipe: Recipe, model: Any, stage: Stage | None, load: Load, trained: list[str]) -> int:
@@ -284,9 +291,13 @@ def _kept(recipe: Recipe, model: Any, stage: Stage | None, load: Load, trained: 
     if not recipe.train.cache_frozen:
         return 0
     lower_or_refuse(model, trained)
+    return needed_bytes(_rows(stage), size_of(model.config, "hidden_size") or 0, load.dtype)
+
+
+def _rows(stage: Stage | None) -> list[Dataset]:
+    """Return the rows to train on and to validate with, as far as there are any."""
     parts = () if stage is None else (stage.train, stage.validation)
-    rows = [part.dataset for part in parts if part is not None]
-    return needed_bytes(rows, size_of(model.config, "hidden_size") or 0, load.dtype)
+    return [part.dataset for part in parts if part is not None]
 
 
 def _bill(where: Where, took: Duration) -> Bill:

@@ -59,7 +59,8 @@ class Pace:
     """What a run computes, and how long that takes on each device somebody named; None is not known.
 
     `tokens` are those of the whole run, with the padding that is computed. `times` are by the names of the devices
-    whose speed is known, or the one that was measured, `HERE`. `cache_bytes` is what `train.cache_frozen` writes.
+    whose speed is known, or the one that was measured, `HERE`. Under `train.cache_frozen` a step begins
+    at the lowest trained block: `cache_flops` computes what is below once, and `cache_bytes` holds it.
     """
 
     flops_per_step: int
@@ -67,6 +68,7 @@ class Pace:
     tokens: int | None = None
     times: Mapping[str, Time] = field(default_factory=dict)
     cache_bytes: int = 0
+    cache_flops: int = 0
 
 
 @dataclass(frozen=True, eq=False)

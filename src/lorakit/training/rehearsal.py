@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from lorakit.core.site import layer_of
 from lorakit.planning.memory import Parts, optimizer_bytes
@@ -39,8 +39,23 @@ def _added_flops(added_to: Any, a: Any, b: Any, **_: Any) -> int:
     return 2 * int(prod(a)) * int(b[-1])
 
 
+def _attention_flops(*shapes: Any, **_: Any) -> Any:
+    """Return the FLOPs of `q k^T` and of its product with v, all of them where half are masked too, as torch does."""
+    return sdpa_flop_count(*shapes[:3])  # type: ignore[no-untyped-call]
+
+
+def _attention_backward_flops(*shapes: Any, **_: Any) -> Any:
+    """Return the FLOPs of five such products: the scores once more, and the gradients of what they are made of."""
+    return sdpa_backward_flop_count(*shapes[:4])  # type: ignore[no-untyped-call]
+
+
 _DEVICE = torch.ops.prim.device.default
-_FORMULAS: dict[str, Any] = {"_grouped_mm": _grouped_flops, "addmm_": _added_flops}
+_FORMULAS: dict[str, Any] = {
+    "_grouped_mm": _grouped_flops,
+    "addmm_": _added_flops,
+    "_scaled_dot_product_flash_attention_for_cpu": _attention_flops,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward_flops,
+}
 for _name, _formula in _FORMULAS.items():  # torch has none for these yet
     if (_op := getattr(torch.ops.aten, _name, None)) is not None and _op not in flop_registry:
         register_flop_formula(_op)(_formula)
