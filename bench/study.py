@@ -7,9 +7,10 @@ amplification  table 7: what W holds of the directions of dW
 low-data       table 16: 100 rows, 1,000 rows, all of them
 
 Two models: the bundled base on the quickstart's task (150 steps, fp32; the score is the share of held-out records whose
-facts are all told), and MiniLM on TREC (two epochs, bf16; accuracy of the test set), each at one learning rate for all;
-low data is MiniLM on SST-2, the rate chosen for each method and size on validation rows. Runs are kept in
-runs/bench-study and docs/study/study.json, so a stopped study goes on; several processes may share the work.
+facts are all told), and MiniLM on TREC (two epochs, fp32; accuracy of the test set), each at one learning rate for all;
+low data is MiniLM on SST-2, the rate chosen for each method and size on validation rows (with all rows the runs are those
+of glue.py). Runs are kept in runs/bench-study and docs/study/study.json, so a stopped study goes on; several processes
+may share the work.
 Run: python bench/study.py [matrices ranks subspaces amplification low-data] [--models tales,minilm]; --table prints
 """
 
@@ -80,6 +81,7 @@ def recipe(model: str, letters: str, rank: int, seed: int, output: Path) -> Reci
         wanted = methods.recipe("lora", RATES[model], output, adapter)
         return wanted.model_copy(update={"train": wanted.train.model_copy(update={"seed": seed})})
     values = glue.recipe("trec", "lora-all", RATES[model], seed, str(output)).model_dump()
+    values["train"]["dtype"] = "fp32"
     return Recipe.model_validate({**values, "adapter": {"method": "lora", **adapter}})
 
 
@@ -130,6 +132,10 @@ def few(method: str, size: int, lr: float, seed: int) -> dict[str, Any]:
     """Return the recorded run on few rows, or run and record it."""
     key = {"method": method, "rows": size, "lr": lr, "seed": seed}
     found = next((r for r in known()["few"] if all(r[k] == v for k, v in key.items())), None)
+    if found is None and size == SIZES[-1] and method in glue.METHODS:
+        whole = glue.once("sst2", method, lr, seed)
+        found = {**key, **{name: whole[name] for name in ("parameters", "validation", "test")}}
+        note("few", found)
     if found is None:
         output = WORK / f"few-{method}-{size}-{lr:.3g}-{seed}"
         shutil.rmtree(output, ignore_errors=True)

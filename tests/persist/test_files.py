@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from lorakit.errors import AdapterFileError
@@ -157,3 +159,42 @@ def test_a_header_that_cannot_be_read_is_corrupt(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(AdapterFileError, match="has a corrupt header"):
         files.read_safetensors(tmp_path / "x.safetensors")
+
+
+MIXED = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
+
+
+@pytest.mark.parametrize("dtypes", [MIXED[:1], MIXED[1:2], MIXED[:3], MIXED[4:6], MIXED], ids=str)
+def test_a_file_is_read_as_safetensors_reads_it(dtypes: tuple[torch.dtype, ...], tmp_path: Path) -> None:
+    given = {f"{i}.{dtype}": torch.randint(0, 2, (3, 5 + i)).to(dtype) for i, dtype in enumerate(dtypes)}
+    given |= {f"{i}.flat": torch.randint(0, 99, (8,)).to(dtype) for i, dtype in enumerate(dtypes)}
+    safetensors.torch.save_file(given, tmp_path / "a.safetensors", {"made": "here"})
+    found, said = files.read_safetensors(tmp_path / "a.safetensors")
+    assert said == {"made": "here"}
+    assert found.keys() == given.keys()
+    for name, tensor in given.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    next(iter(found.values())).fill_(1)  # each can be written to, and is alone in its place
+    assert all(torch.equal(found[name], given[name]) for name in list(found)[1:])
+    safetensors.torch.save_file(found, tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": ("F32", [2], [0, 8]), "b": ("F32", [2], [4, 12])},  # b begins inside a
+        {"a": ("F32", [2], [0, 8]), "b": ("F32", [1], [12, 16])},  # nothing is between them
+        {"a": ("F32", [3], [0, 8])},
+        {"a": ("F32", [2], [0, 8])},  # more bytes follow
+        {"a": ("F32", [-2], [0, 8])},
+    ],
+)
+def test_tensors_that_do_not_fill_the_file_are_corrupt(header: dict[str, Any], tmp_path: Path) -> None:
+    named = {name: dict(zip(("dtype", "shape", "data_offsets"), value, strict=True)) for name, value in header.items()}
+    text = json.dumps(named).encode()
+    text += b" " * (-len(text) % 8)
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+    with pytest.raises(AdapterFileError, match="a.safetensors is corrupt"):
+        files.read_safetensors(file)

@@ -44,11 +44,10 @@ def parse_json(text: str | bytes) -> Any:
 
 def too_deep(value: Any, most: int = DEEPEST) -> bool:
     """Return whether lists and mappings are nested more than `most` levels deep."""
-    level = [value]
+    level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(most):
-        level = [inner for outer in level if isinstance(outer, (dict, list))
-                 for inner in (outer.values() if isinstance(outer, dict) else outer)]  # fmt: skip
-        level = [inner for inner in level if isinstance(inner, (dict, list))]
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)
+                 if isinstance(inner, (dict, list))]  # fmt: skip
         if not level:
             return False
     return True

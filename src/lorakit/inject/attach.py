@@ -263,7 +263,7 @@ def fitted(given: AdapterState, skeleton: Skeleton) -> tuple[Update, ...]:
 def _on_reader(update: Update, path: str) -> Update:
     """Return an update of what a model reads at its reader, where the file does not tell the path."""
     unknown = update.site.kind == "model" and not update.site.in_
-    return replace(update, site=replace(update.site, path=path)) if unknown else update
+    return replace(update, site=update.site.at(path)) if unknown else update
 
 
 def _trained_whole(model: nn.Module, spec: AdapterSpec, skeleton: Skeleton) -> list[str]:

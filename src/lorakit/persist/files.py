@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import pickle
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.numpy import load as _arrays_of
 from safetensors.torch import load as _tensors_of
 from torch import Tensor
 
@@ -35,7 +38,15 @@ __all__ = [
 ]
 
 
-_NUMPY_HAS = frozenset({"F64", "F32", "F16", "I64", "I32", "I16", "U8", "BOOL"})
+_NUMPY_HAS: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "U8": np.dtype(np.uint8),
+}
 IN_8_BITS = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 """Dtypes of tensors that are computed with in fp32."""
 
@@ -46,7 +57,7 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     Raises:
         AdapterFileError: naming the file and whether it is missing, unreadable, empty, truncated or corrupt.
     """
-    data = _read(Path(path))
+    data = _read_whole(Path(path))
     try:
         header = _sound_header(data)
     except ValueError as bad:
@@ -59,15 +70,24 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     return wide, dict(header.get("__metadata__", {}))
 
 
-def _read_tensors(data: bytes, header: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, by way of numpy where it has their dtype.
+def _read_tensors(data: bytearray, header: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file: views of its bytes where it is laid out as safetensors writes it.
 
-    A call of torch lets other threads go first, a server's engine for instance, and numpy's views do not.
+    No call of torch is made for them, each of which lets other threads go first, a server's engine for instance. Of
+    every other file, and of dtypes numpy has not, the library makes the tensors, or says what is wrong.
     """
-    entries = [entry for name, entry in header.items() if name != "__metadata__"]
-    if all(entry["dtype"] in _NUMPY_HAS and 0 not in entry["shape"] for entry in entries):
-        return {name: torch.from_numpy(array) for name, array in _arrays_of(data).items()}
-    return _tensors_of(data)
+    start = at = 8 + int.from_bytes(data[:8], "little")
+    found: dict[str, Tensor] = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype, shape, (begin, end) = _NUMPY_HAS.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
+        count = math.prod(shape)
+        if dtype is None or not count or start + begin != at or end - begin != count * dtype.itemsize or at % 8:
+            return _tensors_of(bytes(data))
+        found[name] = torch.from_numpy(np.frombuffer(data, dtype, count, at).reshape(shape))
+        at = start + end
+    return found if at == len(data) else _tensors_of(bytes(data))
 
 
 def stored_as(file: Path) -> set[str]:
@@ -152,8 +172,16 @@ def _read(path: Path, most: int = -1) -> bytes:
         return file.read(most)
 
 
+def _read_whole(path: Path) -> bytearray:
+    """Return a file's bytes, in memory that can be written to."""
+    with _opened(path) as file:
+        data = bytearray(os.fstat(file.fileno()).st_size)
+        del data[file.readinto(data) :]
+    return data
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _opened(path: Path) -> Iterator[BufferedReader]:
     """Open a file to read, and say of a failure which file it was."""
     try:
         with path.open("rb") as file:
@@ -164,7 +192,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise AdapterFileError(f"{path} could not be read: {failed.strerror or failed}") from failed
 
 
-def _sound_header(data: bytes) -> dict[str, Any]:
+def _sound_header(data: bytearray) -> dict[str, Any]:
     """Return the header of the bytes of a safetensors file; a ValueError says what is plainly wrong with them."""
     if not data:
         raise ValueError("is empty (0 bytes); get the file again")
@@ -189,6 +217,6 @@ def _sound_header(data: bytes) -> dict[str, Any]:
     return header
 
 
-def _header(data: bytes) -> dict[str, Any]:
-    header: dict[str, Any] = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
+def _header(data: bytes | bytearray) -> dict[str, Any]:
+    header: dict[str, Any] = parse_json(bytes(data[8 : 8 + int.from_bytes(data[:8], "little")]))
     return header

@@ -36,6 +36,7 @@ from lorakit.persist.slices import gather, gathers, split
 CONFIG, WEIGHTS, PICKLE, NOTE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "lorakit.json"
 NOTE_VERSION = 1
 _HEADS = ("classifier", "score", "qa_outputs")
+_DAMAGED = (KeyError, TypeError, IndexError, AttributeError, SpecError)
 
 
 def save_peft(state: AdapterState, path: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -82,8 +83,9 @@ def load_peft(path: str | Path, *, checked: bool = False) -> AdapterState:
         tensors, _ = files.read_safetensors(place / WEIGHTS)
     else:
         tensors = files.read_pickle(place / PICKLE)
+    spec = None if note is None else _spec_of(note, place / NOTE)
     try:
-        state = from_peft(config, tensors)
+        state = from_peft(config, tensors, spec)
     except AdapterFileError as problem:
         raise AdapterFileError(f"{place}: {problem}") from problem.__cause__
     return state if note is None else _restored(state, note, place / NOTE)
@@ -109,8 +111,10 @@ def to_peft(state: AdapterState) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, {**updates_to_peft(whole), **trained_to_peft(state.trained, set(by_path))}
 
 
-def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterState:
-    """Return the adapter of a PEFT configuration and its tensors.
+def from_peft(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], spec: AdapterSpec | None = None
+) -> AdapterState:
+    """Return the adapter of a PEFT configuration and its tensors, with the spec that means exactly these unless given.
 
     Two-dimensional pairs have kind "linear" here, and a width the file does not tell is 0; `attach` resolves both
     against the model. Tensors trained whole that
@@ -132,7 +136,7 @@ def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapt
         raise AdapterFileError(f"none of its {len(tensors)} tensors is a {reading.called} factor ({ends})")
     check_tensors(tuple(u for u in updates if u.site.in_))  # of the others `attach` learns the widths
     _refuse_non_finite([u for u in updates if not u.site.in_])
-    spec = settings.spec(updates, list(reading.trained))
+    spec = spec or settings.spec(updates, list(reading.trained))
     copied = () if config.get("ensure_weight_tying") else tuple(settings.copied(list(reading.trained)))
     return AdapterState(spec, updates, reading.trained, Base(config.get("base_model_name_or_path")), apart=copied)
 
@@ -250,7 +254,7 @@ def _restored(state: AdapterState, note: Mapping[str, Any], file: Path) -> Adapt
             rows = None if entry["rows"] is None else (int(entry["rows"][0]), int(entry["rows"][1]))
             shape = entry.get("shape") and (*entry["shape"], entry["groups"])
             parts.setdefault(entry["path"], []).append((rows, entry["kind"], method_from_json(entry["method"]), shape))
-        named = [u if u.site.path else replace(u, site=replace(u.site, path=next(iter(parts), "")))
+        named = [u if u.site.path else replace(u, site=u.site.at(next(iter(parts), "")))
                  for u in state.updates]  # fmt: skip
         if unknown := sorted(parts.keys() - {u.site.path for u in named}):
             raise KeyError(f"no tensors for {unknown[0]}")
@@ -261,11 +265,21 @@ def _restored(state: AdapterState, note: Mapping[str, Any], file: Path) -> Adapt
         probes = {path: tuple(values) for path, values in note["base"]["probes"].items()}
         base = Base(note["base"]["name"], probes)
         purpose = Purpose.from_json(note.get("purpose"))
-        spec = AdapterSpec.from_json(note["spec"])
         apart = tuple(map(str, note.get("apart", ())))
-        return replace(state, spec=spec, updates=updates, base=base, purpose=purpose, apart=apart)
-    except (KeyError, TypeError, IndexError, AttributeError, SpecError) as bad:
-        raise AdapterFileError(f"{file} is damaged or of another version ({bad}); get the adapter again") from bad
+        return replace(state, updates=updates, base=base, purpose=purpose, apart=apart)
+    except _DAMAGED as bad:
+        raise _damaged(file, bad) from bad
+
+
+def _spec_of(note: Mapping[str, Any], file: Path) -> AdapterSpec:
+    try:
+        return AdapterSpec.from_json(note["spec"])
+    except _DAMAGED as bad:
+        raise _damaged(file, bad) from bad
+
+
+def _damaged(file: Path, bad: Exception) -> AdapterFileError:
+    return AdapterFileError(f"{file} is damaged or of another version ({bad}); get the adapter again")
 
 
 def _exact(whole: Update, parts: list[Any] | None) -> tuple[Update, ...]:

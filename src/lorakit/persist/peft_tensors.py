@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -131,7 +130,7 @@ class Reading:
         except SpecError as wrong:
             self.problems.append(f"{path}: {wrong}")
             return None
-        return Update(replace(read.site, path=path), read.method, read.tensors)
+        return Update(read.site.at(path), read.method, read.tensors)
 
 
 def _pattern(end: str) -> re.Pattern[str]:
