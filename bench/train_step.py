@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from record import record
+from record import RESULTS, record
 from torch import Tensor, nn
 
 from lorakit import AdapterSpec, attach
@@ -183,14 +184,15 @@ def main() -> None:
     given = options.parse_args()
     torch.set_num_threads(given.threads)
     cases = given.cases.split("|")
-    found = {
-        f"{family}, {dtype}": study(family, dtype, cases, given.rounds, given.layers)
-        for family in given.families.split(",")
-        for dtype in given.dtypes.split(",")
-    }
-    if given.keep:
-        record("train-step", "What does an adapter add to a training step?", ("torch", "transformers", "peft"),
-               threads=given.threads, rounds=given.rounds, rows=ROWS, length=LENGTH, shapes=found)  # fmt: skip
+    file = RESULTS / "train-step.json"
+    shapes = json.loads(file.read_text())["shapes"] if given.keep and file.exists() else {}
+    for family in given.families.split(","):
+        for dtype in given.dtypes.split(","):
+            found = study(family, dtype, cases, given.rounds, given.layers)
+            shapes[f"{family}, {dtype}"] = {"rounds": given.rounds, "threads": given.threads, **found}
+            if given.keep:  # each shape as it is done; the others stay as they were
+                record("train-step", "What does an adapter add to a training step?", ("torch", "transformers", "peft"),
+                       rows=ROWS, length=LENGTH, shapes=shapes)  # fmt: skip
 
 
 if __name__ == "__main__":
