@@ -78,6 +78,7 @@ def recipe(model: str, letters: str, rank: int, seed: int, output: Path) -> Reci
     """Return the recipe of one run; `s = 2` at every rank."""
     adapter = {"rank": rank, "alpha": 2 * rank, "targets": targets(model, letters)}
     if model == "tales":
+        methods.write_rows()
         wanted = methods.recipe("lora", RATES[model], output, adapter)
         return wanted.model_copy(update={"train": wanted.train.model_copy(update={"seed": seed})})
     values = glue.recipe("trec", "lora-all", RATES[model], seed, str(output)).model_dump()
