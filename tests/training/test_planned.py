@@ -253,6 +253,7 @@ def test_the_largest_batch_is_that_of_the_way_that_is_recommended() -> None:
         assert (gpt2_s_step(replace(found.load, rows=rows, checkpointing=True)) <= 2.3e9) is is_room
 
 
+@pytest.mark.slow
 def test_the_largest_batch_fits_and_one_more_row_does_not() -> None:
     found = of_shape("gpt2", "RTX 3060")
     most = found.limits["RTX 3060"]
@@ -262,7 +263,10 @@ def test_the_largest_batch_fits_and_one_more_row_does_not() -> None:
     assert most.length == 1024, "GPT-2 has no more positions"
 
 
-@pytest.mark.parametrize("adapter", [{}, {"method": "none", "train": "*"}], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "adapter",
+    [pytest.param({}, marks=pytest.mark.slow, id="lora"), pytest.param({"method": "none", "train": "*"}, id="full")],
+)
 def test_the_longest_context_fits_and_a_longer_one_does_not(adapter: dict[str, Any]) -> None:
     # a thousandth stays free; the optimizer's moment is the fullest of short rows, the forward that of long ones
     config = {"model_type": "llama", "vocab_size": 500, "hidden_size": 128, "intermediate_size": 256,

@@ -127,6 +127,7 @@ def test_a_compiled_step_is_the_step_and_compiles_no_more_after_the_second(famil
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("backend")
 def test_compiled_blocks_and_recomputed_ones_go_together() -> None:
     model, parameters = made("llama", "dora", layers=3)
