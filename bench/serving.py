@@ -281,11 +281,16 @@ def queue(folder: Path, rounds: int) -> dict[str, Any]:
 
 @contextmanager
 def served_alike() -> Iterator[None]:
-    """Take one thread less, as `lorakit serve` does, which leaves a core to HTTP and to loads."""
-    threads = torch.get_num_threads()
+    """Run as `lorakit serve` does: one thread less, which leaves a core to HTTP and to loads, and none of them bound.
+
+    Bound as the other parts are, an engine and a load would both be on this thread's core, where they began.
+    """
+    threads, bound = torch.get_num_threads(), os.sched_getaffinity(0)
     torch.set_num_threads(max(1, threads - 1))
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
     yield
     torch.set_num_threads(threads)
+    os.sched_setaffinity(0, bound)
 
 
 def pace(folder: Path, rounds: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ low-data       table 16: 100 rows, 1,000 rows, all of them
 
 Two models: the bundled base on the quickstart's task (150 steps, fp32; the score is the share of held-out records whose
 facts are all told), and MiniLM on TREC (two epochs, fp32; accuracy of the test set), each at one learning rate for all;
-low data is MiniLM on SST-2, the rate chosen for each method and size on validation rows (all rows: the runs of glue.py).
+low data is MiniLM on SST-2, the rate chosen for each method and size on validation rows (all rows: glue.py's own runs).
 Runs are kept in runs/bench-study and docs/study/study.json, so a stopped study goes on; several processes may share the
 work.
 Run: python bench/study.py [matrices ranks subspaces amplification low-data] [--models tales,minilm]; --table prints
