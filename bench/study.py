@@ -287,7 +287,7 @@ def few_table() -> str:
 def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parts = ("matrices", "ranks", "subspaces", "amplification", "low-data")
-    options.add_argument("parts", nargs="*", default=parts, choices=(*parts, []))
+    options.add_argument("parts", nargs="*", default=[], choices=(*parts, []), help="all of them by default")
     options.add_argument("--models", default="tales,minilm")
     options.add_argument("--table", action="store_true", help="print what is known as Markdown, and run nothing")
     given = options.parse_args()
@@ -296,7 +296,7 @@ def main() -> None:
         print("\n\n".join([*both, few_table()]))
         return
     torch.set_num_threads(1)
-    for part in given.parts:
+    for part in given.parts or parts:
         if part == "low-data":
             low_data()
             continue
