@@ -188,6 +188,12 @@ def test_a_file_is_read_as_safetensors_reads_it(dtypes: tuple[torch.dtype, ...],
         {"a": ("F32", [3], [0, 8])},
         {"a": ("F32", [2], [0, 8])},  # more bytes follow
         {"a": ("F32", [-2], [0, 8])},
+        {"a": ("F32", "xx", [0, 16])},
+        {"a": ("F32", None, [0, 16])},
+        {"a": ("F32", [4.0], [0, 16])},
+        {"a": (["F32"], [4], [0, 16])},
+        {"a": ("F32", [4], ["0", 16])},
+        {"a": ("F32", [4], [0, 16, 16])},
     ],
 )
 def test_tensors_that_do_not_fill_the_file_are_corrupt(header: dict[str, Any], tmp_path: Path) -> None:

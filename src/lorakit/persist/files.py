@@ -63,31 +63,34 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     except ValueError as bad:
         raise AdapterFileError(f"{path} {bad}") from None
     try:
-        tensors = _read_tensors(data, header)
+        tensors = _views(data, header) or _tensors_of(bytes(data))
     except (SafetensorError, ValueError, KeyError, RuntimeError) as bad:
         raise AdapterFileError(f"{path} is corrupt: {bad}; get the file again") from bad
     wide = {name: t.to(torch.float32) if t.dtype in IN_8_BITS else t for name, t in tensors.items()}
     return wide, dict(header.get("__metadata__", {}))
 
 
-def _read_tensors(data: bytearray, header: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file: views of its bytes where it is laid out as safetensors writes it.
+def _views(data: bytearray, header: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """Return the tensors as views of a file's bytes; None of a file not laid out as safetensors writes it.
 
     No call of torch is made for them, each of which lets other threads go first, a server's engine for instance. Of
-    every other file, and of dtypes numpy has not, the library makes the tensors, or says what is wrong.
+    dtypes numpy has not there are none either.
     """
     start = at = 8 + int.from_bytes(data[:8], "little")
     found: dict[str, Tensor] = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        dtype, shape, (begin, end) = _NUMPY_HAS.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
-        count = math.prod(shape)
-        if dtype is None or not count or start + begin != at or end - begin != count * dtype.itemsize or at % 8:
-            return _tensors_of(bytes(data))
-        found[name] = torch.from_numpy(np.frombuffer(data, dtype, count, at).reshape(shape))
-        at = start + end
-    return found if at == len(data) else _tensors_of(bytes(data))
+    try:
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            dtype, shape, (begin, end) = _NUMPY_HAS.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
+            count = math.prod(shape)
+            if dtype is None or not count or start + begin != at or end - begin != count * dtype.itemsize or at % 8:
+                return None
+            found[name] = torch.from_numpy(np.frombuffer(data, dtype, count, at).reshape(shape))
+            at = start + end
+    except (KeyError, TypeError, ValueError):  # values of other types: the library says what is wrong
+        return None
+    return found if at == len(data) else None
 
 
 def stored_as(file: Path) -> set[str]:
