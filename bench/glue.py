@@ -18,7 +18,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -197,6 +197,18 @@ def note(runs: list[dict[str, Any]]) -> None:
            adapters={name: m[0] for name, m in METHODS.items()}, runs=runs)  # fmt: skip
 
 
+def best_rate(middle: float, validation: Callable[[float], float], choose: Callable[..., float] = max) -> float:
+    """Return the rate with the best validation score: of three, and up to two more while the best is at an end."""
+    tried = {lr: validation(lr) for lr in (middle / SPREAD, middle, middle * SPREAD)}
+    for _ in range(WIDENED):
+        best = choose(tried, key=lambda lr: tried[lr])
+        if min(tried) < best < max(tried):
+            break
+        lr = best / SPREAD if best == min(tried) else best * SPREAD
+        tried[lr] = validation(lr)
+    return choose(tried, key=lambda lr: tried[lr])
+
+
 def study(task: str, method: str) -> None:
     """Choose the rate, then run every seed at it."""
     _, on_encoder, on_base = METHODS[method]
@@ -204,16 +216,7 @@ def study(task: str, method: str) -> None:
     if middle is None:
         return
     choose = min if task == TEXT else max
-    tried: Mapping[float, float] = {
-        lr: once(task, method, lr, SEEDS[0])["validation"] for lr in (middle / SPREAD, middle, middle * SPREAD)
-    }
-    for _ in range(WIDENED):
-        best = choose(tried, key=lambda lr: tried[lr])
-        if min(tried) < best < max(tried):
-            break
-        lr = best / SPREAD if best == min(tried) else best * SPREAD
-        tried = {**tried, lr: once(task, method, lr, SEEDS[0])["validation"]}
-    best = choose(tried, key=lambda lr: tried[lr])
+    best = best_rate(middle, lambda lr: once(task, method, lr, SEEDS[0])["validation"], choose)
     for seed in SEEDS:
         found = once(task, method, best, seed)
         if task == TEXT and "bleu" not in found:
