@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.slow import others_slow
 from tests.tolerances import assert_close, tolerance
 
 ROOT = Path(__file__).parents[1]
@@ -113,3 +114,13 @@ def test_close_refuses_nan_and_is_exact_for_integers_and_zeros() -> None:
         assert_close(torch.tensor([1]), torch.tensor([2]))
     with pytest.raises(AssertionError):
         assert_close(torch.tensor([1e-9]), torch.tensor([0.0]))
+
+
+def test_cases_that_are_not_always_run_are_slow() -> None:
+    one, two = others_slow([("a", 1), ("b", 2)], [("b", 2)])
+    assert two == ("b", 2)
+    assert (one.values, [mark.name for mark in one.marks]) == (("a", 1), ["slow"])
+    (alone,) = others_slow(["ab"], [])
+    assert alone.values == ("ab",), "a word is one value"
+    with pytest.raises(ValueError, match="no such cases: \\['c'\\]"):
+        others_slow(["a"], ["c"])

@@ -14,17 +14,35 @@ import pytest
 
 from lorakit import __version__
 from lorakit.cli import app as room
+from lorakit.cli.app import VERBS
 from lorakit.errors import MissingExtraError
 from tests.cli.conftest import invoke
-
-VERBS = ("quickstart", "plan", "train", "evaluate", "generate", "inspect", "diff", "compress", "combine", "extract",
-         "merge", "convert", "quantize", "export", "serve", "bench", "methods")  # fmt: skip
+from tests.slow import others_slow
 
 
 def test_help_lists_the_verbs_in_the_order_of_use() -> None:
     result = invoke("--help")
     assert result.exit_code == 0
     assert [line.split()[0] for line in result.stdout.split("Commands:\n")[1].splitlines()] == list(VERBS)
+    assert list(VERBS)[:4] == ["quickstart", "plan", "train", "evaluate"]
+    assert invoke().stdout == result.stdout  # nothing asked: the same answer
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_s_line_in_the_help_is_what_it_says_of_itself(verb: str) -> None:
+    line = next(line for line in invoke("--help").stdout.splitlines() if line.startswith(f"  {verb} "))
+    assert line.split(maxsplit=1)[1] == VERBS[verb]
+    own = invoke(verb, "--help").stdout.partition("\n\n")[2].partition("\n\n")[0]
+    assert " ".join(own.split()).startswith(VERBS[verb])
+
+
+def test_help_imports_no_verb() -> None:
+    code = (
+        "import sys\nfrom lorakit.cli.app import app\ntry: app(['--help'])\n"
+        "except SystemExit: print(*(n for n in sys.modules if n.startswith('lorakit.cli.')), file=sys.stderr)"
+    )
+    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.split())
+    assert loaded == {"lorakit.cli.app", "lorakit.cli.screen"}
 
 
 def test_no_verb_s_line_in_the_help_is_cut_off() -> None:
@@ -43,8 +61,15 @@ def test_version_is_the_package_s() -> None:
 
 
 def test_the_command_line_imports_nothing_heavy() -> None:
-    code = "import sys, lorakit.cli.app; print(*{n.split('.')[0] for n in sys.modules})"
-    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split())
+    code = """import sys
+from importlib import import_module
+from lorakit.cli.app import VERBS
+for verb in VERBS:
+    import_module(f"lorakit.cli.{verb}")
+print(*{name.split(".")[0] for name in sys.modules})"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "typer" in loaded
     assert not loaded & {"torch", "transformers", "pydantic", "rich", "datasets", "numpy", "yaml"}
 
 
@@ -137,13 +162,13 @@ def test_what_the_system_forbids_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    "arguments", [("methods",), ("methods", "--json"), ("train", "none", "--json")], ids=["table", "json", "error"]
+    "arguments", others_slow(["methods", "methods --json", "train none --json"], ["methods --json"])
 )
-def test_a_pipe_that_closes_early_ends_it_quietly(arguments: tuple[str, ...]) -> None:
+def test_a_pipe_that_closes_early_ends_it_quietly(arguments: str) -> None:
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "wb") as closed:
-        command = [sys.executable, "-m", "lorakit", *arguments]
+        command = [sys.executable, "-m", "lorakit", *arguments.split()]
         ended = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, check=False)
     assert ended.returncode == 141
     assert not re.search("Traceback|Exception", ended.stderr)
@@ -151,11 +176,12 @@ def test_a_pipe_that_closes_early_ends_it_quietly(arguments: tuple[str, ...]) ->
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize(
-    "arguments", [("--version",), ("methods",), ("methods", "--json"), ("train", "none", "--json")]
+    "arguments",
+    others_slow(["--version", "methods", "methods --json", "train none --json"], ["--version", "methods --json"]),
 )
-def test_a_standard_output_that_takes_nothing_is_one_line(arguments: tuple[str, ...]) -> None:
+def test_a_standard_output_that_takes_nothing_is_one_line(arguments: str) -> None:
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "lorakit", *arguments]
+        command = [sys.executable, "-m", "lorakit", *arguments.split()]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1] == "error: standard output: No space left on device"

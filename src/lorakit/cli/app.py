@@ -2,7 +2,8 @@
 
 Exit codes: 0 it worked; 2 the user can repair it (`error: ...`, no traceback); 130 interrupted; 141 nobody reads what
 it says any more (`| head`), as of any program that SIGPIPE ends; an unexpected exception is our bug and keeps its
-traceback. Nothing heavy is imported here: a verb imports what it needs when it runs.
+traceback. Nothing heavy is imported here: a verb is imported when it is asked for, and imports what it needs when it
+runs.
 """
 
 from __future__ import annotations
@@ -10,32 +11,37 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from lorakit.cli.bench import bench
-from lorakit.cli.combine import combine
-from lorakit.cli.compress import compress
-from lorakit.cli.convert import convert
-from lorakit.cli.diff import diff
-from lorakit.cli.evaluate import evaluate
-from lorakit.cli.export import export
-from lorakit.cli.extract import extract
-from lorakit.cli.generate import generate
-from lorakit.cli.inspect import inspect
-from lorakit.cli.merge import merge
-from lorakit.cli.methods import methods
-from lorakit.cli.plan import plan
-from lorakit.cli.quantize import quantize
-from lorakit.cli.quickstart import quickstart
 from lorakit.cli.screen import print_error
-from lorakit.cli.serve import serve
-from lorakit.cli.train import train
 from lorakit.errors import LorakitError
+
+VERBS = {
+    "quickstart": "Teach the bundled model a new task in two minutes.",
+    "plan": "Say what a run will train, hold and take.",
+    "train": "Train an adapter from a recipe.",
+    "evaluate": "Score a model on a file of rows, before and after.",
+    "generate": "Write answers to prompts.",
+    "inspect": "Say what an adapter learned, and how much of its rank it used.",
+    "diff": "Say how two adapters differ.",
+    "compress": "Write a smaller adapter, and say what it lost.",
+    "combine": "Write the adapter that several of one base make together.",
+    "extract": "Make a LoRA of a model that was tuned whole.",
+    "merge": "Fold an adapter into its base and write the merged model.",
+    "convert": "Write an adapter in another format.",
+    "quantize": "Pack a base into 4 bits, in bitsandbytes' format.",
+    "export": "Write an adapter as vLLM or llama.cpp reads it.",
+    "serve": "Serve a base and many adapters behind OpenAI's API.",
+    "bench": "Put a load on a running server and time its answers.",
+    "methods": "List the update methods, or explain one.",
+}
+"""The verbs in the order of use, each the function of its name in the module of its name, and its line in the help."""
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]  # click's root, of whichever click this typer brings
 
@@ -43,12 +49,43 @@ _ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPE
 """What no program can help: full and read-only disks, forbidden places, names too long."""
 
 
+class OnDemand(Mapping[str, Any]):
+    """The commands of `VERBS`, each imported when it is looked up: the list of them needs none."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(VERBS)
+
+    def __len__(self) -> int:
+        return len(VERBS)
+
+    def __getitem__(self, verb: str) -> Any:
+        if verb not in VERBS:
+            raise KeyError(verb)
+        alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+        alone.command(verb)(getattr(import_module(f"lorakit.cli.{verb}"), verb))
+        return typer.main.get_command(alone)
+
+
 class Verbs(TyperGroup):
     """The group of verbs, which turns every failure into its exit code."""
 
+    def __init__(self, **settings: Any) -> None:
+        assert not settings.get("commands"), "a verb is a row of VERBS"
+        super().__init__(**settings)
+        self.commands = OnDemand()  # type: ignore[assignment]
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of the verbs, without importing one."""
+        return list(VERBS)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the verbs, a line each."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> Any:  # type: ignore[override]
         """Run one verb and exit."""
-        arguments = list(sys.argv[1:] if args is None else args)
+        arguments = list(sys.argv[1:] if args is None else args) or ["--help"]
         as_json = "--json" in arguments
         try:
             code = self._answer(arguments, prog_name, extra, as_json)
@@ -93,15 +130,11 @@ class Verbs(TyperGroup):
 app = typer.Typer(
     cls=Verbs,
     help="Make a pretrained model yours with a low-rank update.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (quickstart, plan, train, evaluate, generate, inspect, diff, compress, combine, extract, merge, convert,
-             quantize, export, serve, bench, methods):  # fmt: skip
-    app.command()(verb)
 
 
 def _version(wanted: bool) -> None:
