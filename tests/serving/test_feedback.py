@@ -163,7 +163,7 @@ def test_a_file_of_another_kind_is_told(change: Any, tmp_path: Path) -> None:
     path = tmp_path / "feedback.db"
     if change == "text":
         path.write_text("not a database " * 100)
-        message = "feedback.db: file is not a database; free its disk, or move the file away to begin anew"
+        message = "feedback.db: file is not a database; free its disk or make it writable, or move the file away to"
     elif change == "version":
         base = sqlite3.connect(path)
         base.execute("PRAGMA user_version = 9")

@@ -89,6 +89,8 @@ def serve(
         found = find(source, base)
         refuse_classifier(source, found.labels)
         room = bytes_of("--memory", memory)
+        if store == "":
+            raise RecipeError("--store is empty; name a folder, or leave it out")
         place = Path(store) if store is not None else _home(found.base)
         shape = {"slots": slots or (64 if engine == "vllm" else 16), "context": context, "queue": queue}
         _refuse_odd(engine, engine_url, replicas)
@@ -121,7 +123,7 @@ def _listen(service: Service, known: Keys | None, host: str, port: int, out: Scr
         if as_json:
             print_json({"url": url, "models": [model.id for model in service.registry.models()]})
         else:
-            _announce(service, url, out)
+            _announce(service, url, out, known)
 
     run(app(service, known), host=host, port=port, keys=known, ready=ready)
 
@@ -206,16 +208,17 @@ def _service(
         raise
 
 
-def _announce(service: Service, url: str, out: Screen) -> None:
+def _announce(service: Service, url: str, out: Screen, known: Keys | None) -> None:
     limits, models = service.engine.limits, service.registry.models()
     rows = [(m.id, "the base" if m.parent is None else (m.digest or "several")[:12]) for m in models]
+    authorized = "" if known is None else '-H "authorization: Bearer $LORA_KEY" '
     shown = rows[:20] + [(f"... and {len(rows) - 20} more", "")] * (len(rows) > 20)
     out.show(table("", "model", "adapter", rows=shown))
     out.say(
         f"{limits.slots} answers at once, up to {limits.context:,} tokens each; adapters may take "
         f"{size(service.registry.usage().memory)}",
         f"listening at {url}/v1 (OpenAI's API), {url}/docs (every route); Ctrl-C ends it",
-        f"try: curl {url}/v1/completions -H 'content-type: application/json' "
+        f"try: curl {url}/v1/completions {authorized}-H 'content-type: application/json' "
         f'-d \'{{"model": "{rows[-1][0]}", "prompt": "Once upon a time", "max_tokens": 40}}\'',
     )
 

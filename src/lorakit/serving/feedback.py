@@ -223,7 +223,9 @@ class Feedback:
             yield
         except (sqlite3.Error, OSError) as failed:
             what = getattr(failed, "strerror", None) or failed
-            raise ServingError(f"{self.path}: {what}; free its disk, or move the file away to begin anew") from failed
+            raise ServingError(
+                f"{self.path}: {what}; free its disk or make it writable, or move the file away to begin anew"
+            ) from failed
 
 
 def _row(

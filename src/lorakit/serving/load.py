@@ -189,11 +189,12 @@ def _one(load: Load, ask: Ask, began: float, seen: Seen, lock: threading.Lock) -
     finally:
         link.close()
     with lock:
+        seen.tokens.setdefault(ask.model, 0)
         if failed is not None:
             seen.failed[failed] = seen.failed.get(failed, 0) + 1
             return
         seen.whole.append(time.perf_counter() - began)
-        seen.tokens[ask.model] = seen.tokens.get(ask.model, 0) + tokens
+        seen.tokens[ask.model] += tokens
         seen.first += [times[0] - began] if times else []
         seen.between += [late - early for early, late in itertools.pairwise(times)]
 

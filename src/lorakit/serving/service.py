@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorakit.errors import BusyError, LorakitError, RequestError, UnknownAdapterError, shown
@@ -25,7 +26,7 @@ from lorakit.serving.keys import ANYONE, Key
 from lorakit.serving.metrics import Metrics
 from lorakit.serving.prompts import Ids, Prompts, Reading, Turn
 from lorakit.serving.requests import Engine, Request, Sampling
-from lorakit.serving.shelf.manifest import read_manifest
+from lorakit.serving.shelf.manifest import MANIFEST, read_manifest
 from lorakit.serving.text import Writer
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _log = logging.getLogger("lorakit.serving")
-_READINGS = 1024  # manifests that are remembered: what a digest names never changes
+_READINGS = 1024  # manifests that are remembered
 _THREADS = 32  # of each pool; they wait for disks and locks, not for a processor
 
 
@@ -225,10 +226,13 @@ class Service:
 
     def _reading(self, digest: str | None) -> Reading:
         """Return how an adapter reads conversations, or the base."""
-        return Reading() if digest is None else self._reading_of(digest)
+        if digest is None:
+            return Reading()
+        folder = self.registry.store.get(digest)
+        return self._reading_of(folder, (folder / MANIFEST).stat().st_mtime_ns)  # removed and added anew, it may differ
 
-    def _read(self, digest: str) -> Reading:
-        manifest = read_manifest(self.registry.store.get(digest))
+    def _read(self, folder: Path, stamp: int) -> Reading:
+        manifest = read_manifest(folder)
         return Reading(manifest.purpose, manifest.chat_template)
 
     def _answer(
@@ -242,7 +246,7 @@ class Service:
         held: Use,
     ) -> Answer:
         limits, count = self.engine.limits, len(prompts) * question.n
-        if count > (most := limits.slots + limits.queue):
+        if count > (most := limits.queue):  # all of them wait before the first has a slot
             raise RequestError(
                 f"{count} answers were asked for, and this server takes {most} at once; ask for fewer", param="n"
             )

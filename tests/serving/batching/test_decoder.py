@@ -14,7 +14,8 @@ from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCau
 from lorakit.core.spec import AdapterSpec, Targets
 from lorakit.core.state import AdapterState
 from lorakit.errors import AdapterFileError, AttachError, SpecError
-from lorakit.inject.attach import attach, base_of
+from lorakit.inject.attach import attach
+from lorakit.inject.bases import base_of
 from lorakit.methods.adalora import AdaLoRA
 from lorakit.methods.block import BlockDiagonal
 from lorakit.methods.dora import DoRA

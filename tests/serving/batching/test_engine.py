@@ -245,6 +245,35 @@ def test_numbers_that_are_none_end_their_request_and_nobody_after_it_in_that_slo
     assert second.tokens == alone("a", (3, 1, 4), 12)
 
 
+@pytest.mark.parametrize("damaged", ["everywhere", "k_proj"])
+def test_a_damaged_adapter_harms_nobody_beside_or_after_it(
+    engine: SlotEngine, folders: dict[str, Path], tmp_path: Path, alone: Any, damaged: str
+) -> None:
+    state, rng = lorakit.load(folders["b"]), random.Random(0)
+    huge = tuple(
+        replace(u, tensors={k: t * 1e30 for k, t in u.tensors.items()})
+        if damaged == "everywhere" or damaged in u.site.path
+        else u
+        for u in state.updates
+    )
+    lorakit.save(replace(state, updates=huge), tmp_path / "huge")
+    engine.load("huge", tmp_path / "huge")
+    asked = [
+        Request(
+            prompt(rng, 60),
+            rng.choice(["huge", "huge", "a", "b", None]),
+            sampling=Sampling(max_tokens=rng.randint(1, 12)),
+        )
+        for _ in range(120)
+    ]
+    for request, answer in zip(asked, ask(engine, asked), strict=True):
+        if request.adapter != "huge":
+            check(answer, request, alone)
+    held = [tensor for pair in engine._decoder.slots._held.values() for tensor in pair]
+    assert held
+    assert not any(tensor.any() for tensor in held), "nothing is left where nobody is"
+
+
 def test_a_closed_engine_keeps_no_keys_and_values(folders: dict[str, Path]) -> None:
     running = SlotEngine(made("llama", torch.float32), slots=2)
     ask(running, [Request((1, 2))])

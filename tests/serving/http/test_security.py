@@ -233,5 +233,5 @@ def test_an_open_server_listens_to_its_own_machine_alone(made: Server) -> None:
     from lorakit.serving.http import app, run
 
     for given in (None, Keys()):
-        with pytest.raises(ServingError, match="listen at 127.0.0.1, or give a file of keys"):
+        with pytest.raises(ServingError, match="listen at 127.0.0.1, or give keys"):
             run(app(made.service, given), host="0.0.0.0", keys=given)

@@ -300,6 +300,32 @@ def test_a_folder_of_adapters_is_added_by_their_folders_names(
     assert len(registry.names.history("support")) == 1
 
 
+def test_a_folder_that_is_itself_an_adapter_or_a_run_is_told_so(registry: Registry, tmp_path: Path) -> None:
+    for place in (folder_of(tmp_path / "one"), folder_of(tmp_path / "run" / "adapter").parent):
+        with pytest.raises(ServingError, match=f"{place} is itself an adapter or a run; give the folder it lies in"):
+            registry.scan(place)
+
+
+def test_two_folders_with_adapters_of_one_name_are_refused(registry: Registry, tmp_path: Path) -> None:
+    for number, place in enumerate(("a", "b")):
+        folder_of(tmp_path / place / "support", float(number))
+    assert registry.scan(tmp_path / "a") == ["support"]
+    before = registry.names.pointers()
+    with pytest.raises(ServingError, match=f"support: {tmp_path / 'a'} has one of this name too; rename"):
+        registry.scan(tmp_path / "b")
+    assert registry.names.pointers() == before
+    assert registry.scan(tmp_path / "a") == ["support"]
+
+
+def test_every_broken_adapter_that_is_skipped_is_in_the_log(
+    registry: Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(17):
+        (folder_of(tmp_path / f"cut-{number}x") / "adapter_model.safetensors").write_bytes(b"")
+    assert registry.scan(tmp_path, skip=True) == []
+    assert all(f"cut-{number}x: " in caplog.text for number in range(17))
+
+
 def test_broken_adapters_are_told_together_and_the_others_added(
     registry: Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -326,7 +352,9 @@ def test_broken_adapters_are_told_together_and_the_others_added(
         registry.scan(tmp_path / "none")
 
 
-def test_a_restart_takes_a_folders_news_and_leaves_a_rollback(registry: Registry, tmp_path: Path) -> None:
+def test_a_restart_takes_a_folders_news_and_leaves_a_rollback(
+    registry: Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     place = tmp_path / "adapters"
     folder_of(place / "support", 1.0)
     registry.scan(place)
@@ -336,8 +364,11 @@ def test_a_restart_takes_a_folders_news_and_leaves_a_rollback(registry: Registry
     second = registry.names.resolve("support").digest
     assert first != second
     registry.rollback("support")
+    assert not caplog.messages
     registry.scan(place)
     assert registry.names.resolve("support").digest == first
+    (told,) = caplog.messages
+    assert told == f"support stays {first[:12]}, to which it was turned; its folder holds {second[:12]}, of before"
     folder_of(place / "support", 3.0)
     registry.scan(place)
     assert registry.names.resolve("support").digest not in (first, second)

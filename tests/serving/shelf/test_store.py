@@ -321,6 +321,12 @@ def test_what_the_maker_states_is_kept_and_must_fit_the_files(store: Store, tmp_
         store.add(folder)
     (folder / "manifest.json").unlink()
     assert store.add(folder) == stored
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ other }}"}')
+    with pytest.raises(
+        AdapterFileError, match="with other statements(.|\n)*chat_template: stored '{{ messages }}', here"
+    ):
+        store.add(folder)
+    (folder / "tokenizer_config.json").unlink()
     (folder / "manifest.json").write_text(replace(stated, rank=64).text())
     with pytest.raises(AdapterFileError, match="rank: expected 64, found 2"):
         store.add(folder)

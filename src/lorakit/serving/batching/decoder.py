@@ -16,7 +16,7 @@ from torch import Tensor
 from lorakit.core.lazy import need
 from lorakit.core.state import AdapterState
 from lorakit.errors import AttachError
-from lorakit.inject.attach import base_of
+from lorakit.inject.bases import base_of
 from lorakit.inject.sites import sites
 from lorakit.inject.skeleton import size_of
 from lorakit.serving.batching.bank import Bank

@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -284,7 +285,8 @@ class SlotEngine:
             self._decoding = len(read)
             for one, token in zip(read, tokens, strict=True):
                 if token is None:
-                    self._end(one, "error", "the model's logits are NaN; its weights or its adapter's are damaged")
+                    whose = f"adapter {one.request.adapter[:12]}" if one.request.adapter else "the base"
+                    self._end(one, "error", f"the logits of {whose} are NaN; its weights or the base's are damaged")
                 elif token.id in self._stops and not one.request.sampling.ignore_eos:
                     self._end(one, "stop")
                 else:
@@ -301,8 +303,6 @@ class SlotEngine:
         """Send a request its last event, and free its slot."""
         del self._by_id[one.request.id]
         if one in self._running:
-            if reason not in ("stop", "length"):
-                self._decoder.slots.wipe(self._running.index(one))
             self._leave(one)
         else:
             self._queue.remove(one)
@@ -311,6 +311,9 @@ class SlotEngine:
     def _drop(self, those: Iterable[Sequence], reason: Reason, detail: str) -> None:
         """End requests, all that run among them, without a look at the model, which may have failed."""
         gone = list(those)
+        with suppress(Exception):
+            for slot in range(len(self._running)):
+                self._decoder.slots.wipe(slot)
         self._running.clear()
         self._decoding = 0
         for one in gone:
@@ -334,7 +337,7 @@ class SlotEngine:
         """Take a sequence out of its slot and close the gap: the last decoded fills it, and the prompts move up.
 
         The prompts stay in their order, or one that is half read could be overtaken for ever; few of them have
-        positions to copy.
+        positions to copy. Nothing is left behind, or what a damaged adapter made would reach the slot's next sequence.
         """
         at = self._running.index(one)
         if at < self._decoding:
@@ -343,12 +346,14 @@ class SlotEngine:
             at = self._decoding
         for source in range(at + 1, len(self._running)):
             self._move(source, source - 1)
-        self._running.pop()
+        last = self._running.pop()
+        self._decoder.slots.wipe(len(self._running), 0, last.cached)
 
     def _move(self, source: int, target: int) -> None:
         if source != target:
-            moved = self._running[source]
+            moved, gone = self._running[source], self._running[target]
             self._decoder.slots.move(source, target, moved.cached)
+            self._decoder.slots.wipe(target, moved.cached, max(moved.cached, gone.cached))
             self._running[target] = moved
 
     def _let_go(self) -> None:

@@ -16,7 +16,8 @@ from lorakit.core.method import LowRank, Method, Static, Stretched, Tensors
 from lorakit.core.site import Skeleton
 from lorakit.core.state import AdapterState, Base, Update, check_shapes, trim
 from lorakit.errors import AdapterFileError, SpecError, grouped, listing
-from lorakit.inject.attach import check_base, fitted
+from lorakit.inject.attach import fitted
+from lorakit.inject.bases import check_base
 from lorakit.serving.batching.bank import KINDS
 from lorakit.serving.batching.place import Pair, Place, Prepared
 

@@ -87,11 +87,11 @@ class Slots:
                 held[target, :length] = held[source, :length]
 
     @torch.inference_mode()
-    def wipe(self, slot: int) -> None:
-        """Write zeros into a slot, which may hold NaN: a hidden position counts 0 times what stands there."""
+    def wipe(self, slot: int, start: int = 0, stop: int | None = None) -> None:
+        """Write zeros where nobody's positions are left: a hidden one counts 0 times what stands there, also NaN."""
         for pair in self._held.values():
             for held in pair:
-                held[slot].zero_()
+                held[slot, start:stop].zero_()
 
     def free(self) -> None:
         """Let go of the memory; transformers' register of attentions keeps this object for ever."""

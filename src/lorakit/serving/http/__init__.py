@@ -89,7 +89,7 @@ def run(
     assert keys is None or keys is application.state.keys, "the application was made with other keys"
     if host not in _HERE and application.state.keys.open:
         raise ServingError(
-            f"{host} can be reached by others and no keys were given; listen at 127.0.0.1, or give a file of keys"
+            f"{host} can be reached by others and no keys were given; listen at 127.0.0.1, or give keys (--keys)"
         )
     uvicorn = need("uvicorn", "serve")
     config = uvicorn.Config(application, host=host, port=port, log_level="warning", server_header=False, ws="none",

@@ -90,6 +90,7 @@ class Registry:
         self.engine, self.store, self.names = engine, store, names
         self.roots = tuple(Path(os.path.realpath(root)) for root in roots)
         self._pins: frozenset[str] = frozenset()
+        self._scans: dict[str, Path] = {}
         self._residents = Residents(engine, store, memory, self._pinned)
         self._changing = threading.Lock()
 
@@ -130,9 +131,17 @@ class Registry:
         """
         if not folder.is_dir():
             raise ServingError(f"{folder} is not a folder; give the folder that the adapters' folders lie in")
+        if _adapter_in(folder) is not None:
+            raise ServingError(
+                f"{folder} is itself an adapter or a run; give the folder it lies in, or serve it alone: "
+                f"lorakit serve {folder}"
+            )
         found, broken = [], []
         for place in sorted(folder.iterdir()):
             if place.name.startswith(".") or (adapter := _adapter_in(place)) is None:
+                continue
+            if (other := self._scans.setdefault(place.name, folder)) != folder:
+                broken.append(f"{place.name}: {other} has one of this name too; rename one of the two folders")
                 continue
             try:
                 with self._changing, self.store.naming():
@@ -146,7 +155,7 @@ class Registry:
         if broken:
             told = (
                 f"{folder}: {len(broken)} of {len(broken) + len(found)} adapters cannot be served; repair them, move "
-                f"them away, or leave them out (--skip-broken):\n{listing(broken)}"
+                f"them away, or leave them out (--skip-broken):\n{listing(broken, len(broken) if skip else 12)}"
             )
         if not skip:
             raise ServingError(told)
@@ -271,7 +280,12 @@ class Registry:
         with suppress(UnknownAdapterError):
             turned_since = found.manifest.digest in [turn.target for turn in self.names.history(name)[1:]]
         if turned_since:
-            self.store.keep(found)
+            folder, now = self.store.keep(found).digest, self.names.pointers()[name]
+            if folder != now:
+                to = now[:12] if isinstance(now, str) else shown(now)
+                _log.warning(
+                    "%s stays %s, to which it was turned; its folder holds %s, of before", name, to, folder[:12]
+                )
         else:
             self._added(name, found, replace=True)
 

@@ -80,7 +80,8 @@ class Store:
             place = self._adapters / manifest.digest
             if place.is_dir():
                 try:
-                    return _agreed(self.verify(manifest.digest), stated, folder)
+                    own = {key: value for key, value in _from_tokenizer(folder).items() if key == "chat_template"}
+                    return _agreed(self.verify(manifest.digest), own | stated, folder)
                 except DamagedError as damaged:
                     _log.warning("%s; it is stored anew", damaged)
                     self._remove(place)
