@@ -13,6 +13,7 @@ import torch
 
 from lorakit import AdapterSpec, LoRA, attach, param_groups
 from lorakit.data import Collator, prepare
+from lorakit.errors import LorakitError
 from lorakit.training.base import load_base, quiet
 
 
@@ -57,5 +58,8 @@ if __name__ == "__main__":
     parser.add_argument("data", nargs="?", default=counting)
     parser.add_argument("--base", default="lorakit/tales")
     given = parser.parse_args()
-    for step, loss in enumerate(losses(given.base, given.data, AdapterSpec(LoRA(rank=8, alpha=16))), 1):
-        print(f"step {step:3}  loss {loss:.4f}")
+    try:
+        found = losses(given.base, given.data, AdapterSpec(LoRA(rank=8, alpha=16)))
+    except LorakitError as error:
+        parser.error(str(error))
+    print("\n".join(f"step {step:3}  loss {loss:.4f}" for step, loss in enumerate(found, 1)))

@@ -13,11 +13,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from lorakit.core.adapters import Adapted
 from lorakit.core.spec import AdapterSpec, Override, Targets, method_from_json
-from lorakit.errors import AdapterFileError, AliveError, AttachError, LorakitError, SpecError, TargetError
+from lorakit.errors import AdapterFileError, AliveError, AttachError, LorakitError, MergeError, SpecError, TargetError
+from lorakit.inits.pissa import Pissa
 from lorakit.inject.activate import active, use
 from lorakit.inject.alive import alive
 from lorakit.inject.attach import adapters_named, attach, detach, state
+from lorakit.inject.merge import merge
 from lorakit.inject.sites import sites
 from lorakit.inject.skeleton import shapes_of, ties_of
 from lorakit.methods.dora import DoRA
@@ -473,3 +476,59 @@ def test_the_input_may_be_given_by_name() -> None:
     moved(layer, AdapterSpec(LoRA(2), Targets("0")))
     x = torch.randn(2, 6)
     assert torch.equal(layer[0](input=x), layer[0](x))
+
+
+def give_away(parameter: nn.Parameter) -> None:
+    """Leave a parameter as DeepSpeed's ZeRO-3 does: its shape told beside it, its values elsewhere."""
+    parameter.ds_shape = parameter.shape  # type: ignore[attr-defined]
+    parameter.data = parameter.data.new_empty(0)
+
+
+def test_the_state_of_divided_weights_is_refused_and_not_empty() -> None:
+    model = llama()
+    handle = attach(model, AdapterSpec(LoRA(4)))
+    whole = state(model)
+    probed = [model.get_parameter(f"{path}.weight") for path in whole.base.probes]
+    assert [id(p) for p in handle.read_by_state()] == [id(p) for p in [*handle.parameters(), *probed]]
+    here = {id(p): p.data for p in model.parameters()}
+    for parameter in model.parameters():
+        give_away(parameter)
+    with pytest.raises(AttachError, match=r"(?s)divided among processes.*read_by_state.*q_proj\.down"):
+        state(model)
+    with pytest.raises(MergeError, match="divided among processes; save the adapter"):
+        merge(model)
+    for parameter in handle.parameters():
+        parameter.data = here[id(parameter)]
+    with pytest.raises(AttachError, match=r"(?s)divided among processes.*layers\.0\.self_attn\.q_proj"):
+        state(model)
+    for parameter in handle.read_by_state():
+        parameter.data = here[id(parameter)]
+    gathered = state(model)
+    assert gathered.base == whole.base
+    assert all(
+        torch.equal(one.tensors[key], other.tensors[key])
+        for one, other in zip(gathered.updates, whole.updates, strict=True)
+        for key in one.tensors
+    )
+
+
+def test_a_start_that_reads_a_divided_weight_is_refused() -> None:
+    model = llama()
+    for parameter in model.parameters():
+        give_away(parameter)
+    with pytest.raises(AttachError, match=r"(?s)divided among processes.*before they are divided"):
+        attach(model, AdapterSpec(LoRA(4, init_=Pissa())))
+    assert not any(isinstance(module, Adapted) for module in model.modules()), "a refused adapter changes nothing"
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_a_model_that_is_divided_already_takes_an_adapter_that_starts_without_it(
+    build: Callable[[], nn.Module],
+) -> None:
+    whole, divided = build(), build()
+    for parameter in divided.parameters():
+        give_away(parameter)
+    one, other = (attach(model, AdapterSpec(LoRA(4))) for model in (whole, divided))
+    assert one.paths == other.paths
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))

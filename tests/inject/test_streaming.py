@@ -12,7 +12,8 @@ from lorakit.core.adapters import Adapter
 from lorakit.core.spec import AdapterSpec, Targets
 from lorakit.core.state import AdapterState
 from lorakit.errors import AdapterFileError, MergeError
-from lorakit.inject.attach import attach, detach, probe, state
+from lorakit.inject.attach import attach, detach, state
+from lorakit.inject.bases import probe
 from lorakit.inject.merge import Merged, merge
 from lorakit.inject.proof import EXACT, prove
 from lorakit.inject.streaming import StreamedMerge

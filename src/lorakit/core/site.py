@@ -92,8 +92,9 @@ class Site:
 
     def at(self, path: str) -> Site:
         """Return the same site under another path."""
-        rest = (self.out, self.in_, self.kernel, self.rows, self.kind, self.groups, self.fused_out)
-        return Site(path, *rest, self.bias, self.habits)  # a fifth of the time that `replace` takes
+        made = object.__new__(type(self))  # a fraction of the time that `replace` takes, and a load makes hundreds
+        made.__dict__.update(self.__dict__, path=path)
+        return made
 
     def slice(self, start: int, stop: int) -> Site:
         """Return the site of output rows `start:stop`."""

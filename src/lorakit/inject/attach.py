@@ -24,17 +24,15 @@ from lorakit.core.peft_form import settle
 from lorakit.core.registry import host_at
 from lorakit.core.site import Site, Skeleton
 from lorakit.core.spec import AdapterSpec
-from lorakit.core.state import AdapterState, Base, Update, check_tensors, expect_adapter
+from lorakit.core.state import AdapterState, Update, check_tensors, expect_adapter
 from lorakit.core.targets import adapted_and_whole, parameters_named, resolve
 from lorakit.errors import AdapterFileError, AttachError, SpecError, did_you_mean, listing
+from lorakit.inject.bases import base_of, check_base, known_weights, refuse_divided
 from lorakit.inject.context import refuse_context
 from lorakit.inject.ledger import Ledger, ledger_of, parameters_of
 from lorakit.inject.sites import sites
 from lorakit.inject.skeleton import ties_of
 from lorakit.inject.together import resting
-
-PROBES = 8
-"""Of how many layers an adapter remembers weights, to know its base by."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,16 @@ class Handle:
         base = parameters_of(self.model)
         whole = [base[key] for key in ledger_of(self.model).trained[self.name]]
         return own + [p for p in whole if p.requires_grad]
+
+    def read_by_state(self) -> list[nn.Parameter]:
+        """Return the parameters that `state` reads, which must be whole then: the adapter's, and some of the base's.
+
+        They are what to gather where something else (DeepSpeed's ZeRO-3, `fully_shard`) has divided the model.
+
+        Raises:
+            AttachError: it was detached.
+        """
+        return [*self.parameters(), *known_weights(self.model).values()]
 
     def __repr__(self) -> str:
         """Return one line: name, layers, parameters."""
@@ -112,15 +120,20 @@ def attach(
     if isinstance(what, AdapterSpec):
         _check_evidence(modules, placed, evidence or {})
         placed = shared_out(placed, evidence or {})
-    ledger.freeze(model)
     held: dict[str, nn.Parameter] = {}
+    made: list[Adapter] = []
     for site, method in placed:
-        adapter = _place(modules[site.path], site, method, spec, name, held)
+        module = modules[site.path]
+        host = host_at(site, module)
+        made.append(adapter := Adapter(method, site, host, host.store.like(module), spec.dropout, held))
         if site.key in tensors:
             _copy(adapter, dict(tensors[site.key]))
         else:
-            read = partial(weight_at, modules[site.path], site)
+            read = partial(weight_at, module, site)
             adapter.init(read, _generator(spec.seed, site.key), (evidence or {}).get(site.key))
+    ledger.freeze(model)
+    for adapter in made:
+        _place(modules[adapter.site.path], adapter, name)
     ledger.add(model, name, spec, brought, values, trainable=trained)
     return Handle(model, name, tuple(site.key for site, _ in placed))
 
@@ -150,10 +163,13 @@ def state(model: nn.Module, name: str = "default", *, live: bool = False) -> Ada
     With `live` its tensors are the model's own, which change when it trains: enough to write them to a file.
 
     Raises:
-        AttachError: no adapter of that name.
+        AttachError: no adapter of that name; tensors that are divided among processes (`Handle.read_by_state`).
     """
     ledger = ledger_of(model)
     ledger.require(name)
+    named, own = parameters_of(model), [(adapter, adapter.tensors()) for adapter in adapters_named(model, name)]
+    learned = {f"{adapter.site.key}.{key}": tensor for adapter, tensors in own for key, tensor in tensors.items()}
+    refuse_divided(learned | {key: named[key] for key in ledger.trained[name]})
     taken: dict[int, Tensor] = {}
 
     def take(tensor: Tensor) -> Tensor:
@@ -162,8 +178,8 @@ def state(model: nn.Module, name: str = "default", *, live: bool = False) -> Ada
         return taken[id(tensor)]
 
     updates = tuple(
-        Update(adapter.site, adapter.method, {key: take(tensor) for key, tensor in adapter.tensors().items()})
-        for adapter in adapters_named(model, name)
+        Update(adapter.site, adapter.method, {key: take(tensor) for key, tensor in tensors.items()})
+        for adapter, tensors in own
     )
     trained = {key: take(value) for key, value in ledger.trained_values(model, name).items()}
     return AdapterState(ledger.specs[name], updates, trained, base_of(model))
@@ -172,51 +188,6 @@ def state(model: nn.Module, name: str = "default", *, live: bool = False) -> Ada
 def adapters_named(model: nn.Module, name: str) -> list[Adapter]:
     """Return the adapters of one name, in the model's order."""
     return [adapter for key, adapter in attached(model) if key == name]
-
-
-def base_of(model: nn.Module, most: int = PROBES) -> Base:
-    """Return the base's name and probes: a few evenly spaced weights of the first adaptable layers.
-
-    Left out are layers that an adapter trains whole, which are no longer the base's, embeddings and heads, which are
-    resized when tokens are added, and quantised weights, which are near the base's and not the same.
-    """
-    if (known := ledger_of(model).base) is not None:
-        return known
-    config = getattr(model, "config", None)
-    named, trained = parameters_of(model), [key for keys in ledger_of(model).trained.values() for key in keys]
-    moved = {id(named[key]) for key in trained}
-    probes: dict[str, tuple[float, ...]] = {}
-    for site in known_by(sites(model)):
-        if len(probes) == most:
-            break
-        weight = named.get(f"{site.path}.weight")
-        lossless = host_at(site, model.get_submodule(site.path)).store.lossless
-        readable = weight is not None and lossless and not is_hollow(weight) and id(weight) not in moved
-        if weight is not None and readable:
-            probes[site.path] = probe(weight)
-    return Base(getattr(config, "_name_or_path", None) or None, probes)
-
-
-def known_by(skeleton: Skeleton) -> list[Site]:
-    """Return the layers whose weights tell one base from another: no embedding and no head, which may be resized."""
-    return [site for site in skeleton.sites if site.kind != "embedding" and site.path not in skeleton.heads]
-
-
-def probe(weight: Tensor, values: int = 4) -> tuple[float, ...]:
-    """Return a few evenly spaced values of a weight as its module keeps it, to know it by."""
-    flat = weight.detach().reshape(-1)
-    picked = flat[:: max(1, flat.numel() // values)][:values]
-    return tuple(round(float(v), 6) for v in picked.float())
-
-
-def check_base(wanted: Base, here: Base) -> None:
-    """Raise `AdapterFileError` where the weights an adapter remembers of its base are not those that are here."""
-    if differing := [f"{p}: expected {wanted.probes[p]}, found {here.probes[p]}" for p in wanted.unlike(here)]:
-        raise AdapterFileError(
-            f"the adapter was trained on another base ({wanted.name or 'unnamed'}) than this model "
-            f"({here.name or 'unnamed'}): the weights differ; load the base it was trained on\n"
-            f"{listing(differing, 4)}"
-        )
 
 
 def _check_name(name: str, ledger: Ledger) -> None:
@@ -336,19 +307,14 @@ def _check_evidence(
         raise SpecError(f"{count} of {len(placed)} updates cannot start:\n{listing(lines)}")
 
 
-def _place(
-    module: nn.Module, site: Site, method: Method, spec: AdapterSpec, name: str, held: dict[str, nn.Parameter]
-) -> Adapter:
-    host = host_at(site, module)
-    adapter = Adapter(method, site, host, host.store.like(module), spec.dropout, held)
+def _place(module: nn.Module, adapter: Adapter, name: str) -> None:
     hook = _unhook(module)
-    layer: Adapters = swap_in(module, host)
-    key = name if site.rows is None else f"{name}@{site.rows[0]}-{site.rows[1]}"
-    layer.by_name[key] = adapter.train(module.training)
+    layer: Adapters = swap_in(module, adapter.host)
+    rows = adapter.site.rows
+    layer.by_name[name if rows is None else f"{name}@{rows[0]}-{rows[1]}"] = adapter.train(module.training)
     layer.weights[name] = 1.0
     layer.fast = resting(module)
     _rehook(module, hook)
-    return adapter
 
 
 def _swap_out(module: nn.Module) -> None:
@@ -377,6 +343,7 @@ def _rehook(module: nn.Module, hook: Any) -> None:
 
 def weight_at(module: nn.Module, site: Site) -> Tensor:
     """Return the canonical weight of a site, its own rows of a fused one; it may share the module's memory."""
+    refuse_divided(dict(module.named_parameters(recurse=False)))
     weight = host_at(site, module).store.read(module).detach()
     return weight if site.rows is None else weight[site.rows[0] : site.rows[1]]
 

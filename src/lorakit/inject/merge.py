@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.adapters import Adapted, Adapter, Adapters, Weight
+from lorakit.core.hollow import is_divided
 from lorakit.core.method import Static
 from lorakit.core.state import Update, delta_of
 from lorakit.errors import MergeError, grouped, listing
@@ -108,7 +109,7 @@ def merge(
         AttachError: a name that is not attached.
     """
     ledger = ledger_of(model)
-    if ledger.base is not None:
+    if ledger.base is not None or any(map(is_divided, model.parameters())):
         raise MergeError(
             "this model's weights are divided among processes; save the adapter and merge it with "
             "`lorakit merge`, or load both into one process"

@@ -18,7 +18,7 @@ from torch import nn
 
 from lorakit.core.jsontext import JsonFault, parse_json
 from lorakit.core.lazy import need
-from lorakit.errors import LorakitError, SpecError, did_you_mean, listing, looked_in, shown
+from lorakit.errors import LorakitError, SpecError, did_you_mean, few, listing, looked_in, shown
 
 CONFIG = "config.json"
 SIZES = (
@@ -192,7 +192,7 @@ def _file(place: Path) -> Path:
         return place
     if not (place / CONFIG).is_file():
         found = sorted(p.name for p in place.iterdir())
-        holds = ", ".join(found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
+        holds = few(found, 6)
         adapter = "; it is an adapter: give the model it was trained on" if "adapter_config.json" in found else ""
         raise LorakitError(f"{place} has no {CONFIG}, it {f'holds {holds}' if found else 'is empty'}{adapter}")
     return place / CONFIG

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from lorakit.core.adapters import Adapted, Adapters
 from lorakit.core.state import AdapterState, Base
 from lorakit.errors import MergeError
-from lorakit.inject.attach import attach, check_base, fitted
+from lorakit.inject.attach import attach, fitted
+from lorakit.inject.bases import check_base
 from lorakit.inject.ledger import parameters_of
 from lorakit.inject.merge import MergeReport, Tally, merged_weight, not_a_weight, shared_weights, tied_weights
 from lorakit.inject.proof import prove
