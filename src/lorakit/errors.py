@@ -150,6 +150,11 @@ def grouped(problems: Sequence[str], fewest: int = 4) -> list[str]:
     return joined
 
 
+def few(names: Sequence[str], most: int = 4) -> str:
+    """Return the first names with commas between, and how many more there are: `a, b, c, d and 3 more`."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def listing(lines: Sequence[str], limit: int = 12) -> str:
     """Join offenders one a line, indented, and count those beyond one screen."""
     shown = [f"  - {line}" for line in lines[:limit]]

@@ -62,6 +62,13 @@ def test_a_pattern_that_means_two_things_is_pointed_out() -> None:
     assert "attn.c_proj" in result.stdout
 
 
+def test_what_the_cache_of_the_frozen_part_costs_is_said(base: Path, tmp_path: Path) -> None:
+    said = invoke("plan", write_recipe(tmp_path, base, cache_frozen=True), "--set", "adapter.layers=top:1").stdout
+    said = " ".join(said.split())
+    told = r"a step, and once for train.cache_frozen [1-9][\d.]* [MG]FLOP and [\d.]+ [kM]B on disk"
+    assert re.search(told, said), said
+
+
 def test_several_are_put_side_by_side(base: Path, tmp_path: Path) -> None:
     one = write_recipe(tmp_path, base)
     other = tmp_path / "other.yaml"

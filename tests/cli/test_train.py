@@ -36,7 +36,7 @@ def test_a_run_shows_its_data_targets_plan_and_steps(finished: tuple[Path, Resul
 def test_a_finished_run_names_the_next_commands(finished: tuple[Path, Result]) -> None:
     folder, result = finished
     assert result.stdout.startswith("6 steps in ")
-    assert re.search(r" tokens/s, process peak of memory [\d.]+ [MG]B$", result.stdout, re.MULTILINE), (
+    assert re.search(r" tokens/s in its steps, process peak of memory [\d.]+ [MG]B$", result.stdout, re.MULTILINE), (
         "libraries and all"
     )
     for verb in (f"lorakit evaluate {folder}\n", f"lorakit generate {folder} --prompt", f"lorakit merge {folder} "):
@@ -51,6 +51,12 @@ def test_a_long_run_prints_some_twenty_lines(base: Path, tmp_path: Path) -> None
     result = invoke("train", write_recipe(tmp_path, base, steps=90, evaluate_every=1000))
     lines = re.findall(r"^step (\d+)/90 ", result.stderr, re.MULTILINE)
     assert lines == ["1", *map(str, range(5, 91, 5))]
+
+
+def test_what_a_step_computes_again_and_what_one_process_does_not_divide_are_said(base: Path, tmp_path: Path) -> None:
+    said = invoke("train", write_recipe(tmp_path, base, steps=1, checkpointing=0.5, parallel="fsdp")).stderr
+    assert re.search(r"^recomputed +1 of 2 blocks in the backward$", said, re.MULTILINE), said
+    assert re.search(r"^ +one process: train.parallel fsdp divides nothing \(--nproc, torchrun\)$", said, re.M), said
 
 
 def test_experts_that_no_target_reaches_are_told_unless_they_are_trained(tmp_path: Path) -> None:

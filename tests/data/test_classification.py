@@ -29,6 +29,8 @@ def test_given_names_fix_the_order() -> None:
     prepared = prepare_classification(ROWS, TOK, max_length=9, labels=["good", "bad", "unseen"])
     assert prepared.dataset["labels"][:] == [0, 1, 0]
     assert prepared.labels == ("good", "bad", "unseen")
+    assert prepared.report.lines()[-1] == "no row has the label 'unseen'"
+    assert not prepare_classification(ROWS, TOK, max_length=9).report.absent_labels
 
 
 def test_numbers_are_sorted_as_numbers_and_index_given_names() -> None:

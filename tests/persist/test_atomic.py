@@ -16,6 +16,7 @@ from lorakit.errors import AdapterFileError
 from lorakit.persist import atomic, load, save
 from lorakit.persist.atomic import atomic_directory, write_file
 from tests.persist.samples import adapter, same
+from tests.slow import others_slow
 
 STEPS = ("write", "fsync", "rename", "open", "mkdir", "link")
 
@@ -153,7 +154,9 @@ print(cut, sorted(seen))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize(("format", "steps"), [("peft", "one"), ("native", "one"), ("peft", "two")])
+@pytest.mark.parametrize(
+    ("format", "steps"), others_slow([("peft", "one"), ("native", "one"), ("peft", "two")], [("peft", "two")])
+)
 def test_kill_9_at_any_moment_leaves_the_old_adapter_or_the_new(format: str, steps: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", CRASHES, str(tmp_path / "place" / "adapter"), format, steps],

@@ -205,6 +205,11 @@ def test_time_work_and_cost_are_said_where_they_are_known() -> None:
     assert "no time on small, middle: no throughput is known in bf16" in text
     nothing = {"flops_per_step": 2 * GB, "steps": None, "tokens": None, "times": {}, "cache_bytes": 0}
     assert "Work and time a step 2 GFLOP Data" in text_of(values(pace=nothing))
+    kept = {**nothing, "cache_bytes": 3 * GB, "cache_flops": 4 * GB}
+    assert "a step 2 GFLOP on disk for train.cache_frozen 3.0 GB once for it 4 GFLOP" in text_of(values(pace=kept))
+    by_formula = text_of(values(pace={**kept, "cache_flops": 0}))
+    assert "on disk for train.cache_frozen" in by_formula
+    assert "once for it" not in by_formula
 
 
 def test_the_data_report_says_what_is_not_nothing() -> None:

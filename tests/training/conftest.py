@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 
 import pytest
 
 from tests.training import samples
-
-
-@pytest.fixture(scope="session", autouse=True)
-def settled_heap() -> None:
-    """Spare the collector what is imported anyway: the Trainer collects at every start, and that is most of a test."""
-    gc.freeze()
 
 
 @pytest.fixture(scope="session")

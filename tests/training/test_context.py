@@ -24,6 +24,7 @@ from lorakit.training.run import train
 from lorakit.training.stage import build_stage, longest_row
 from tests.context.samples import decoder, read_by, tokens
 from tests.law.cases import CONTEXTS
+from tests.slow import others_slow
 from tests.training.samples import labelled, pairs, recipe_of, write_rows
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -53,7 +54,7 @@ def test_a_run_learns_and_what_it_kept_reads_the_same(method: str, base: Path, t
     assert together == [generate(model, tokenizer, [p], max_new_tokens=6)[0] for p in prompts]
 
 
-@pytest.mark.parametrize("method", ADAPTERS)
+@pytest.mark.parametrize("method", others_slow(ADAPTERS, ["prefix-layer"]))
 def test_an_encoder_learns_to_classify(method: str, encoder: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", labelled(96))
     valid = write_rows(tmp_path / "valid.jsonl", labelled(40, offset=200))

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from lorakit.errors import LorakitError, RecipeError, TargetError
+from lorakit.persist.atomic import locked
+from lorakit.training import folder
 from lorakit.training.run import Run, train
 from tests.training.samples import recipe_of
 
@@ -30,6 +32,46 @@ def test_a_folder_of_the_user_s_own_files_is_left_alone(base: Path, tmp_path: Pa
     with pytest.raises(RecipeError, match=r"holds files that no run wrote \(events\.jsonl, recipe\.yaml\)"):
         train(recipe_of(base, tmp_path, output=str(mine)))
     assert "concert" in (mine / "events.jsonl").read_text()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_that_another_run_is_writing_is_left_alone(base: Path, tmp_path: Path, resume: bool) -> None:
+    seen: list[str] = []
+
+    def again(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and not seen:
+            seen.append((tmp_path / "run" / "events.jsonl").read_text())
+            with pytest.raises(RecipeError, match=f"another process is training in {tmp_path / 'run'}; wait"):
+                train(recipe_of(base, tmp_path), resume=resume)
+            assert (tmp_path / "run" / "events.jsonl").read_text() == seen[0]
+
+    train(recipe_of(base, tmp_path), listen=again)
+    assert seen
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_nothing_is_cleared_before_the_folder_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    place, real = tmp_path / "run", folder.claim
+    if there:
+        place.mkdir()
+
+    def claimed(output: Path, *rest: Any) -> None:
+        with locked(output) as free:
+            assert not free
+        real(output, *rest)
+
+    monkeypatch.setattr(folder, "claim", claimed)
+    with folder.taken(place, False) as made:
+        assert made == ([] if there else [place])
+
+
+def test_a_refusal_leaves_no_folder_that_it_made(tmp_path: Path) -> None:
+    place = tmp_path / "a" / "b"
+    with pytest.raises(RecipeError, match="there is no run in .* to resume"), folder.taken(place, True):
+        raise AssertionError
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_run_cut_short_before_its_first_checkpoint_is_replaced(base: Path, tmp_path: Path) -> None:

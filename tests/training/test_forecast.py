@@ -22,6 +22,7 @@ from lorakit.training.optimizers import make_optimizer
 from lorakit.training.quantised import pack_layers
 from lorakit.training.recipe import QuantSection
 from lorakit.training.rehearsal import rehearse
+from tests.slow import slow
 
 FULL = AdapterSpec(None, train=("*",))
 LOAD = Load(2, 24)
@@ -100,11 +101,11 @@ def test_an_encoder_with_a_head_is_forecast_too() -> None:
     [
         (AdapterSpec(LoRA(4)), LOAD),
         (AdapterSpec(LoRA(4)), replace(LOAD, checkpointing=True)),
-        (AdapterSpec(DoRA(LoRA(4))), replace(LOAD, quant=QuantSection())),
+        slow(AdapterSpec(DoRA(LoRA(4))), replace(LOAD, quant=QuantSection())),
         (FULL, LOAD),
-        (FULL, replace(LOAD, rows=1, length=4)),
-        (FULL, replace(LOAD, dtype=torch.bfloat16)),
-        (FULL, replace(LOAD, checkpointing=True)),
+        slow(FULL, replace(LOAD, rows=1, length=4)),
+        slow(FULL, replace(LOAD, dtype=torch.bfloat16)),
+        slow(FULL, replace(LOAD, checkpointing=True)),
     ],
 )
 def test_the_line_over_blocks_is_exact(spec: AdapterSpec, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:

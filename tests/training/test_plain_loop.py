@@ -34,5 +34,14 @@ def test_the_trainer_has_the_loss_curve_of_the_plain_loop(base: Path, tmp_path: 
     assert ours[-1] < ours[0] - 0.02
 
 
+def test_a_file_that_is_not_there_is_said_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["plain_loop.py", "absent.jsonl"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(ROOT / "examples" / "plain_loop.py"), run_name="__main__")
+    assert "error: absent.jsonl: no such file or folder" in capsys.readouterr().err
+
+
 def test_the_plain_loop_fits_on_one_screen() -> None:
     assert len((ROOT / "examples" / "plain_loop.py").read_text().splitlines()) <= 65

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorakit.errors import LorakitError, RecipeError, SpecError
+from lorakit.errors import DeviceError, LorakitError, RecipeError, SpecError
 from lorakit.inject.skeleton import config_of, on_meta
 from lorakit.planning.shapes import shape
 from lorakit.training.events import read_events
@@ -27,6 +27,7 @@ from lorakit.training.rates import auto_rate
 from lorakit.training.recipe import QuantSection, make_recipe
 from lorakit.training.run import train
 from tests.inject.families import FAMILIES
+from tests.slow import others_slow, slow
 from tests.training.samples import recipe_of, tokenizer
 
 
@@ -34,6 +35,13 @@ def of_shape(name: str, *devices: str, count: int = 1, strategy: str = "single",
     recipe = make_recipe({"model": name, "train": {"dtype": "bf16", "batch_size": 1}, **values})
     model = on_meta(config_of(shape(name)), "causal-lm")
     return plan(recipe, Where(devices, count, strategy), model=model)
+
+
+def test_a_hybrid_is_planned_as_one_machine_and_says_so() -> None:
+    names = {"train": {"parallel": "hybrid", "dtype": "bf16", "batch_size": 1}}
+    (told,) = [one for one in of_shape("gpt2", "A10", count=8, strategy="fsdp", **names).warnings if "hybrid" in one]
+    assert told.endswith("this is the plan of one with 8 devices; of machines with fewer, plan with that many (--gpus)")
+    assert not [one for one in of_shape("gpt2", "A10", count=8, strategy="fsdp").warnings if "hybrid" in one]
 
 
 def test_a_start_that_corrects_a_quantised_base_is_refused_beside_a_dense_one(base: Path, tmp_path: Path) -> None:
@@ -121,7 +129,7 @@ def test_a_dtype_the_processor_has_no_arithmetic_for_is_said(
     assert any("no arithmetic in bf16: a product takes about 11 times" in one for one in found.warnings) is said
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", others_slow(FAMILIES, ["bert", "gemma3", "gpt2", "mixtral", "qwen3", "t5", "vit"]))
 def test_every_family_has_a_plan(family: str) -> None:
     model = on_meta(config_of(FAMILIES[family]))
     recipe = make_recipe({"model": family, "data": {"max_length": 16}, "train": {"dtype": "bf16", "batch_size": 2}})
@@ -263,10 +271,7 @@ def test_the_largest_batch_fits_and_one_more_row_does_not() -> None:
     assert most.length == 1024, "GPT-2 has no more positions"
 
 
-@pytest.mark.parametrize(
-    "adapter",
-    [pytest.param({}, marks=pytest.mark.slow, id="lora"), pytest.param({"method": "none", "train": "*"}, id="full")],
-)
+@pytest.mark.parametrize("adapter", [slow({}), {"method": "none", "train": "*"}], ids=["lora", "full"])
 def test_the_longest_context_fits_and_a_longer_one_does_not(adapter: dict[str, Any]) -> None:
     # a thousandth stays free; the optimizer's moment is the fullest of short rows, the forward that of long ones
     config = {"model_type": "llama", "vocab_size": 500, "hidden_size": 128, "intermediate_size": 256,
@@ -325,3 +330,20 @@ def test_what_a_user_gets_wrong_is_said_before_anything_is_built(base: Path, tmp
     (tmp_path / "none.jsonl").write_text("")
     with pytest.raises(LorakitError, match=r"none.jsonl"):
         plan(recipe_of(base, tmp_path, data__train=str(tmp_path / "none.jsonl")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"dtype": "fp16"}, "fp16 training needs a CUDA device, this is cpu; use dtype: fp32"),
+        slow({"optimizer": "paged-adamw"}, "use train.optimizer: adamw"),
+        ({"offload_activations": True}, "where it would save nothing"),
+    ],
+)
+def test_what_the_cpu_of_the_recipe_cannot_do_is_not_planned(
+    base: Path, tmp_path: Path, changes: dict[str, Any], why: str
+) -> None:
+    recipe = recipe_of(base, tmp_path, **{f"train__{name}": value for name, value in changes.items()})
+    with pytest.raises(DeviceError, match=why):
+        plan(recipe)
+    assert plan(recipe, Where(("A10",))).pace.steps, "planned for another device"

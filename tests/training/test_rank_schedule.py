@@ -25,6 +25,7 @@ from lorakit.training.flow import evaluations_since_best
 from lorakit.training.rank_schedule import RANKS, RankSchedules
 from lorakit.training.recipe import Recipe, load_recipe
 from lorakit.training.run import Run, train
+from tests.slow import others_slow
 from tests.tolerances import assert_close
 from tests.training.samples import pairs, recipe_of, write_rows
 
@@ -96,7 +97,7 @@ def test_adaptive_spends_at_most_its_budget_and_is_saved_as_plain_lora(whole: di
 
 
 @both
-@pytest.mark.parametrize("step", [3, 8, 13])  # AdaLoRA's choice falls at 12, rounds at 4, 8 and 12
+@pytest.mark.parametrize("step", others_slow([3, 8, 13], [8]))  # AdaLoRA's choice falls at 12, rounds at 4, 8 and 12
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     base: Path, tmp_path: Path, whole: dict[str, tuple[Run, Path]], method: str, step: int
 ) -> None:

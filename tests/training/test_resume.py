@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,8 @@ import torch
 
 from lorakit.errors import AdapterFileError, LorakitError, RecipeError
 from lorakit.persist.native import load_native
+from lorakit.training import checkpoints as module
+from lorakit.training import processes
 from lorakit.training.checkpoints import checkpoints
 from lorakit.training.events import Event, read_events
 from lorakit.training.recipe import Recipe
@@ -184,19 +187,21 @@ def test_resuming_nothing_is_refused(base: Path, tmp_path: Path) -> None:
         train(recipe_of(base, tmp_path), resume=True)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_ctrl_c_saves_at_the_next_step_and_says_how_to_go_on(
-    base: Path, tmp_path: Path, whole: tuple[Run, list[Event]]
+    base: Path, tmp_path: Path, whole: tuple[Run, list[Event]], number: signal.Signals
 ) -> None:
     recipe = demanding(base, tmp_path)
-    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a shell in the background ignores it
+    before = signal.getsignal(number)
 
     def press(event: Event) -> None:
         if event["event"] == "step" and event["step"] == 7:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
 
     with pytest.raises(LorakitError, match="stopped at step 8 of 15, and saved; to go on, .* resume"):
         train(recipe, listen=press)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     assert checkpoints(tmp_path / "run")[-1].name == "checkpoint-8"
     told = [event["event"] for event in read_events(tmp_path / "run" / "events.jsonl")]
     assert told[-1] == "interrupted"
@@ -253,9 +258,69 @@ def test_a_checkpoint_that_is_cut_off_says_what_to_delete(base: Path, tmp_path: 
         train(recipe, resume=True)
     assert str(file) in str(refused.value)
     assert str(refused.value).endswith(f"; delete {newest} to go on from {older.name}")
+    shutil.copyfile(file, older / name)
+    with pytest.raises(RecipeError, match=f"delete {newest} and {older} to start from the beginning$"):
+        train(recipe, resume=True)
     shutil.rmtree(older)
     with pytest.raises(RecipeError, match=f"delete {newest} to start from the beginning$"):
         train(recipe, resume=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter.lorakit.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", "checkpoint.json"]
+)
+def test_a_checkpoint_with_another_bit_is_not_gone_on_with(base: Path, tmp_path: Path, name: str) -> None:
+    recipe = demanding(base, tmp_path)
+    with pytest.raises(Stopped):
+        train(recipe, listen=stop_at(5))
+    file = checkpoints(tmp_path / "run")[-1] / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(RecipeError, match=rf"{name}.*; delete .* to go on from"):
+        train(recipe, resume=True)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_named_with_the_one_before(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = demanding(base, tmp_path)
+    with pytest.raises(Stopped):
+        train(recipe, listen=stop_at(5))
+    older, newest = checkpoints(tmp_path / "run")
+    real = module.sha256
+
+    def failing(file: Path) -> str:
+        if file == newest / "optimizer.pt":
+            raise AdapterFileError(f"{file} could not be read: Input/output error")
+        return real(file)
+
+    monkeypatch.setattr(module, "sha256", failing)
+    with pytest.raises(RecipeError) as refused:
+        train(recipe, resume=True)
+    asked = f"delete {newest} to go on from {older.name}"
+    assert str(refused.value) == f"{newest / 'optimizer.pt'} could not be read: Input/output error; {asked}"
+
+
+def test_a_checkpoint_without_checksums_is_of_another_version(base: Path, tmp_path: Path) -> None:
+    recipe = demanding(base, tmp_path)
+    with pytest.raises(Stopped):
+        train(recipe, listen=stop_at(5))
+    memory = checkpoints(tmp_path / "run")[-1] / "checkpoint.json"
+    memory.write_text(json.dumps({k: v for k, v in json.loads(memory.read_text()).items() if k != "files"}))
+    with pytest.raises(RecipeError, match=r"checkpoint.json is damaged or of another version; delete .* to go on from"):
+        train(recipe, resume=True)
+
+
+def test_processes_whose_launcher_is_gone_save_and_stop(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAKIT_LAUNCHER", str(os.getppid()))
+    assert not processes.orphaned()
+    monkeypatch.setenv("LORAKIT_LAUNCHER", str(os.getppid() + 1))
+    with pytest.raises(LorakitError, match="stopped at step 1 of .*, and saved"):
+        train(recipe_of(base, tmp_path))
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-1"]
 
 
 def test_a_checkpoint_holds_the_adapter_alone_and_its_recipe(base: Path, tmp_path: Path) -> None:
@@ -279,14 +344,12 @@ def test_old_checkpoints_go_and_the_best_one_stays(base: Path, tmp_path: Path) -
     assert kept == {f"checkpoint-{run.best_step}", f"checkpoint-{run.steps}"}
 
 
-def test_a_resume_under_other_versions_says_so(base: Path, tmp_path: Path) -> None:
+def test_a_resume_under_other_versions_says_so(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, now = module._versions, module._versions(demanding(base, tmp_path))["torch"]
+    monkeypatch.setattr(module, "_versions", lambda recipe: {**real(recipe), "torch": "1.0"})
     with pytest.raises(Stopped):
         train(demanding(base, tmp_path), listen=stop_at(8))
-    memory = checkpoints(tmp_path / "run")[-1] / "checkpoint.json"
-    values = json.loads(memory.read_text())
-    now = values["versions"]["torch"]
-    values["versions"]["torch"] = "1.0"
-    memory.write_text(json.dumps(values))
+    monkeypatch.undo()
     with pytest.raises(Stopped):
         train(demanding(base, tmp_path), resume=True, listen=stop_at(10))
     starts = [e for e in read_events(tmp_path / "run" / "events.jsonl") if e["event"] == "start"]

@@ -216,6 +216,23 @@ def test_a_long_text_is_limited_by_the_positions_of_the_model(base: Path, tmp_pa
     assert run.data["train"]["max_length"] == 128
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("packing", "always"), ("share_prompts", "always"), ("loss", "all"), ("separator", " ")]
+)
+def test_what_means_nothing_to_a_classifier_is_refused(encoder: Path, tmp_path: Path, option: str, value: str) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", labelled(8))
+    recipe = recipe_of(encoder, tmp_path, data__train=rows, **{f"data__{option}": value})
+    with pytest.raises(RecipeError, match=f"data.{option}.*: nothing of a classifier"):
+        train(recipe)
+
+
+def test_patience_without_anything_to_evaluate_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        RecipeError, match="train.patience counts evaluations, and there are none: name data.validation"
+    ):
+        recipe_of(base, tmp_path, train__patience=2)
+
+
 def test_a_classifier_learns_and_its_head_is_saved(encoder: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", labelled(96))
     validation = write_rows(tmp_path / "v.jsonl", labelled(24, 300))
@@ -406,6 +423,17 @@ def test_packing_that_leaks_is_refused_or_left(tmp_path: Path, base: Path, monke
     assert "see each other in this model with attention 'sdpa'" in plan["why"]
 
 
+@pytest.mark.parametrize(
+    ("choice", "layers", "again"), [(True, "top:1", 1), (0.5, "top:1", 0), (0.1, None, 0), (0.5, None, 1)]
+)
+def test_a_run_tells_how_many_blocks_its_backward_computes_again(
+    base: Path, tmp_path: Path, choice: bool | float, layers: str | None, again: int
+) -> None:
+    run_in(base, tmp_path, train__checkpointing=choice, adapter__layers=layers, train__steps=1)
+    (event,) = told(tmp_path, "recomputed")
+    assert (event["blocks"], event["of"]) == (again, 2)
+
+
 def test_a_tracker_writes_into_the_output(base: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     run_in(base, tmp_path, train__report_to=["tensorboard"])
@@ -415,7 +443,7 @@ def test_a_tracker_writes_into_the_output(base: Path, tmp_path: Path) -> None:
 def test_a_tracker_that_is_absent_is_named(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match="names wandb, not installed here; run: pip install wandb"):
-        run_in(base, tmp_path, train__report_to=["wandb"])
+        run_in(base, tmp_path, train__report_to=["wandb"], data__train=str(tmp_path / "none.jsonl"))  # before it reads
 
 
 def test_a_full_device_is_told_with_what_to_change(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

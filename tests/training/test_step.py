@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from lorakit.training.loss import loss_of_batch
 from lorakit.training.recipe import make_recipe
 from lorakit.training.run import train
 from lorakit.training.step import compile_blocks, offloaded, recompute, refuse_step, uncompiled
+from tests.slow import others_slow, slow
 from tests.training import samples
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -86,7 +88,7 @@ def same(one: tuple[Tensor, list[Tensor]], other: tuple[Tensor, list[Tensor]]) -
         assert float((found - wanted).norm()) <= 1e-5 * float(wanted.norm())
 
 
-@pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.fixture(params=["aot_eager", slow("inductor")])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Trace as ever and run what was traced by torch (seconds), or compile it as a user does (minutes)."""
     compile_module = torch.nn.Module.compile
@@ -101,11 +103,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(
     ("family", "packed"),
-    [
-        ("llama", True),
-        ("gpt2", True),
-        *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("llama", "gpt2")),
-    ],
+    others_slow(itertools.product(("llama", "gpt2"), (True, False)), [("llama", True)]),
 )
 def test_a_compiled_step_is_the_step_and_compiles_no_more_after_the_second(family: str, packed: bool) -> None:
     model, parameters = made(family)

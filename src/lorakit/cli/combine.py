@@ -129,7 +129,8 @@ def _weights(
     from lorakit.combining.trained import leans_on_base
     from lorakit.core.method import Static
     from lorakit.core.state import check_tensors, leans_on_weights
-    from lorakit.inject.attach import base_of, check_base, fitted, weight_at
+    from lorakit.inject.attach import fitted, weight_at
+    from lorakit.inject.bases import base_of, check_base
     from lorakit.inject.sites import sites
 
     if not (leans_on_base(states, shares, averages) or any(map(leans_on_weights, states))):

@@ -75,7 +75,7 @@ def _start(words: Sequence[str], count: int, place: int, port: int, said: Path) 
     """Start one process in a session of its own, so that Ctrl-C reaches it once, through `launch`."""
     told = {
         "RANK": place, "LOCAL_RANK": place, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count,
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LORAKIT_LAUNCHER": os.getpid(),
     }  # fmt: skip
     mine = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
     if sys.platform == "linux":

@@ -186,8 +186,8 @@ def _say_data(out: Screen, found: PlannedRun, values: dict[str, Any]) -> None:
     if pace.steps is not None and pace.tokens is not None:
         work = f"{pace.steps:,} steps, {pace.tokens:,} tokens; {work}"
     if pace.cache_bytes:
-        once = f"{operations(pace.cache_flops)} and {size(pace.cache_bytes)} on disk"
-        work = f"{work}, and once for train.cache_frozen {once}"
+        once = f"{operations(pace.cache_flops)} and " if pace.cache_flops else ""
+        work = f"{work}, and once for train.cache_frozen {once}{size(pace.cache_bytes)} on disk"
     out.say("", work, *times(values))
 
 

@@ -80,6 +80,9 @@ class Progress:
             f"{'frozen':<11} {event['blocks']} of {event['of']} blocks kept on disk, {size(event['bytes'])}, {how}"
         )
 
+    def _on_recomputed(self, event: dict[str, Any]) -> None:
+        self._print(f"{'recomputed':<11} {event['blocks']} of {_counted(event['of'], 'block')} in the backward")
+
     def _on_compiled(self, event: dict[str, Any]) -> None:
         self._print(f"{'compiled':<11} {_counted(event['blocks'], 'block')}, fused by the compiler alone")
 
@@ -93,6 +96,8 @@ class Progress:
             f"{_counted(event['batch_rows'] * event['accumulation'], 'row')} ({packed}), "
             f"lr {event['lr']:.2g}, on {devices} in {event['dtype']}"
         )
+        if shared == 1 and event["parallel"] != "ddp":
+            self._print(f"{'':<11} one process: train.parallel {event['parallel']} divides nothing (--nproc, torchrun)")
         self._print(f"{'loss':<11} {event['loss']}")
         if sys.stderr.isatty():
             self._start()

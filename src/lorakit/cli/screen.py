@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import LorakitError
+from lorakit.errors import few as few
 from lorakit.report.words import duration as duration  # the words of pages and of the terminal are one
-from lorakit.report.words import few as few
 from lorakit.report.words import size as size
 from lorakit.report.words import span as span
 

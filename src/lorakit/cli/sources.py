@@ -157,7 +157,7 @@ def weights_under(state: AdapterState, base: str, reader: str) -> DenseWeights:
         RecipeError: a base whose weights cannot be read, or have other shapes.
         AdapterFileError: another base than the adapter's.
     """
-    from lorakit.inject.attach import check_base
+    from lorakit.inject.bases import check_base
     from lorakit.training.base import task_of
     from lorakit.training.dense_weights import DenseWeights
 

@@ -128,7 +128,8 @@ def _summary(run: Run, recipe: Recipe, out: Screen) -> None:
         losses += f", validation loss {run.validation_loss:.4f} (best, at step {run.best_step})"
     out.say(
         f"{run.steps:,} {'step' if run.steps == 1 else 'steps'} in {duration(run.seconds)}: {losses}",
-        f"{run.tokens_per_second:,.0f} tokens/s, {peak(run.device)} of memory {size(run.peak_memory_bytes)}",
+        f"{run.tokens_per_second:,.0f} tokens/s in its steps, "
+        f"{peak(run.device)} of memory {size(run.peak_memory_bytes)}",
         f"the adapter is in {run.adapter_dir} ({run.trainable_parameters:,} parameters trained)",
         "",
         "next:",

@@ -14,7 +14,7 @@ from lorakit.data.formats import at_rows, check, named
 from lorakit.data.readers import Where, load
 from lorakit.data.report import DataReport, Prepared, check_vocabulary
 from lorakit.data.special import SpecialCount
-from lorakit.errors import DataError, did_you_mean
+from lorakit.errors import DataError, did_you_mean, few
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -60,7 +60,7 @@ def prepare_classification(
     special = SpecialCount(tokenizer)
     for row in rows.select_columns([name for name in ("text", "text_pair") if name in rows.column_names]):
         special.look(row)
-    ids = columns["input_ids"]
+    ids, seen = columns["input_ids"], set(columns["labels"])
     check_vocabulary(max(max(row, default=0) for row in ids), tokenizer, vocab_size)
     tokens = sum(map(len, ids))
     report = DataReport(
@@ -78,6 +78,7 @@ def prepare_classification(
         duplicates=len(kept) - len({tuple(row) for row in ids}),
         special_tokens=special.rows,
         special_names=special.names,
+        absent_labels=few([repr(name) for number, name in enumerate(names) if number not in seen], 10),
     )
     return Prepared(need("datasets", "train").Dataset.from_dict(columns), report, names)
 

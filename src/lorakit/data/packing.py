@@ -158,6 +158,11 @@ def row_lengths(rows: Dataset) -> list[int]:
     return lengths
 
 
+def tokens_of(rows: Dataset) -> int:
+    """Return the tokens of all rows, without what pads them."""
+    return sum(row_lengths(rows))
+
+
 def example_lengths(rows: Dataset) -> list[int]:
     """Return the tokens of each example, of packed rows those of each one in them."""
     if "position_ids" not in rows.column_names:

@@ -19,8 +19,9 @@ class DataReport:
     `rows` were read and `kept` are left; `tokens` and `trained_tokens` (those that carry loss; for classification one
     a row) count what is left, `tokens_lost` what was dropped or cut off; `longest` is the longest row before that.
     `empty_completions` rows teach only to stop; `special_tokens` rows have text that is read as special tokens, a few
-    of which are in `special_names`. `packs`, their `row_length` in tokens and `packing_efficiency` (tokens over
-    room) are None without packing; `tokens_shared` are those of prompts that another example of the same row brings.
+    of which are in `special_names`; `absent_labels` names classes that no row has. `packs`, their `row_length` in
+    tokens and `packing_efficiency` (tokens over room) are None without packing; `tokens_shared` are those of prompts
+    that another example of the same row brings.
     """
 
     source: str
@@ -40,6 +41,7 @@ class DataReport:
     special_tokens: int = 0
     special_names: str = ""
     separator_used: str = ""
+    absent_labels: str = ""
     packs: int | None = None
     row_length: int | None = None
     packing_efficiency: float | None = None
@@ -78,6 +80,8 @@ class DataReport:
             )
         if self.separator_used:
             lines.append(f"prompt and completion are joined by {self.separator_used!r}")
+        if self.absent_labels:
+            lines.append(f"no row has the label {self.absent_labels}")
         if self.packs is not None:
             lines.append(f"packed into {self.packs:,} rows of {self.row_length:,}, {self.packing_efficiency:.1%} full")
         if self.tokens_shared:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from lorakit.core.adapters import Adapted
+from lorakit.core.hollow import whole_shape
 from lorakit.core.host import Host
 from lorakit.core.reading import fronts_of
 from lorakit.core.site import Site
@@ -65,7 +66,7 @@ def _conv_site(kind: str) -> Callable[[str, Any], Site]:
 
 
 def _transposed_site(path: str, module: Any) -> Site:
-    in_, out = module.weight.shape
+    in_, out = whole_shape(module.weight)
     return Site(path, out, in_, kind="transposed-linear")
 
 

@@ -27,6 +27,10 @@ class Plain(Store):
 class Transposed(Store):
     """`module.weight` is `(in, out)`: GPT-2's Conv1D and every embedding table."""
 
+    def like(self, module: nn.Module) -> Tensor:
+        """Return the module's own weight, which has no two axes to transpose where it is divided."""
+        return cast(Tensor, module.weight)
+
     def read(self, module: nn.Module) -> Tensor:
         """Return the transposed view."""
         return cast(Tensor, module.weight).T

@@ -25,6 +25,8 @@ from lorakit.core.state import Update
 from lorakit.errors import SpecError
 from lorakit.methods.kronecker import factorization, kron_branch, kron_like
 
+_KEYS = {name: f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
+"""`t2` is the core of PEFT's `use_effective_conv2d`, which is multiplied out when it is read."""
 _MIXES = "PEFT's LoKr mixes channels and positions of a one-dimensional convolution whose W2 is whole"
 
 
@@ -52,13 +54,13 @@ class LoKr(Static):
     peft: ClassVar[PeftForm | None] = PeftForm(
         "LOKR",
         {"r": "rank", "alpha": "alpha", "decompose_both": "decompose_both"},
-        {name: f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+        _KEYS,
         read=lambda method, q, embedding: _from_peft(method, q),
         kinds=frozenset({"linear", "conv1d", "conv2d"}),
         patterns=LYCORIS_PATTERNS,
         settings={"init_weights": True},
         no_bearing=LYCORIS | {"decompose_factor", "rank_dropout_scale"},
-        optional=frozenset({"w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"}),
+        optional=frozenset(_KEYS),
         folds=True,
         plain=True,
         config=lambda updates: _config(updates),
@@ -136,7 +138,7 @@ def _refusal(site: Site, method: LoKr) -> str | None:
 
 def _from_peft(method: LoKr, q: dict[str, Tensor]) -> Update:
     """Return the update; where both factors are whole PEFT scales by alpha / r and this does not, so W1 takes it in."""
-    if {"t2", "w2_a", "w2_b"} <= q.keys():  # PEFT's use_effective_conv2d
+    if {"t2", "w2_a", "w2_b"} <= q.keys():
         w2_a, w2_b = without_core(q["t2"], q["w2_a"], q["w2_b"])
         q = {name: t for name, t in q.items() if name != "t2"} | {"w2_a": w2_a, "w2_b": w2_b}
     whole = [name for name in ("w1", "w2") if name in q]

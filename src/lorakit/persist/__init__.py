@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lorakit.errors import AdapterFileError, did_you_mean, looked_in
+from lorakit.errors import AdapterFileError, did_you_mean, few, looked_in
 
 if TYPE_CHECKING:
     import torch
@@ -142,5 +142,4 @@ def _found(place: Path) -> str:
         return f"it holds {pickles[0]}; if that is a loralib adapter, give the file itself and its alpha"
     if not names:
         return "it is empty"
-    shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-    return f"expected adapter_config.json or adapter.lorakit.safetensors, found {shown}"
+    return f"expected adapter_config.json or adapter.lorakit.safetensors, found {few(names, 6)}"

@@ -44,7 +44,7 @@ def atomic_directory(path: str | Path, *, clean: bool = False, drop: frozenset[s
         _clear_leftovers(place)
         draft = place.with_name(f".{place.name}{NEW}{secrets.token_hex(4)}")
         draft.mkdir()
-        with _locked(draft):
+        with locked(draft):
             yield draft
             if place.is_dir():
                 _carry_over(place, draft, clean, drop)
@@ -205,12 +205,14 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock on a draft while its writer lives: the system frees it with the process, however that ends."""
+def locked(folder: Path) -> Iterator[bool]:
+    """Hold a lock on a folder while its writer lives: the system frees it with the process, however that ends.
+
+    False is that another holds it.
+    """
     handle = os.open(folder, os.O_RDONLY)
     try:
-        _lock(handle)
-        yield
+        yield _lock(handle)
     finally:
         os.close(handle)
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from lorakit import __version__
 from lorakit.core.site import layer_of
+from lorakit.errors import few
 from lorakit.report.html import NOTHING, Html, heat, items, note, page, section, table, tag
-from lorakit.report.words import few, size
+from lorakit.report.words import size
 
 Values = Mapping[str, Any]
 Number = Callable[[Values], float | None]

@@ -65,6 +65,7 @@ DATA = {
     "empty_completions": "rows with an empty completion",
     "special_tokens": "rows with special tokens in their text",
     "special_names": "these special tokens",
+    "absent_labels": "labels that no row has",
     "separator_used": "between prompt and completion",
     "packs": "rows once packed",
     "row_length": "room of such a row, in tokens",
@@ -203,8 +204,9 @@ def _work(plan: Values) -> Html:
     if pace["tokens"] is not None:
         facts["tokens, with padding"] = f"{pace['tokens']:,}"
     if pace["cache_bytes"]:
-        facts["once for train.cache_frozen"] = operations(pace["cache_flops"])
-        facts["on disk for it"] = size(pace["cache_bytes"])
+        facts["on disk for train.cache_frozen"] = size(pace["cache_bytes"])
+        if pace["cache_flops"]:  # by formula it stays in the steps
+            facts["once for it"] = operations(pace["cache_flops"])
     return join(_facts(facts), *(tag("p", line) for line in times(plan)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 
 def size(count: float) -> str:
@@ -28,11 +28,6 @@ def duration(seconds: float) -> str:
 def amount(value: float) -> str:
     """Return an amount of money or energy: two decimals, or two digits where that would be nothing."""
     return f"{value:,.2f}" if value >= 0.01 or value == 0 else f"{value:.2g}"
-
-
-def few(names: Sequence[str], most: int = 4) -> str:
-    """Return the first names with commas between, and how many more there are: `a, b, c, d and 3 more`."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def span(numbers: Collection[int]) -> str:

@@ -103,7 +103,6 @@ def arguments(recipe: Recipe, stage: Stage, plan: Plan, output: Path) -> Trainin
 
     train, device = recipe.train, stage.model.device
     rows, micro_batches = share_of(plan, processes.count())
-    _refuse_absent(train.report_to)
     dtype, widened = stage.model.dtype, widen(stage.model)
     made = TrainingArguments(
         output_dir=str(output),
@@ -138,7 +137,7 @@ def arguments(recipe: Recipe, stage: Stage, plan: Plan, output: Path) -> Trainin
     return made
 
 
-def _refuse_absent(trackers: Iterable[str]) -> None:
+def refuse_absent(trackers: Iterable[str]) -> None:
     """Raise `MissingExtraError` for trackers that are not installed; no extra of ours brings them."""
     if absent := [name for name in trackers if importlib.util.find_spec(name) is None]:
         raise MissingExtraError(

@@ -18,7 +18,7 @@ from torch import nn
 
 from lorakit.core.hub import hub_at_hand
 from lorakit.core.lazy import need
-from lorakit.errors import DataError, DeviceError, LorakitError, RecipeError, did_you_mean, looked_in
+from lorakit.errors import DataError, DeviceError, LorakitError, RecipeError, did_you_mean, few, looked_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -235,7 +235,7 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype not in _DTYPES:
         raise RecipeError(f"unknown dtype {dtype!r}{did_you_mean(dtype, _DTYPES)}; one of auto, {', '.join(_DTYPES)}")
     if dtype == "fp16" and device.type != "cuda":
-        raise DeviceError(f"fp16 training needs a CUDA device, this is {device.type}; use dtype: bf16 or fp32")
+        raise DeviceError(f"fp16 training needs a CUDA device, this is {device.type}; use dtype: fp32")
     return _DTYPES[dtype]
 
 
@@ -288,7 +288,7 @@ def check_place(name: str, needed: str) -> None:
         raise LorakitError(f"there is no directory {place}{near}{looked_in(place)}")
     if place.is_dir() and not any(place.glob(needed)) and not (place / "config.json").is_file():
         found = sorted(p.name for p in place.iterdir())
-        holds = ", ".join(found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
+        holds = few(found, 6)
         adapter = "; it is an adapter, which `lorakit generate` and `evaluate` take as it is"
         is_adapter = any(file in found for file in ("adapter_config.json", "adapter.lorakit.safetensors"))
         raise LorakitError(

@@ -18,14 +18,14 @@ import torch
 
 from lorakit.core.modes import evaluating
 from lorakit.data.branches import seen
-from lorakit.data.packing import row_lengths
+from lorakit.data.packing import row_lengths, tokens_of
 from lorakit.errors import LorakitError
 from lorakit.inject.lower import GIVEN, Lower, answering, run_lower
 from lorakit.inject.penalty import penalty
 from lorakit.planning.pace import Duration, Measured, from_steps, per_token
 from lorakit.training.arguments import make_plan, widen
 from lorakit.training.base import quiet
-from lorakit.training.frozen import cached_tokens, lower_or_refuse
+from lorakit.training.frozen import lower_or_refuse
 from lorakit.training.groups import param_groups
 from lorakit.training.loss import batches, mean_loss, mean_of_batch
 from lorakit.training.optimizers import make_optimizer
@@ -78,7 +78,7 @@ def calibrate(recipe: Recipe) -> Calibration:
         lower = lower_or_refuse(model) if recipe.train.cache_frozen else None
         if lower is not None:
             below = per_token([_give(model, lower, batch, forward) for batch in chosen][1:])
-            rest = below * sum(cached_tokens(part.dataset) for part in (stage.train, stage.validation) if part)
+            rest = below * sum(tokens_of(part.dataset) for part in stage.parts.values())
         with nullcontext() if lower is None else answering(model, lower):
             steps = tuple(_steps(recipe, stage, forward, chosen))
         peak = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else None
@@ -91,10 +91,9 @@ def calibrate(recipe: Recipe) -> Calibration:
 
 def _give(model: Any, lower: Lower, batch: dict[str, Tensor], forward: Callable[[], Any]) -> Measured:
     """Add to a batch what lies below its lowest trained block, as `train.cache_frozen` computes it once a row."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     began = time.perf_counter()
     with evaluating(model), torch.no_grad(), forward():
-        batch[GIVEN] = run_lower(model, lower, seen(model, inputs)).hidden
+        batch[GIVEN] = run_lower(model, lower, seen(model, batch)).hidden
     _wait(model.device)
     return Measured(batch["input_ids"].numel(), time.perf_counter() - began)
 
@@ -159,7 +158,7 @@ def _evaluations(recipe: Recipe, stage: Stage, below: float) -> float:
     few = rows.select(range(min(len(rows), WATCHED)))
     began = time.perf_counter()
     mean_loss(stage.model, few, stage.batch_rows, stage.tokenizer.pad_token_id)
-    each = max(0.0, (time.perf_counter() - began) / sum(row_lengths(few)) - below) * sum(row_lengths(rows))
+    each = max(0.0, (time.perf_counter() - began) / tokens_of(few) - below) * tokens_of(rows)
     numbers = make_plan(recipe, stage)
     return each * (numbers.steps // numbers.evaluate_every_steps)
 

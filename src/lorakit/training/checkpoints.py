@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import shutil
-import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +19,13 @@ import torch
 from torch import nn
 
 from lorakit import __version__
-from lorakit.core.jsontext import JsonFault, parse_json
 from lorakit.core.lazy import need
 from lorakit.core.state import AdapterState
 from lorakit.errors import AdapterFileError, RecipeError, listing
 from lorakit.inject.attach import adapters_named
 from lorakit.inject.ledger import parameters_of
-from lorakit.persist.native import NATIVE, load_native
+from lorakit.persist.files import sha256
+from lorakit.persist.native import NATIVE
 from lorakit.training.optimizers import package_of
 from lorakit.training.progress import Progress
 from lorakit.training.recipe import Recipe
@@ -46,11 +46,13 @@ class Memory:
     data: str
     progress: dict[str, Any]
     versions: dict[str, str]
+    files: dict[str, str]
+    """The SHA-256 of every other file, once they are written."""
 
     @classmethod
     def of(cls, recipe: Recipe, data: str, progress: Progress) -> Memory:
         """Return the memory of this moment."""
-        return cls(recipe, data, progress.to_json(), _versions(recipe))
+        return cls(recipe, data, progress.to_json(), _versions(recipe), {})
 
     def versions_changed(self) -> dict[str, tuple[str, str]]:
         """Return the version then and now of every package that differs: its steps may not be bitwise the same."""
@@ -58,15 +60,23 @@ class Memory:
         return {name: (then, now[name]) for name, then in self.versions.items() if then != now[name]}
 
     def write(self, folder: Path) -> None:
-        """Write `checkpoint.json` into a checkpoint."""
-        values = {**vars(self), "recipe": self.recipe.model_dump(mode="json")}
-        (folder / MEMORY).write_text(json.dumps(values, indent=2), encoding="utf-8")
+        """Write `checkpoint.json` into a checkpoint whose other files are there."""
+        files = {file.name: sha256(file) for file in sorted(folder.iterdir())}
+        values = {**vars(self), "recipe": self.recipe.model_dump(mode="json"), "files": files}
+        (folder / MEMORY).write_text(json.dumps({**values, "seal": _seal(values)}, indent=2), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Memory:
-        """Read `checkpoint.json` of a checkpoint."""
+        """Read `checkpoint.json` of a checkpoint; a ValueError says that it is not what was written."""
         values = json.loads((folder / MEMORY).read_text(encoding="utf-8"))
+        if values.pop("seal") != _seal(values):
+            raise ValueError(f"{folder / MEMORY} is damaged")
         return cls(**{**values, "recipe": Recipe.model_validate(values["recipe"])})
+
+
+def _seal(values: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the values in JSON, by which a memory is known to be whole."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def checkpoints(output: str | Path) -> list[Path]:
@@ -76,28 +86,29 @@ def checkpoints(output: str | Path) -> list[Path]:
 
 
 def refuse_damaged(checkpoint: Path) -> None:
-    """Raise `RecipeError` for a checkpoint with a file that is cut off or not what it should be, and say what to do."""
-    try:
-        for file in sorted(checkpoint.iterdir()):
-            if file.name == NATIVE:
-                load_native(file)
-            elif file.suffix == ".json":
-                parse_json(file.read_bytes())
-            elif file.suffix in (".pt", ".pth"):
-                zipfile.ZipFile(file).close()  # its table of contents comes last, so a cut file has none
-        Memory.read(checkpoint)
+    """Raise `RecipeError` for a checkpoint with a file that is not what the run wrote, and say what to do."""
+    what = _fault(checkpoint)
+    if what is None:
         return
-    except JsonFault as fault:
-        what = f"{file} is damaged: {fault}"
-    except (zipfile.BadZipFile, OSError) as fault:
-        what = f"{file} is damaged or cut off ({fault})"
-    except (KeyError, TypeError, ValueError):
-        what = f"{checkpoint / MEMORY} is damaged or of another version"
+    bad = [checkpoint]
+    for earlier in reversed([one for one in checkpoints(checkpoint.parent) if one != checkpoint]):
+        if _fault(earlier) is None:
+            raise RecipeError(f"{what}; delete {' and '.join(map(str, bad))} to go on from {earlier.name}")
+        bad.append(earlier)
+    raise RecipeError(f"{what}; delete {' and '.join(map(str, bad))} to start from the beginning")
+
+
+def _fault(checkpoint: Path) -> str | None:
+    """Return what is wrong with the files of a checkpoint, by their checksums."""
+    try:
+        for name, digest in Memory.read(checkpoint).files.items():
+            if sha256(checkpoint / name) != digest:
+                return f"{checkpoint / name} is damaged: it is not what the run wrote (SHA-256)"
     except AdapterFileError as fault:
-        what = str(fault)
-    before = [one.name for one in checkpoints(checkpoint.parent) if one != checkpoint]
-    rest = f"go on from {before[-1]}" if before else "start from the beginning"
-    raise RecipeError(f"{what}; delete {checkpoint} to {rest}")
+        return str(fault)
+    except (OSError, AttributeError, KeyError, TypeError, ValueError):
+        return f"{checkpoint / MEMORY} is damaged or of another version"
+    return None
 
 
 def prune(output: str | Path, keep: int, best_step: int | None) -> None:

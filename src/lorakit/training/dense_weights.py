@@ -11,7 +11,7 @@ from torch import Tensor
 from lorakit.core.site import Site
 from lorakit.core.state import Base
 from lorakit.errors import RecipeError, listing
-from lorakit.inject.attach import probe
+from lorakit.inject.bases import probe
 from lorakit.inject.sites import sites as sites_of
 from lorakit.training.base import Task, build_empty
 from lorakit.training.stored_tensors import StoredTensors

@@ -9,6 +9,7 @@ behind the last checkpoint are told again; the later line counts.
     example     runs [[text, trained, special]] of the first example: what is context and what is trained
     targets     patterns {pattern: modules}, trainable_parameters, base_parameters, percent, trained_whole
     fused       runs {kind: modules} that compute together or keep less, plain {reason: modules} that do not
+    recomputed  blocks, of how many, that the backward computes again (train.checkpointing)
     compiled    blocks, fused (false: the compiler fuses what is in them itself)
     plan        task, device, dtype, processes, parallel, steps, steps_per_epoch, batch_rows, accumulation, lr,
                 evaluate_every_steps, save_every_steps, packed and why, loss (fused or plain, and why)

@@ -26,7 +26,7 @@ from lorakit.core.spec import AdapterSpec, Targets
 from lorakit.core.state import AdapterState, Purpose, Update
 from lorakit.core.targets import resolve
 from lorakit.errors import CombineError, RecipeError, SpecError, grouped, listing
-from lorakit.inject.attach import PROBES, known_by
+from lorakit.inject.bases import PROBES, known_by
 from lorakit.inject.sites import sites
 from lorakit.training.dense_weights import LYING, canonical, probed
 from lorakit.training.stored_tensors import StoredTensors

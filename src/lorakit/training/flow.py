@@ -49,7 +49,11 @@ def evaluations_since_best(history: list[dict[str, float]], settled: int = 0) ->
 
 
 class Interrupt(TrainerCallback):
-    """Makes the first Ctrl-C (or SIGTERM) a wish: finish this step, save a checkpoint, stop. The second is an order."""
+    """Makes the first Ctrl-C a wish: finish this step, save a checkpoint, stop. The second is an order.
+
+    So are SIGTERM, a terminal that is closed (unless `nohup` said to go on), and the end of whoever launched the run's
+    processes: nobody could stop them then.
+    """
 
     def __init__(self) -> None:
         self._wished = self.granted = False
@@ -60,7 +64,11 @@ class Interrupt(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        hangup = getattr(signal, "SIGHUP", None)
+        if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+            numbers.append(hangup)
+        before = {number: signal.getsignal(number) for number in numbers}
 
         def wish(number: int, frame: Any) -> None:
             self._wished = True
@@ -77,6 +85,6 @@ class Interrupt(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Fulfil the wish, of any process of the run, at the step's boundary, where a checkpoint is possible."""
-        self.granted = processes.any_of(self._wished)
+        self.granted = processes.any_of(self._wished or processes.orphaned())
         if self.granted:
             control.should_save = control.should_training_stop = True

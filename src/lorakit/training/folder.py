@@ -8,13 +8,47 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from lorakit.errors import LorakitError, RecipeError
+from lorakit.errors import LorakitError, RecipeError, few
 
 EVENTS, RECIPE, SUMMARY = "events.jsonl", "recipe.yaml", "run.json"
 _BEGINNINGS = ('{"event": "start"', '{"event": "error"')
+
+
+@contextmanager
+def taken(output: Path, resume: bool, beside: Collection[str] = ()) -> Iterator[list[Path]]:
+    """Claim a run's folder, make it, and hold it against other runs; give the folders that were not there before.
+
+    Raises:
+        RecipeError: as `claim`; another process is training there.
+    """
+    with ExitStack() as held:
+        with writing(output):
+            if output.exists() and not output.is_dir():
+                raise RecipeError(f"the output {output} is a file; name a folder")
+            made = make(output)
+            held.enter_context(_alone(output))
+            try:
+                claim(output, resume, beside)
+            except RecipeError:
+                forget(made)
+                raise
+        yield made
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    from lorakit.persist.atomic import locked  # the command line reads names from here, and needs no tensors
+
+    with locked(output) as mine:
+        if not mine:
+            raise RecipeError(
+                f"another process is training in {output}; wait until it ends, stop it (Ctrl-C saves, and resume goes "
+                "on), or name another output"
+            )
+        yield
 
 
 def claim(output: Path, resume: bool, beside: Collection[str] = ()) -> None:
@@ -27,8 +61,6 @@ def claim(output: Path, resume: bool, beside: Collection[str] = ()) -> None:
     """
     from lorakit.training.checkpoints import checkpoints
 
-    if output.exists() and not output.is_dir():
-        raise RecipeError(f"the output {output} is a file; name a folder")
     saved = checkpoints(output)
     finished = (output / SUMMARY).exists() or (output / "adapter").exists()
     if resume:
@@ -40,10 +72,8 @@ def claim(output: Path, resume: bool, beside: Collection[str] = ()) -> None:
         what = "a finished run" if (output / SUMMARY).exists() else what
         raise RecipeError(f"{output} holds {what}; resume it, name another output, or delete the folder")
     if not _of_a_run(output / EVENTS) and (foreign := _names(output) - set(beside)):
-        shown = sorted(foreign)
-        more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
         raise RecipeError(
-            f"the output {output} holds files that no run wrote ({', '.join(shown[:4])}{more}); "
+            f"the output {output} holds files that no run wrote ({few(sorted(foreign))}); "
             "name another output, or an empty folder"
         )
     (output / EVENTS).unlink(missing_ok=True)

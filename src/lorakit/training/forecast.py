@@ -104,8 +104,7 @@ def lower_flops(model: PreTrainedModel, spec: AdapterSpec, load: Load) -> int:
     with FakeTensorMode(), torch.no_grad(), played.forward(), FlopCounterMode(display=False) as counted:
         made = played.build()
         played.prepare(made)
-        inputs = {name: tensor for name, tensor in played.batch().items() if name != "labels"}
-        run_lower(made, lower_or_refuse(made), seen(made, inputs))
+        run_lower(made, lower_or_refuse(made), seen(made, played.batch()))
     return int(counted.get_total_flops())
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lorakit.core.modes import evaluating, in_mode
 from lorakit.data.branches import seen
-from lorakit.data.packing import row_lengths
+from lorakit.data.packing import row_lengths, tokens_of
 from lorakit.errors import LorakitError, RecipeError
 from lorakit.inject.lower import GIVEN, Lower, answering, lower_of, run_lower, values_of, why_not_frozen
 from lorakit.training import processes
@@ -44,12 +44,7 @@ FOLDER = "frozen-cache"
 
 def needed_bytes(rows: Sequence[Dataset], width: int, dtype: torch.dtype) -> int:
     """Return the bytes that the hidden states of all rows take."""
-    return sum(map(cached_tokens, rows)) * width * dtype.itemsize
-
-
-def cached_tokens(rows: Dataset) -> int:
-    """Return how many tokens have their hidden states in the cache."""
-    return sum(row_lengths(rows))
+    return sum(map(tokens_of, rows)) * width * dtype.itemsize
 
 
 def lower_or_refuse(model: Any, trained: Sequence[str] | None = None) -> Lower:

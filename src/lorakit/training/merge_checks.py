@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lorakit.errors import MergeError, grouped, listing
-from lorakit.inject.attach import probe
+from lorakit.inject.bases import probe
 from lorakit.inject.streaming import StreamedMerge
 from lorakit.persist.shard import FLOATING
 from lorakit.training.tensor_names import Checkpoint

@@ -18,7 +18,7 @@ from lorakit.core.method import Scheduled
 from lorakit.core.site import layer_of
 from lorakit.core.spec import AdapterSpec
 from lorakit.core.targets import Match, parameters_named, resolve
-from lorakit.data.packing import example_lengths, row_lengths
+from lorakit.data.packing import example_lengths, row_lengths, tokens_of
 from lorakit.data.preview import example
 from lorakit.errors import SpecError
 from lorakit.inject.sites import sites
@@ -35,7 +35,7 @@ from lorakit.planning.surprises import surprises
 from lorakit.training.arguments import make_plan
 from lorakit.training.base import build_empty, choose_device, choose_dtype, quiet, times_fp32
 from lorakit.training.forecast import Load, lower_flops
-from lorakit.training.frozen import cached_tokens, lower_or_refuse, needed_bytes
+from lorakit.training.frozen import lower_or_refuse, needed_bytes
 from lorakit.training.limits import Limits, limits
 from lorakit.training.order import padded_tokens
 from lorakit.training.phases import CHOICES, Ways, ways
@@ -45,10 +45,7 @@ from lorakit.training.recipe import QuantSection
 from lorakit.training.stage import BATCH_TOKENS, build_stage
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from lorakit.core.site import Skeleton
-    from lorakit.data.report import DataReport
     from lorakit.training.recipe import Recipe
     from lorakit.training.stage import Stage
 
@@ -94,12 +91,23 @@ def plan(recipe: Recipe, where: Where | None = None, *, model: Any = None) -> Pl
     Raises:
         LorakitError: whatever training would raise before its first step.
     """
+    if recipe.train.device == "cpu" and not (where and where.devices):
+        _refuse_on_a_cpu(recipe)
     with quiet(data=bool(recipe.data.train)):
         stage = build_stage(recipe, empty=True) if recipe.data.train and model is None else None
         if model is None:
             task: Any = "causal-lm" if recipe.task == "auto" else recipe.task
             model = build_empty(recipe.model, task=task, labels=recipe.data.labels) if stage is None else stage.model
         return _plan(recipe, where or Where(), model, stage)
+
+
+def _refuse_on_a_cpu(recipe: Recipe) -> None:
+    """Raise what training would raise of a step that cannot be gone on the CPU which the recipe names."""
+    from lorakit.training.step import refuse_step
+
+    device = choose_device(recipe.train.device)
+    choose_dtype(recipe.train.dtype, device)
+    refuse_step(recipe.train, device)
 
 
 def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> PlannedRun:
@@ -142,14 +150,15 @@ def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> Plan
         pace=replace(_pace(recipe, where, found, stage, model, spec, load), cache_bytes=kept),
         where=where,
         limits=_limits(where, found, model, spec, load, depth),
-        data={} if stage is None else _reports(stage),
+        data={} if stage is None else {name: part.report for name, part in stage.parts.items()},
         lengths=() if stage is None else tuple(sorted(example_lengths(stage.train.dataset))),
         example=() if stage is None else tuple(example(stage.train, stage.tokenizer)),
         advice=_advice(recipe, spec, matches, model, skeleton, stage),
         findings=lint(spec, matches, tied=bool(ties), heads=skeleton.heads, trained=trained,
                       depths=skeleton.depths),
-        warnings=(*map(str, roles(counts, skeleton)), *_unread(recipe, stage), *_guessed(found),
-                  *fused_experts(shapes, counts.total_parameters, trained), *_narrow(recipe, stage, load.dtype),
+        warnings=(*map(str, roles(counts, skeleton)), *_unread(recipe, stage), *_hybrid(recipe, where),
+                  *_guessed(found), *fused_experts(shapes, counts.total_parameters, trained),
+                  *_narrow(recipe, stage, load.dtype),
                   *surprises(matches, skeleton, load.dtype, head_width(model.config))),
     )  # fmt: skip
 
@@ -170,6 +179,14 @@ def _unread(recipe: Recipe, stage: Stage | None) -> list[str]:
         f"{recipe.data.train} was not read, as {recipe.model} is only a configuration and has no tokenizer: tokens, "
         "batches and work are those of rows as long as they may be, not of the data; plan the base itself for them"
     ]
+
+
+def _hybrid(recipe: Recipe, where: Where) -> list[str]:
+    """Say what a plan of many devices is of, where the recipe divides the base within each machine."""
+    if where.strategy != "fsdp" or recipe.train.parallel != "hybrid":
+        return []
+    return ["train.parallel: hybrid divides the base within each machine, and this is the plan of one with "
+            f"{where.count} devices; of machines with fewer, plan with that many (--gpus)"]  # fmt: skip
 
 
 def _guessed(found: Ways) -> list[str]:
@@ -277,7 +294,7 @@ def _pace(
     numbers, dtype = make_plan(recipe, stage), DTYPES[load.dtype]
     padded = load.rows * load.length
     tokens = round(padded_tokens(recipe, stage) * numbers.steps / numbers.steps_per_epoch)
-    once = round(lower / padded * sum(map(cached_tokens, _rows(stage))))
+    once = round(lower / padded * sum(tokens_of(part.dataset) for part in stage.parts.values()))
     times = {}
     for one in where.chosen if where.devices else ():
         if one.knows(dtype):
@@ -291,23 +308,13 @@ def _kept(recipe: Recipe, model: Any, stage: Stage | None, load: Load, trained: 
     if not recipe.train.cache_frozen:
         return 0
     lower_or_refuse(model, trained)
-    return needed_bytes(_rows(stage), size_of(model.config, "hidden_size") or 0, load.dtype)
-
-
-def _rows(stage: Stage | None) -> list[Dataset]:
-    """Return the rows to train on and to validate with, as far as there are any."""
-    parts = () if stage is None else (stage.train, stage.validation)
-    return [part.dataset for part in parts if part is not None]
+    rows = [] if stage is None else [part.dataset for part in stage.parts.values()]
+    return needed_bytes(rows, size_of(model.config, "hidden_size") or 0, load.dtype)
 
 
 def _bill(where: Where, took: Duration) -> Bill:
     return bill(took, devices=where.count, watts=where.watts, price_per_kwh=where.price_per_kwh,
                 price_per_hour=where.price_per_hour)  # fmt: skip
-
-
-def _reports(stage: Stage) -> dict[str, DataReport]:
-    parts = {"train": stage.train, "validation": stage.validation}
-    return {name: part.report for name, part in parts.items() if part is not None}
 
 
 def _advice(

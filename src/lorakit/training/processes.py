@@ -50,6 +50,12 @@ def here() -> int:
     return int(os.environ.get("RANK", "0")) if several else 0
 
 
+def orphaned() -> bool:
+    """Return whether the `lorakit train --nproc` that started this process and its siblings is gone."""
+    launcher = os.environ.get("LORAKIT_LAUNCHER")
+    return launcher is not None and os.getppid() != int(launcher)
+
+
 def beside() -> int:
     """Return how many of them are on this machine, as far as whoever started them said."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", count()))

@@ -280,6 +280,14 @@ class Recipe(Section):
     def _a_kind_is_enough(cls, given: Any) -> Any:
         return None if given == "none" else {"kind": given} if isinstance(given, str) else given
 
+    @model_validator(mode="after")
+    def _patience_has_something_to_wait_for(self) -> Recipe:
+        if self.train.patience is not None and self.data.train is not None and self.data.validation is None:
+            raise ValueError(
+                "train.patience counts evaluations, and there are none: name data.validation, or leave it out"
+            )
+        return self
+
     @field_validator("output")
     @classmethod
     def _names_a_folder(cls, output: str) -> str:

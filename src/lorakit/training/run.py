@@ -109,28 +109,21 @@ def _joined(
     from lorakit.training.events import EventLog
 
     output = Path(recipe.output)
-    made: list[Path] = []
-    if processes.first():
-        with folder.writing(output):
-            folder.claim(output, resume, beside)
-    processes.wait()
-    if (output / SUMMARY).exists():
-        return _finished(recipe, output)
-    if processes.first():
-        with folder.writing(output):
-            made = folder.make(output)
-    processes.wait()
-    log = EventLog(output / folder.EVENTS, listen)
-    try:
-        with quiet():
-            done = _train(recipe, output, log)
-    except Exception as error:
-        with suppress(LorakitError):  # a full disk must not hide what happened
-            why = cause(error)
-            log.append("error", kind=type(why).__name__, message=str(why))
-        if isinstance(error, LorakitError) and not log.stepped:
-            folder.forget(made)
-        raise
+    with folder.taken(output, resume, beside) if processes.first() else nullcontext(list[Path]()) as made:
+        processes.wait()
+        if (output / SUMMARY).exists():
+            return _finished(recipe, output)
+        log = EventLog(output / folder.EVENTS, listen)
+        try:
+            with quiet():
+                done = _train(recipe, output, log)
+        except Exception as error:
+            with suppress(LorakitError):  # a full disk must not hide what happened
+                why = cause(error)
+                log.append("error", kind=type(why).__name__, message=str(why))
+            if isinstance(error, LorakitError) and not log.stepped:
+                folder.forget(made)
+            raise
     if isinstance(done, Run):
         return done
     raise done
@@ -154,17 +147,17 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
     from lorakit.data.preview import example
     from lorakit.inject.attach import adapters_named
     from lorakit.planning.counting import percent
+    from lorakit.training.arguments import refuse_absent
     from lorakit.training.base import choose_device
     from lorakit.training.checkpoints import Memory, checkpoints, fingerprint, refuse_changes, refuse_damaged
     from lorakit.training.flow import Interrupt
     from lorakit.training.frozen import cached, discard
-    from lorakit.training.optimizers import refuse_optimizer
     from lorakit.training.progress import Progress
     from lorakit.training.stage import build_stage, decided
     from lorakit.training.step import prepare_step, refuse_step
 
-    refuse_optimizer(recipe.train.optimizer, choose_device(recipe.train.device))
     refuse_step(recipe.train, choose_device(recipe.train.device))
+    refuse_absent(recipe.train.report_to)
     saved = next(reversed(checkpoints(output)), None)
     if saved is not None:
         refuse_damaged(saved)
@@ -177,9 +170,8 @@ def _train(recipe: Recipe, output: Path, log: EventLog) -> Run | LorakitError:
     data = fingerprint(stage.train.dataset)
     if saved is not None:
         progress.go_on(refuse_changes(saved, recipe, data).progress)
-    for part, prepared in {"train": stage.train, "validation": stage.validation}.items():
-        if prepared is not None:
-            log.append("data", part=part, **prepared.report.to_json())
+    for part, prepared in stage.parts.items():
+        log.append("data", part=part, **prepared.report.to_json())
     if saved is None:
         log.append("example", runs=[list(run) for run in example(stage.train, stage.tokenizer)])
     targets = _targets(stage)
@@ -364,8 +356,7 @@ def _finish(recipe: Recipe, stage: Stage, trainer: AdapterTrainer, output: Path,
         trainable_parameters=trainable,
         lr=trainer.args.learning_rate,
         labels=stage.labels,
-        data={"train": stage.train.report.to_json()}
-        | ({"validation": stage.validation.report.to_json()} if stage.validation else {}),
+        data={part: prepared.report.to_json() for part, prepared in stage.parts.items()},
         device=str(stage.model.device),
     )
     if processes.first():

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from lorakit.core.site import layer_of
 from lorakit.errors import RecipeError
-from lorakit.inject.attach import base_of
+from lorakit.inject.bases import base_of
 from lorakit.inject.ledger import ledger_of
 from lorakit.training import processes
 

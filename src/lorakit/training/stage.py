@@ -60,6 +60,11 @@ class Stage:
     why: str
 
     @property
+    def parts(self) -> dict[str, Prepared]:
+        """Return the data there is: `train`, and `validation` where there is some."""
+        return {"train": self.train} | ({} if self.validation is None else {"validation": self.validation})
+
+    @property
     def one_shape(self) -> bool:
         """Return whether all training rows are of one length, as packed ones need not be."""
         return len(set(row_lengths(self.train.dataset))) == 1
@@ -103,6 +108,20 @@ def _refuse_labels(data: DataSection) -> None:
     if data.labels and (form := named(data.format, read_rows(data.train, data.train_split)).name) != "classification":
         raise RecipeError(
             f"data.labels names classes, and the rows have no label (format {form}); leave data.labels out"
+        )
+
+
+def _refuse_text_options(data: DataSection) -> None:
+    """Raise `RecipeError` for options of rows that a language model reads, which a classifier's do not have."""
+    asked = {
+        "packing: always": data.packing == "always",
+        "share_prompts: always": data.share_prompts == "always",
+        "loss: all": data.loss == "all",
+        "separator": data.separator is not None,
+    }
+    if idle := [f"data.{option}" for option, set_ in asked.items() if set_]:
+        raise RecipeError(
+            f"{', '.join(idle)}: nothing of a classifier, which reads one text a row and learns its label; leave it out"
         )
 
 
@@ -269,6 +288,7 @@ def _language_model(recipe: Recipe, empty: bool) -> Stage:
 
 def _classifier(recipe: Recipe, empty: bool) -> Stage:
     data, train = recipe.data, recipe.train
+    _refuse_text_options(data)
     tokenizer = load_tokenizer(recipe.model)
     assert data.train is not None
     most = longest_row(data, None, tokenizer)

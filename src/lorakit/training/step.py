@@ -23,9 +23,11 @@ from lorakit.core.method import Context
 from lorakit.core.reading import blocks_of
 from lorakit.errors import DeviceError, LorakitError
 from lorakit.inject.fuse import fuse
+from lorakit.inject.lower import lower_of
 from lorakit.inject.pooled import compute_first_alone, reads_first_alone
 from lorakit.training import processes
 from lorakit.training.head import head_of
+from lorakit.training.optimizers import refuse_optimizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,15 +54,35 @@ def prepare_step(stage: Stage, train: TrainSection) -> dict[str, dict[str, Any]]
     """
     model = stage.model
     recompute(model, train.checkpointing)
+    ways: dict[str, dict[str, Any]] = {}
+    if train.checkpointing and (found := _recomputed(model)):
+        ways["recomputed"] = found
     if train.compile:
         head_of(model)  # measured as it is, and known from now on
-        return {"compiled": {"blocks": compile_blocks(model, dynamic=not stage.one_shape), "fused": False}}
-    if not train.fused:
-        return {}
+        ways["compiled"] = {"blocks": compile_blocks(model, dynamic=not stage.one_shape), "fused": False}
+    elif train.fused:
+        ways["fused"] = _fused(stage, train)
+    return ways
+
+
+def _recomputed(model: PreTrainedModel) -> dict[str, int]:
+    """Return how many blocks the backward computes again, and of how many; it reaches none below all that learns."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    lower = lower_of(model, [name for name, parameter in model.named_parameters() if parameter.requires_grad])
+    below = set() if isinstance(lower, str) else {id(block) for block in lower.blocks}
+    blocks = [block for block in model.modules() if isinstance(block, GradientCheckpointingLayer)]
+    again = [block for block in blocks if block.gradient_checkpointing and id(block) not in below]
+    return {"blocks": len(again), "of": len(blocks)} if blocks else {}
+
+
+def _fused(stage: Stage, train: TrainSection) -> dict[str, Any]:
+    """Fuse what can be, and return how many layers run how."""
+    model = stage.model
     counts = fuse(model).counts()
     if not train.cache_frozen and pools_first(stage.spec, model) and compute_first_alone(model):
         counts["runs"]["a last block at its first position"] = 1
-    return {"fused": counts}
+    return counts
 
 
 def pools_first(spec: AdapterSpec, model: nn.Module) -> bool:
@@ -69,7 +91,13 @@ def pools_first(spec: AdapterSpec, model: nn.Module) -> bool:
 
 
 def refuse_step(train: TrainSection, device: torch.device) -> None:
-    """Raise `DeviceError` for a way to run a step that cannot be gone on `device`, before a base is loaded."""
+    """Raise for a step that cannot be made on `device`, before a base is loaded.
+
+    Raises:
+        DeviceError: a way to run it, or an optimizer, that does not work there.
+        MissingExtraError: an optimizer whose library is not installed.
+    """
+    refuse_optimizer(train.optimizer, device)
     if (train.compile or train.offload_activations) and processes.count() > 1:
         raise DeviceError(
             "train.compile and train.offload_activations are for one process; set them to false for several"

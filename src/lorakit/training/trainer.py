@@ -177,7 +177,11 @@ class AdapterTrainer(Trainer):
         step = self.state.global_step
         self._check_finite(logs, step, scaled=self.accelerator.scaler is not None)
         if logs.get("grad_norm") == 0.0:
-            raise AliveError(f"step {step}: the gradient of every trained parameter is zero, so nothing is learned")
+            then = f"; the steps before threw the weights off: lower train.lr ({self.args.learning_rate:g})"
+            raise AliveError(
+                f"step {step}: the gradient of every trained parameter is zero, so nothing is learned"
+                f"{then if step > 1 else ''}"
+            )
         super().log(logs, start_time)
 
     # ---- checkpoints ----

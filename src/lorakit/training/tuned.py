@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorakit.core.state import AdapterState
 from lorakit.errors import CombineError, RecipeError, listing
-from lorakit.inject.attach import check_base
+from lorakit.inject.bases import check_base
 from lorakit.inject.ledger import parameters_of
 from lorakit.training.base import build_empty, task_of
 from lorakit.training.dense_weights import probed
