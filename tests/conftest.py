@@ -6,6 +6,7 @@ LORAKIT_NO_TYPECHECK=1 runs the tests without the shape checks, as production do
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -34,6 +35,13 @@ if os.environ.get("LORAKIT_NO_TYPECHECK") != "1":
 # Time limits belong to pytest; a fixed sequence makes a red run red again.
 hypothesis.settings.register_profile("lorakit", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("lorakit")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled_heap() -> None:
+    """Spare the collector what is imported by now: the Trainer collects at every start, and that is most of a test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

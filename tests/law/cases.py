@@ -168,8 +168,8 @@ a layer holds; it has laws of its own, in tests/context/test_laws.py."""
 
 PAIRS = [(kind, name) for kind in KINDS for name, method in METHODS.items() if kind.split(",")[0] in method.kinds]
 FIRST = {*{kind: (kind, name) for kind, name in reversed(PAIRS)}.values(),
-         *{name: (kind, name) for kind, name in reversed(PAIRS)}.values()}  # fmt: skip
-"""One pair of each kind and one of each method, for laws that take a second a pair; the slow tests take them all."""
+         *{type(METHODS[name]): (kind, name) for kind, name in reversed(PAIRS)}.values()}  # fmt: skip
+"""One pair of each kind and of each method's class, for laws that take a second a pair; the slow tests take all."""
 STATIC = [(kind, name) for kind, name in PAIRS if isinstance(METHODS[name], Static)]
 """The pairs with a dW, which can be merged and compared with a dense weight."""
 MISFITS = [(kind, name) for kind in KINDS for name in METHODS if (kind, name) not in PAIRS]

@@ -40,6 +40,7 @@ from tests.law.cases import (
     net,
     weight_of,
 )
+from tests.slow import others_slow
 from tests.tolerances import assert_close
 
 pairs = pytest.mark.parametrize(("kind", "method"), PAIRS)
@@ -203,9 +204,7 @@ def test_copies_and_pickles_stay_adapted(kind: str, method: str) -> None:
     assert torch.equal(model(x), y), "a copy shares nothing with its original"
 
 
-@pytest.mark.parametrize(
-    ("kind", "method"), [pair if pair in FIRST else pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS]
-)
+@pytest.mark.parametrize(("kind", "method"), others_slow(PAIRS, FIRST))
 def test_compiled_whole_equals_eager(kind: str, method: str) -> None:
     model, x = net(kind, method), inputs(kind)
     y = model(x)
