@@ -124,6 +124,7 @@ def test_what_cannot_be_served_is_said_before_anything_is_loaded(tmp_path: Path)
         result = invoke("serve", "lorakit/tales", "--store", str(tmp_path / "store"), *words)
         assert result.exit_code == 2, words
         assert why in " ".join(result.stderr.split()), result.stderr
+        assert ("loading" in result.stderr) == (why == "holds no adapter")
 
 
 def test_names_whose_files_are_gone_are_said_at_the_start(tmp_path: Path) -> None:

@@ -93,8 +93,9 @@ def serve(
             raise RecipeError("--store is empty; name a folder, or leave it out")
         place = Path(store) if store is not None else _home(found.base)
         shape = {"slots": slots or (64 if engine == "vllm" else 16), "context": context, "queue": queue}
+        folders = [Path(folder) for folder in adapters or ()]
         _refuse_odd(engine, engine_url, replicas)
-        _refuse_taken(host, port)
+        _refuse_early(host, port, known, folders)
         out.note(f"loading {found.base} ...")
         if engine_url is not None:
             begun, tokenizer = _vllm(found, engine_url, shape)
@@ -104,8 +105,7 @@ def serve(
             begun, tokenizer = slot_engine(found, shape, dtype)
         if context is not None and (most := begun.limits.context) < context:
             out.note(f"--context {context} is more than this model has positions for; {most} it is")
-        service = _service(found, source, place, [Path(folder) for folder in adapters or ()], skip_broken, room,
-                           timeout, begun, tokenizer)  # fmt: skip
+        service = _service(found, source, place, folders, skip_broken, room, timeout, begun, tokenizer)  # fmt: skip
         if lost := service.registry.lost():
             out.note(f"the files of these are gone from {place}; add them anew or delete their names:\n{listing(lost)}")
         try:
@@ -135,10 +135,16 @@ def _refuse_odd(engine: str, url: str | None, replicas: int | None) -> None:
         raise RecipeError("--replicas are Ray's; add --engine ray, or leave it out")
 
 
-def _refuse_taken(host: str, port: int) -> None:
-    """Raise before a base is loaded where nobody could listen once it is."""
+def _refuse_early(host: str, port: int, keys: Keys | None, folders: list[Path]) -> None:
+    """Raise before a base is loaded what would be raised once it is: of where to listen, and of the folders."""
     import socket
 
+    from lorakit.serving.http import refuse_open
+    from lorakit.serving.shelf.registry import adapters_in
+
+    refuse_open(host, keys)
+    for folder in folders:
+        adapters_in(folder)
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except (OSError, OverflowError) as taken:

@@ -116,20 +116,26 @@ def render_prompt(
     """
     form = FORMATS[format] if isinstance(format, str) else format
     start = opening(tokenizer, form)
+    return encode([prompt_segments(row, tokenizer, form, separator)], tokenizer, start, "completions")[0].ids
+
+
+def prompt_segments(
+    row: Row | str | Messages, tokenizer: PreTrainedTokenizerBase, form: Format, separator: str
+) -> list[Segment]:
+    """Cut what a model is given before it answers as the row in training is cut; see `render_prompt`."""
     key = next(iter(form.needs))  # the column a prompt stands in
     match form.name:
         case "text":
-            parts = [Segment(row if isinstance(row, str) else _checked(row, key)[key], False)]
+            return [Segment(row if isinstance(row, str) else _checked(row, key)[key], False)]
         case "prompt+completion" | "alpaca":
             prompt, _ = _pair({key: row} if isinstance(row, str) else _checked(row, key), form, separator)
-            parts = [Segment(prompt, False)]
+            return [Segment(prompt, False)]
         case _:
             if isinstance(row, str):
                 row = [{"role": "user", "content": row}]
             messages = _messages(_checked(row, key), form) if isinstance(row, Mapping) else row
             answered = bool(messages) and messages[-1]["role"] == "assistant"
-            parts = _chat(messages[:-1] if answered else messages, tokenizer, answer_next=True)
-    return encode([parts], tokenizer, start, "completions")[0].ids
+            return _chat(messages[:-1] if answered else messages, tokenizer, answer_next=True)
 
 
 def seam(rows: Dataset, form: Format, separator: str | None = None) -> str:

@@ -1,6 +1,7 @@
 """From what was asked to token ids: texts as they are, conversations as the adapter saw them in training.
 
 A tokenizer is one object for all threads, and some change their settings while they encode, so one encodes at a time.
+Templates render meanwhile, each within its own limits (templates.py).
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lorakit.errors import DataError, RequestError
+from lorakit.errors import DataError, LorakitError, RequestError
 from lorakit.serving.requests import TOO_LONG
+from lorakit.serving.templates import Templates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +45,7 @@ class Prompts:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int) -> None:
         self.tokenizer, self._context = tokenizer, context
         self._most = context * max(map(len, tokenizer.get_vocab()), default=1)
-        self._alone = threading.Lock()
+        self._alone, self._templates = threading.Lock(), Templates()
 
     def completion(self, prompt: str | Sequence[Any]) -> list[Ids]:
         """Return the ids of a text, of several, of token ids as they are, or of several lists of them.
@@ -82,7 +85,9 @@ class Prompts:
                     "and no other; send that one, or use /v1/completions",
                     param="messages",
                 )
-            return self._rendered(turns[0]["content"], self.tokenizer, purpose.format, purpose.separator or "")
+            return self._ids(
+                turns[0]["content"], self.tokenizer, purpose.format, purpose.separator or "", nullcontext()
+            )
         tokenizer = self.tokenizer
         if reading.template is not None:
             tokenizer = copy.copy(tokenizer)
@@ -92,7 +97,8 @@ class Prompts:
                 f"{model} has no chat template, so nothing says how messages become a prompt; use /v1/completions, or "
                 "give the base a chat_template.jinja"
             )
-        return self._rendered([dict(turn) for turn in turns], tokenizer, "messages", "")
+        rendering = self._templates.rendering(tokenizer.get_chat_template(), model)
+        return self._ids([dict(turn) for turn in turns], tokenizer, "messages", "", rendering)
 
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, special ones left out."""
@@ -116,15 +122,26 @@ class Prompts:
         with self._alone:
             return tuple(self.tokenizer(text, verbose=False)["input_ids"])
 
-    def _rendered(self, row: Any, tokenizer: PreTrainedTokenizerBase, format: str, separator: str) -> Ids:
-        from lorakit.data import render_prompt
+    def _ids(
+        self, row: Any, tokenizer: PreTrainedTokenizerBase, format: str, separator: str,
+        rendering: AbstractContextManager[None],
+    ) -> Ids:  # fmt: skip
+        """Return the ids of a conversation; the tokenizer is held while it encodes, not while a template renders."""
+        from lorakit.data import FORMATS
+        from lorakit.data.masking import encode, opening, prompt_segments
 
-        with self._alone:
-            try:
-                return tuple(render_prompt(row, tokenizer, format, separator))
-            except DataError as refused:
-                raise RequestError(f"messages: {refused}", param="messages") from refused
-            except Exception as failed:  # a template is a program, and may do anything to a conversation
-                raise RequestError(
-                    f"messages: the chat template fails on this conversation: {failed}", param="messages"
-                ) from failed
+        form = FORMATS[format]
+        try:
+            with rendering:
+                parts = prompt_segments(row, tokenizer, form, separator)
+            self._refuse_long(sum(len(part.text) for part in parts), "the rendered messages have")
+            with self._alone:
+                return tuple(encode([parts], tokenizer, opening(tokenizer, form), "completions")[0].ids)
+        except DataError as refused:
+            raise RequestError(f"messages: {refused}", param="messages") from refused
+        except LorakitError:
+            raise
+        except Exception as failed:  # a template is a program, and may do anything to a conversation
+            raise RequestError(
+                f"messages: the chat template fails on this conversation: {failed}", param="messages"
+            ) from failed

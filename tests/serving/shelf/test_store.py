@@ -308,6 +308,19 @@ def test_a_removal_that_is_cut_short_leaves_no_half_adapter(
     assert list((store.root / "adapters").iterdir()) == []
 
 
+def test_a_store_that_cannot_be_written_is_told_when_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Store(tmp_path)
+
+    def forbidden(path: Any, mode: int = 0o777, **_: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(os, "mkdir", forbidden)
+    with pytest.raises(AdapterFileError, match=f"the store {tmp_path} cannot be written: Permission denied; make room"):
+        Store(tmp_path)
+
+
 def test_what_the_maker_states_is_kept_and_must_fit_the_files(store: Store, tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "a")
     (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')

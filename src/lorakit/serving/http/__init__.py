@@ -31,7 +31,7 @@ from lorakit.serving.service import Service
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-__all__ = ["Bounds", "app", "run"]
+__all__ = ["Bounds", "app", "refuse_open", "run"]
 
 _HERE = ("127.0.0.1", "::1", "localhost")
 _GRACE = 30  # seconds
@@ -87,10 +87,7 @@ def run(
         ServingError: an address that others reach, without keys, or one that cannot be listened at.
     """
     assert keys is None or keys is application.state.keys, "the application was made with other keys"
-    if host not in _HERE and application.state.keys.open:
-        raise ServingError(
-            f"{host} can be reached by others and no keys were given; listen at 127.0.0.1, or give keys (--keys)"
-        )
+    refuse_open(host, application.state.keys)
     uvicorn = need("uvicorn", "serve")
     config = uvicorn.Config(application, host=host, port=port, log_level="warning", server_header=False, ws="none",
                             limit_concurrency=most_connections, timeout_keep_alive=15,
@@ -100,6 +97,14 @@ def run(
     except SystemExit as failed:  # how uvicorn says that it cannot listen; its log says why
         if failed.code:
             raise ServingError(f"cannot listen at {host}:{port}, which may be taken; choose another port") from None
+
+
+def refuse_open(host: str, keys: Keys | None) -> None:
+    """Raise `ServingError` where others could reach a server that asks for no key."""
+    if host not in _HERE and (keys is None or keys.open):
+        raise ServingError(
+            f"{host} can be reached by others and no keys were given; listen at 127.0.0.1, or give keys (--keys)"
+        )
 
 
 def _server(config: Any, ready: Callable[[int, Callable[[], None]], None] | None, service: Service) -> Any:

@@ -129,26 +129,17 @@ class Registry:
         Raises:
             ServingError: no folder; no adapter in it, or broken ones, all of them listed; the others are added.
         """
-        if not folder.is_dir():
-            raise ServingError(f"{folder} is not a folder; give the folder that the adapters' folders lie in")
-        if _adapter_in(folder) is not None:
-            raise ServingError(
-                f"{folder} is itself an adapter or a run; give the folder it lies in, or serve it alone: "
-                f"lorakit serve {folder}"
-            )
         found, broken = [], []
-        for place in sorted(folder.iterdir()):
-            if place.name.startswith(".") or (adapter := _adapter_in(place)) is None:
-                continue
-            if (other := self._scans.setdefault(place.name, folder)) != folder:
-                broken.append(f"{place.name}: {other} has one of this name too; rename one of the two folders")
+        for name, adapter in adapters_in(folder).items():
+            if (other := self._scans.setdefault(name, folder)) != folder:
+                broken.append(f"{name}: {other} has one of this name too; rename one of the two folders")
                 continue
             try:
                 with self._changing, self.store.naming():
-                    self._scanned(place.name, self._inside(adapter, (Path(os.path.realpath(folder)), *self.roots)))
-                found.append(place.name)
+                    self._scanned(name, self._inside(adapter, (Path(os.path.realpath(folder)), *self.roots)))
+                found.append(name)
             except LorakitError as wrong:
-                broken.append(f"{place.name}: {' '.join(str(wrong).split())}")
+                broken.append(f"{name}: {' '.join(str(wrong).split())}")
         if found and not broken:
             return found
         told = f"{folder} holds no adapter; each is a run's folder, or one with {CONFIG} or {NATIVE}"
@@ -310,6 +301,23 @@ class Registry:
                 f"{', '.join(map(str, roots))}; put it there, or start the server with its folder as a root"
             )
         return real
+
+
+def adapters_in(folder: Path) -> dict[str, Path]:
+    """Return the adapters in a folder by their folders' names, also those of runs; none of them is read.
+
+    Raises:
+        ServingError: no folder, or one that is an adapter or a run itself.
+    """
+    if not folder.is_dir():
+        raise ServingError(f"{folder} is not a folder; give the folder that the adapters' folders lie in")
+    if _adapter_in(folder) is not None:
+        raise ServingError(
+            f"{folder} is itself an adapter or a run; give the folder it lies in, or serve it alone: "
+            f"lorakit serve {folder}"
+        )
+    places = [place for place in sorted(folder.iterdir()) if not place.name.startswith(".")]
+    return {place.name: adapter for place in places if (adapter := _adapter_in(place)) is not None}
 
 
 def _adapter_in(place: Path) -> Path | None:

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lorakit import persist
@@ -57,6 +58,8 @@ class Store:
         self._adapters = self.root / "adapters"
         with self._telling():
             self._adapters.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(prefix=".", dir=self._adapters, ignore_cleanup_errors=True):
+                pass  # said now, and not of each adapter
         with self._alone(wait=False) as alone:
             if alone:
                 self._sweep()
@@ -211,7 +214,10 @@ class Store:
         try:
             yield
         except OSError as failed:
-            raise AdapterFileError(f"the store {self.root} cannot be written: {failed.strerror or failed}") from failed
+            raise AdapterFileError(
+                f"the store {self.root} cannot be written: {failed.strerror or failed}; make room there or let it be "
+                "written, or choose another (--store)"
+            ) from failed
 
 
 def describe(folder: Path, *, most_bytes: int = MOST_BYTES) -> Manifest:
