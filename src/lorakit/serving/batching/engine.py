@@ -23,6 +23,7 @@ from lorakit.persist import load
 from lorakit.serving.batching.decoder import Decoder, Piece
 from lorakit.serving.batching.place import Choice, Prepared
 from lorakit.serving.batching.sampling import Draw, choose
+from lorakit.serving.batching.workers import release_workers
 from lorakit.serving.fair_queue import FairQueue
 from lorakit.serving.requests import (
     LATE,
@@ -93,6 +94,7 @@ class SlotEngine:
             AttachError: a model this engine cannot serve.
         """
         self._decoder = Decoder(model, slots, context, packed)
+        release_workers()
         self._limits = Limits(self._decoder.context, self._decoder.vocabulary, slots, queue)
         self._stops, self._positions = frozenset(stops), positions or slots * self._decoder.context
         self._lock = threading.Condition()
@@ -121,7 +123,10 @@ class SlotEngine:
         with self._lock:
             found = self._adapters.get(digest)
         if found is None:
-            found = self._decoder.prepare(digest, load(folder, checked=True))
+            try:
+                found = self._decoder.prepare(digest, load(folder, checked=True))
+            finally:
+                release_workers()
             with self._lock:
                 found = self._adapters.setdefault(digest, found)
         return Loaded(digest, len(found.pairs), found.bytes)
