@@ -61,6 +61,8 @@ MODELS = {
 }
 NEW = {"s256": 64, "m768": 32}
 VOCABULARY, ROOM, ADAPTERS, RANK = 4096, 512, 16, 8
+PAUSE = 0.5
+"""Seconds between two runs: the threads of the one before look for work for a while, some for 0.2 s."""
 PACKAGES = ("torch", "transformers", "peft")
 
 
@@ -296,6 +298,7 @@ class Side:
         """Return the seconds of one run."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
+        time.sleep(PAUSE)
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         for line in self.process.stdout:

@@ -4,9 +4,9 @@
 
 The plain twin is `each_row`, one row after the other. `rows` has the factors of every row side by side in memory and
 takes two batched products (S-LoRA's padded variant, arXiv 2311.03285, section 5.3; Punica's BGMV gathers instead,
-arXiv 2310.18547); `span` is for neighbouring rows of one adapter, `scattered` for rows of one adapter anywhere. Every
-product is in the factors' dtype, fp32, whatever the base's: a sum in bf16 would lose most of a small update. In memory
-both factors go along their long side, which thin products read fastest.
+arXiv 2310.18547), or one pass of C (compiled.py); `span` is for neighbouring rows of one adapter, `scattered` for rows
+of one adapter anywhere. Every product is in the factors' dtype, fp32, whatever the base's: a sum in bf16 would lose
+most of a small update. In memory both factors go along their long side, which thin products read fastest.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lorakit.kernels import compiled
+
 
 def rows(
     y: Float[Tensor, "*n outputs"],
@@ -25,6 +27,8 @@ def rows(
     up: Float[Tensor, "n r outputs"],
 ) -> None:
     """Add `x_i down_i^T up_i` to each row of `y`, in place; rows without an update have factors of zeros."""
+    if compiled.rows(y, x, down, up):
+        return
     thin = torch.bmm(x.reshape(down.shape[0], 1, -1).to(down.dtype), down.mT)
     each = y.view(up.shape[0], 1, -1)
     if y.dtype == up.dtype:

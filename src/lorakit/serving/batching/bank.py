@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorakit.core.fronts import put_in_front, take_from_front
 from lorakit.core.site import Site
-from lorakit.kernels import prepacked
+from lorakit.kernels import compiled, prepacked
 from lorakit.serving.batching.place import Banked, Choice, Place, Prepared, Route, Span
 
 KINDS = frozenset({"linear", "transposed-linear", "embedding"})
@@ -39,6 +39,8 @@ class Bank:
                 module.__dict__["banked"] = self.places[site.path] = place
                 put_in_front(module, Banked)
         self._count, self._device = rows, next(model.parameters()).device
+        if self._device.type == "cpu":
+            compiled.prepare()
         self._held: list[Prepared] = []
         self._seated: list[Choice | None] = [_STALE] * rows
         self._made, self._rows = (0, False), False

@@ -1,4 +1,4 @@
-"""The OpenMP threads of whoever builds an engine or loads an adapter, which would keep the engine's own from waiting well.
+"""The OpenMP threads of whoever builds an engine or loads an adapter, which would send the engine's own to sleep.
 
 torch gives each thread of Python that computes a pool of OpenMP threads. GNU's OpenMP counts those of all pools: where
 they are more than the processors it takes them for a crowd, and one that waits goes to sleep at once. A decode step has
@@ -8,11 +8,11 @@ a hundred small products and waits after each, so waking up takes longer than th
 from __future__ import annotations
 
 import ctypes
+from contextlib import suppress
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-import torch
+from lorakit.kernels.compiled import openmp
 
 _SOFT = 1  # omp_pause_soft
 
@@ -26,11 +26,8 @@ def release_workers() -> bool:
 @cache
 def _library() -> Any:
     """Return the GNU OpenMP that torch brought, or None where it brought another or none."""
-    for file in sorted(Path(torch.__file__).with_name("lib").glob("libgomp*")):
-        try:
-            library = ctypes.CDLL(str(file))
-        except OSError:
-            continue
-        if hasattr(library, "omp_pause_resource_all"):
-            return library
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL(str(openmp()))
+        assert library.omp_pause_resource_all
+        return library
     return None
