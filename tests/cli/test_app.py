@@ -188,6 +188,11 @@ def test_a_standard_output_that_takes_nothing_is_one_line(arguments: str) -> Non
     assert "Traceback" not in done.stderr
 
 
+def test_a_standard_output_that_is_closed_takes_nothing_and_harms_nothing() -> None:
+    done = subprocess.run(f"{sys.executable} -m lorakit methods >&-", shell=True, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("where", ["lorakit.cli.app", "typer", "atexit"])
 def test_ctrl_c_before_and_after_the_verb_is_one_line_too(where: str, tmp_path: Path) -> None:
     pressed = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"

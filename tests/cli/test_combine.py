@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from lorakit import AdapterSpec, LoRA, attach, use
+from lorakit.core.state import Purpose
 from lorakit.inject.attach import state
 from lorakit.methods.dora import DoRA
 from lorakit.persist import load, save
 from lorakit.training.base import load_base
 from tests.cli.conftest import answer, invoke
+from tests.training import samples
 
 IDS = torch.arange(12)[None]
 
@@ -140,6 +143,24 @@ def test_bases_of_other_names_are_one_where_the_user_says_so(
     pair = (tmp_path / "0", tmp_path / "1")
     assert "if they are, name it with --base" in invoke("combine", *pair, "--output", tmp_path / "sum").stderr
     assert answer("combine", *pair, "--base", base, "--output", tmp_path / "sum")["error"] < 1e-6
+
+
+def test_the_random_head_of_a_base_without_one_is_no_base_s_own_value(tmp_path: Path) -> None:
+    encoder = str(samples.save_encoder(tmp_path / "bert"))
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = load_base(encoder, task="classification", labels=("a", "b"))[0]
+        attach(model, AdapterSpec(LoRA(2, 4.0), train=("classifier",)))
+        made = state(model)
+        save(replace(made, purpose=Purpose("classification", "classification", None, ("a", "b"))), tmp_path / f"{seed}")
+    pair = (tmp_path / "0", tmp_path / "1")
+    refused = invoke("combine", *pair, "--output", tmp_path / "sum")
+    assert refused.exit_code == 2, refused.stdout
+    assert "only a mean is defined" in refused.stderr
+    mean = answer("combine", *pair, "--weights", "0.5,0.5", "--output", tmp_path / "mean")
+    assert mean["weights"] == [0.5, 0.5]
+    heads = [load(place).trained["classifier.weight"] for place in (*pair, tmp_path / "mean")]
+    torch.testing.assert_close(heads[2], (heads[0] + heads[1]) / 2)
 
 
 def test_errors_speak_of_options(base: Path, tmp_path: Path) -> None:

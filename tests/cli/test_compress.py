@@ -22,6 +22,7 @@ from lorakit.methods.ia3 import IA3
 from lorakit.persist import load, save
 from lorakit.training.base import load_base
 from tests.cli.conftest import answer, invoke
+from tests.training import samples
 
 
 def test_a_budget_is_kept_and_its_error_is_the_library_s(run: Path, tmp_path: Path) -> None:
@@ -126,6 +127,28 @@ def test_another_base_is_refused_by_its_weights_and_by_its_shapes(base: Path, tm
         assert "gate_proj" in refused.stderr
         assert "48" in refused.stderr, "what the adapter is for"
     assert not (tmp_path / "none").exists()
+
+
+def test_an_adapter_gets_no_name_of_a_base_it_was_not_trained_on(run: Path, base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "other")
+    model = load_base(str(base))[0]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.neg_()
+    model.save_pretrained(tmp_path / "other")
+    shutil.copytree(samples.save_encoder(tmp_path / "bert"), tmp_path / "encoder")
+    for place, why in (
+        ("other", f"another base ({base}) than this model ({tmp_path / 'other'})"),
+        ("encoder", "none of"),
+    ):
+        for verb in (["compress", run, "--rank", 2], ["combine", run, run]):
+            refused = invoke(*verb, "--base", tmp_path / place, "--output", tmp_path / "none")
+            assert refused.exit_code == 2, refused.stdout
+            assert why in refused.stderr
+    assert not (tmp_path / "none").exists()
+    shutil.copytree(base, tmp_path / "moved")
+    answer("compress", run, "--rank", 2, "--base", tmp_path / "moved", "--output", tmp_path / "small")
+    assert load(tmp_path / "small").base.name == str(tmp_path / "moved")
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8", "fp8"])

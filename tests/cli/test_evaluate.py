@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import yaml
+from safetensors.torch import load_file, save_file
 
 from lorakit.training.run import Run
 from tests.cli.conftest import answer, invoke
@@ -53,6 +54,29 @@ def test_without_data_it_asks_for_some(base: Path) -> None:
     result = invoke("evaluate", base)
     assert result.exit_code == 2
     assert result.stderr == f"error: {base} names no validation data; give some with --data FILE\n"
+
+
+def test_logits_that_are_nan_are_no_score(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "adapter", tmp_path / "huge")
+    (tmp_path / "huge" / "lorakit.json").unlink()
+    file = tmp_path / "huge" / "adapter_model.safetensors"
+    save_file({name: tensor * 1e30 for name, tensor in load_file(file).items()}, file)
+    valid = run.parent / "valid.jsonl"
+    for verb in (["evaluate", tmp_path / "huge", "--no-compare"],
+                 ["compress", tmp_path / "huge", "--within", 0.01, "--output", tmp_path / "small"]):  # fmt: skip
+        refused = invoke(*verb, "--data", valid)
+        assert refused.exit_code == 2, refused.stdout
+        assert "the model's logits are NaN" in refused.stderr
+
+
+def test_a_base_that_moved_is_asked_for(run: Path, base: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "adapter", tmp_path / "mine")
+    config = tmp_path / "mine" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(base), str(tmp_path / "gone")))
+    (tmp_path / "mine" / "lorakit.json").unlink()
+    refused = invoke("evaluate", tmp_path / "mine", "--data", run.parent / "valid.jsonl")
+    assert refused.exit_code == 2
+    assert refused.stderr.endswith("the adapter has this name of its base; name where it is with --base\n")
 
 
 def test_a_classifier_is_scored_by_class(tmp_path: Path) -> None:

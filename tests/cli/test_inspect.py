@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from lorakit.core.spec import AdapterSpec
+from lorakit.core.spec import AdapterSpec, Targets
 from lorakit.inject.attach import attach, state
 from lorakit.methods.dora import DoRA
 from lorakit.methods.lora import LoRA
@@ -18,6 +19,8 @@ from lorakit.persist import load, save
 from lorakit.spectral.spectrum import spectrum
 from lorakit.training.base import load_base
 from tests.cli.conftest import answer, invoke
+from tests.data.samples import tokenizer
+from tests.training import samples
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "adapters" / "roberta_base_lora_mnli.bin"
 
@@ -45,6 +48,35 @@ def test_the_object_holds_the_library_s_numbers(run: Path, base: Path) -> None:
         assert module["intruders"] >= 0
     weight = load_base(str(base))[0].get_submodule(said["modules"][0]["key"]).weight
     assert said["modules"][0]["weight_norm"] == pytest.approx(float(weight.detach().float().norm()), rel=1e-5)
+
+
+def test_that_there_are_no_intruders_is_said_and_commands_are_quoted(run: Path, base: Path, tmp_path: Path) -> None:
+    place = tmp_path / "a b"
+    shutil.copytree(run, place)
+    said = invoke("inspect", place, "--base", base, "--energy", 0.5).stdout
+    assert f"lorakit compress '{place}' --energy 0.5 --output DIR" in said
+    assert "intruder" not in said
+    model = load_base(str(base))[0]
+    with torch.no_grad():
+        for parameter in attach(model, AdapterSpec(LoRA(2, 4.0))).parameters():
+            parameter.mul_(1e-3).add_(1e-6)
+    save(state(model), tmp_path / "small")
+    said = invoke("inspect", tmp_path / "small", "--base", base, "--intruders").stdout
+    assert "no intruder dimension in 14 weights" in said
+
+
+def test_a_tied_head_is_beside_the_embeddings_weight(tmp_path: Path) -> None:
+    config = samples.CONFIGS["llama"]()
+    config.tie_word_embeddings = True
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    tied = load_base(str(tmp_path / "base"))[0]
+    attach(tied, AdapterSpec(LoRA(2, 4.0), Targets(["q_proj", "lm_head"])))
+    save(state(tied), tmp_path / "adapter")
+    found = answer("inspect", tmp_path / "adapter", "--base", tmp_path / "base")["modules"]
+    norm = float(model.get_input_embeddings().weight.detach().norm())
+    assert {m["key"]: m["weight_norm"] for m in found}["lm_head"] == pytest.approx(norm, rel=1e-5)
 
 
 def test_a_page_is_written_and_nothing_else_overwritten(run: Path, tmp_path: Path) -> None:

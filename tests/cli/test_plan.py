@@ -176,11 +176,39 @@ def test_experts_are_counted_and_pointed_out(tmp_path: Path) -> None:
 
 
 def test_several_devices_share_a_step_and_zero3_is_for_other_tools() -> None:
-    said = invoke("plan", "--shape", "gpt2", "--device", "T4", "--gpus", "2").stdout
+    said = invoke("plan", "--shape", "gpt2", "--device", "T4", "--gpus", "2", "--strategy", "fsdp").stdout
     assert "on each of 2 devices under fsdp: T4 " in said
     assert "for other tools" not in said
+    for recipe, asked, planned in (("ddp", (), "ddp"), ("fsdp", (), "fsdp"), ("hybrid", (), "hybrid"),
+                                   ("fsdp", ("--strategy", "hybrid"), "hybrid")):  # fmt: skip
+        asked = ("--gpus", "2", "--set", f"train.parallel={recipe}", *asked)
+        assert f"2 x, {planned}: T4" in invoke("plan", "--shape", "gpt2", "--device", "T4", *asked).stdout
+    alone = invoke("plan", "--shape", "gpt2", "--device", "T4", "--gpus", "2").stdout
+    assert "ddp leaves the whole base on each device; fsdp divides it (--strategy fsdp" in alone
     assert "for other tools" in invoke("plan", "--shape", "gpt2", "--gpus", "2", "--strategy", "zero3").stdout
     assert "say how many with --gpus" in invoke("plan", "--shape", "gpt2", "--strategy", "ddp").stderr
+
+
+def test_a_step_that_the_devices_cannot_share_is_refused_as_training_does(base: Path, tmp_path: Path) -> None:
+    refused = invoke("plan", write_recipe(tmp_path, base), "--gpus", "3")
+    assert refused.exit_code == 2
+    assert "which 3 processes cannot share evenly" in refused.stderr
+
+
+def test_prices_without_a_time_say_what_is_missing(base: Path, tmp_path: Path) -> None:
+    bare = invoke("plan", "--shape", "gpt2", "--watts", "300").stdout
+    assert (
+        "no energy and no price: they follow from the time, which asks for rows to train on (data.train) and a" in bare
+    )
+    recipe = write_recipe(tmp_path, base)
+    assert "which asks for a device of known speed (--device, or" in invoke("plan", recipe, "--watts", "300").stdout
+    for asked, why in (
+        (("--price-per-kwh", "3"), "needs the watts of a device"),
+        (("--watts", "inf"), "give a finite"),
+    ):
+        refused = invoke("plan", recipe, *asked)
+        assert (refused.exit_code, why in refused.stderr) == (2, True), refused.stderr
+    assert invoke("plan", "--shape", "gpt2", "--device", "0 GB").exit_code == 2
 
 
 def test_modules_and_reasons_are_listed_on_demand(base: Path, tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ def test_given_names_fix_the_order() -> None:
     assert prepared.dataset["labels"][:] == [0, 1, 0]
     assert prepared.labels == ("good", "bad", "unseen")
     assert prepared.report.lines()[-1] == "no row has the label 'unseen'"
-    assert not prepare_classification(ROWS, TOK, max_length=9).report.absent_labels
+    assert prepared.report.lines()[-2] == "3 classes, rows of each: 'good' 2, 'bad' 1"
+    assert prepare_classification(ROWS, TOK, max_length=9).report.label_rows == {"bad": 1, "good": 2}
 
 
 def test_numbers_are_sorted_as_numbers_and_index_given_names() -> None:
@@ -83,6 +84,47 @@ def test_long_texts_can_be_dropped_or_refused() -> None:
 def test_an_unknown_label_is_named_with_its_row_and_the_nearest() -> None:
     with pytest.raises(DataError, match=r"row 1: unknown label 'good'; did you mean 'goods'\?"):
         prepare_classification(ROWS, TOK, max_length=9, labels=["bad", "goods"])
+
+
+def test_a_number_is_no_index_where_classes_are_numbers() -> None:
+    rows = [{"text": "a", "label": n} for n in (1, 0)]
+    with pytest.raises(DataError, match=r"the labels are '1', '2':\n  - row 2: unknown label 0"):
+        prepare_classification(rows, TOK, max_length=9, labels=["1", "2"])
+
+
+def test_classes_that_are_one_written_in_two_ways_are_refused() -> None:
+    rows = [{"text": "a", "label": name} for name in ("neg", "pos", "Pos", "neg ")]
+    with pytest.raises(
+        DataError, match="differ in case or blanks alone: 'Pos' and 'pos', 'neg' and 'neg '; write each"
+    ):
+        prepare_classification(rows, TOK, max_length=9)
+    named = prepare_classification(rows, TOK, max_length=9, labels=["neg", "pos", "Pos", "neg "])
+    assert named.dataset["labels"][:] == [0, 1, 2, 3]
+    with pytest.raises(DataError, match="data.labels names 'neg' more than once"):
+        prepare_classification(rows, TOK, max_length=9, labels=["neg", "pos", "neg"])
+
+
+def test_blank_labels_and_rows_without_a_token_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("text,label\na,1\nb,0\nc,\n")
+    with pytest.raises(DataError, match=r"rows.csv line 4: field 'label' is empty"):
+        prepare_classification(file, TOK, max_length=9)
+    rows = [{"text": "a", "label": 0}, {"text": "", "label": 1}]
+    with pytest.raises(DataError, match="row 2: has no token"):
+        prepare_classification(rows, tokenizer(), max_length=9)
+    assert len(prepare_classification(rows, TOK, max_length=9).dataset) == 2, "it adds its own"
+
+
+def test_of_numbers_beside_nan_that_one_alone_is_wrong(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a", "label": 1}\n{"text": "b", "label": NaN}\n{"text": "c", "label": 0}\n')
+    with pytest.raises(DataError) as told:
+        prepare_classification(file, TOK, max_length=9)
+    assert str(told.value).splitlines()[1:] == [
+        f"  - {file} line 2: field 'label' is nan, expected a string or an integer"
+    ]
+    whole = [{"text": "a", "label": 1.0}, {"text": "b", "label": 0.0}]
+    assert prepare_classification(whole, TOK, max_length=9).labels == ("0", "1")
 
 
 def test_a_missing_label_is_named_with_its_row() -> None:

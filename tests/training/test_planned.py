@@ -31,7 +31,7 @@ from tests.slow import others_slow, slow
 from tests.training.samples import recipe_of, tokenizer
 
 
-def of_shape(name: str, *devices: str, count: int = 1, strategy: str = "single", **values: Any) -> PlannedRun:
+def of_shape(name: str, *devices: str, count: int = 1, strategy: str | None = None, **values: Any) -> PlannedRun:
     recipe = make_recipe({"model": name, "train": {"dtype": "bf16", "batch_size": 1}, **values})
     model = on_meta(config_of(shape(name)), "causal-lm")
     return plan(recipe, Where(devices, count, strategy), model=model)
@@ -39,7 +39,7 @@ def of_shape(name: str, *devices: str, count: int = 1, strategy: str = "single",
 
 def test_a_hybrid_is_planned_as_one_machine_and_says_so() -> None:
     names = {"train": {"parallel": "hybrid", "dtype": "bf16", "batch_size": 1}}
-    (told,) = [one for one in of_shape("gpt2", "A10", count=8, strategy="fsdp", **names).warnings if "hybrid" in one]
+    (told,) = [one for one in of_shape("gpt2", "A10", count=8, **names).warnings if "hybrid" in one]
     assert told.endswith("this is the plan of one with 8 devices; of machines with fewer, plan with that many (--gpus)")
     assert not [one for one in of_shape("gpt2", "A10", count=8, strategy="fsdp").warnings if "hybrid" in one]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 
 def main() -> None:
@@ -15,6 +15,7 @@ def main() -> None:
     sleeping at once starves us (two quiet cores: 3,030 tokens/s spinning long, 2,990 so, 1,930 sleeping at once).
     """
     try:
+        sys.stdout, sys.stderr = sys.stdout or _nowhere(), sys.stderr or _nowhere()
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read once, when torch is loaded
         from lorakit.cli.app import app
         from lorakit.cli.screen import quiet_libraries
@@ -31,6 +32,11 @@ def main() -> None:
     finally:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, _stop)  # what is left is the interpreter's own end, which would complain
+
+
+def _nowhere() -> TextIO:
+    """Return what takes words and drops them, in place of a closed stream (`>&-`), whose number a file would get."""
+    return open(os.devnull, "w", encoding="utf-8")
 
 
 def _stop(*_: Any) -> None:

@@ -125,7 +125,10 @@ def _numbers(text: str) -> list[float]:
 def _weights(
     sources: Sequence[str], base: str | None, states: Sequence[AdapterState], shares: Sequence[float], averages: bool
 ) -> Mapping[str, Tensor]:
-    """Return what the sum asks of the base: weights under a change that leans on them, tensors trained whole."""
+    """Return what the sum asks of the base: weights under a change that leans on them, tensors trained whole.
+
+    A head that the base's files have no values for is left out: the one it was given here is random.
+    """
     from lorakit.combining.trained import leans_on_base
     from lorakit.core.method import Static
     from lorakit.core.state import check_tensors, leans_on_weights
@@ -138,11 +141,16 @@ def _weights(
     bases = {named_base(source, state) for source, state in zip(sources, states, strict=True)}
     if len(bases) > 1:
         raise CombineError(f"the adapters name several bases, {', '.join(sorted(bases))}; if they are one, give --base")
-    model, _ = find(sources[0], base).load_base()
+    loaded, _ = find(sources[0], base).load()
+    model = loaded.model
     for state in states:
         check_tensors(fitted(state, sites(model)))
         check_base(state.base, base_of(model))
-    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    values = {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if name.rpartition(".")[0] not in loaded.fresh
+    }
     for update in (update for state in states for update in state.updates if isinstance(update.method, Static)):
         values[update.site.key] = weight_at(model.get_submodule(update.site.path), update.site)
     return values

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +10,7 @@ import typer
 
 from lorakit.cli.pages import refuse_to_overwrite, write_page
 from lorakit.cli.screen import Screen, screen, table
-from lorakit.cli.sources import ALPHA_HELP, ENABLED_HELP, adapter_in, switches, weights_under, with_widths
+from lorakit.cli.sources import ALPHA_HELP, ENABLED_HELP, adapter_in, on_base, switches, weights_under, with_widths
 from lorakit.errors import AdapterFileError, RecipeError, SpecError
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def inspect(
             raise RecipeError(f"--energy is a share above 0 and up to 1, not {energy:g}; 0.9 is the usual")
         state, other = _adapters(source, against, alpha, enabled)
         if base is not None:
-            state = with_widths(replace(state, base=replace(state.base, name=base)))
+            state = with_widths(on_base(state, base))
         more = {"--against": against, "--alpha": alpha, "--enabled": enabled}
         given = [str(word) for option in more.items() if option[1] is not None for word in option]
         again = shlex.join(["lorakit", "inspect", source, "--base", state.base.name or "BASE", *given])

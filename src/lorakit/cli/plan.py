@@ -34,7 +34,9 @@ def plan(
         list[str] | None, typer.Option("--device", help='"A100 80GB", "24 GB", ...; may be repeated.')
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="How many of the device share the work.")] = 1,
-    strategy: Annotated[str | None, typer.Option(help="ddp, fsdp or zero3; fsdp for several devices.")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="ddp, fsdp, hybrid or zero3; as train.parallel says if left out.")
+    ] = None,
     watts: Annotated[float | None, typer.Option(min=0, help="Of one device at work, for the energy.")] = None,
     price_per_kwh: Annotated[float | None, typer.Option(min=0, help="Of energy, in your currency.")] = None,
     price_per_hour: Annotated[float | None, typer.Option(min=0, help="Of one device, in your currency.")] = None,
@@ -56,8 +58,7 @@ def plan(
             refuse_to_overwrite(Path(html))
         if strategy not in (None, "single") and gpus == 1:
             raise RecipeError(f"--strategy {strategy} divides the work among several devices; say how many with --gpus")
-        shared = strategy or ("single" if gpus == 1 else "fsdp")
-        where = Where(tuple(device or ()), gpus, shared, watts, price_per_kwh, price_per_hour)
+        where = Where(tuple(device or ()), gpus, strategy, watts, price_per_kwh, price_per_hour)
         recipe, model = _subject(source, shape, set or [])
         found = planned(recipe, where, model=model)
         if calibrate:
@@ -153,7 +154,7 @@ def _show(out: Screen, found: PlannedRun, values: dict[str, Any], modules: bool,
         needs = ", ".join(f"{fit.device} {size(fit.needed)}" for fit in found.fits[:3])
         out.say(f"on each of {found.where.count} devices under {found.where.strategy}: {needs}")
         if found.where.strategy == "zero3":
-            out.say("that is a forecast for other tools: lorakit itself trains with ddp and fsdp")
+            out.say("that is a forecast for other tools: lorakit itself trains with ddp, fsdp and hybrid")
     out.say("")
     _say_fits(out, found, values)
     packed = ", packed" if load.packed else ", not packed" if found.why else ""

@@ -240,6 +240,9 @@ def _conclude(result: dict[str, Any], task: Task, before: Score, after: Score, o
     out.say("")
     adapter, base = result["adapter_bytes"], result["base_bytes"]
     folder = Path(result["merged_dir"]).parent
+    named, recipe, strangers = (
+        shlex.quote(str(place)) for place in (folder, folder / "recipe.yaml", folder / "data/strangers.jsonl")
+    )
     out.say(
         f"trained {result['trainable_parameters']:,} parameters in {duration(result['train_seconds'])}",
         f"adapter {size(adapter)} in {result['adapter_dir']}, base {size(base)}: {adapter / base:.0%}",
@@ -247,9 +250,9 @@ def _conclude(result: dict[str, Any], task: Task, before: Score, after: Score, o
         f"the logits differ by at most {result['merge_max_abs_diff']:.1e}",
         "",
         "next:",
-        f"  lorakit generate {folder} --prompt 'hero: Zora | kind: crow | loves: old books | tale:'",
-        f"  lorakit evaluate {folder} --data {folder}/data/strangers.jsonl",
-        f"  lorakit train {folder}/recipe.yaml --set adapter.rank=4 --output runs/rank-4",
+        f"  lorakit generate {named} --prompt 'hero: Zora | kind: crow | loves: old books | tale:'",
+        f"  lorakit evaluate {named} --data {strangers}",
+        f"  lorakit train {recipe} --set adapter.rank=4 --output runs/rank-4",
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorakit.errors import AdapterFileError, LorakitError, RecipeError
+from lorakit.errors import AdapterFileError, LorakitError, RecipeError, few
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lorakit.core.state import AdapterState, Purpose
+    from lorakit.training.base import Loaded
     from lorakit.training.dense_weights import DenseWeights
     from lorakit.training.recipe import DataSection, Recipe
 
@@ -57,18 +58,32 @@ class Source:
 
     def load_base(self, dtype: str = "auto", *, packed: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Return the bare base, for the task of the recipe, and its tokenizer; in 4 bits if its run had it so."""
-        from lorakit.training.base import load_base, task_of
+        loaded, tokenizer = self.load(dtype, packed=packed)
+        return loaded.model, tokenizer
+
+    def load(self, dtype: str = "auto", *, packed: bool = True) -> tuple[Loaded, PreTrainedTokenizerBase]:
+        """Return as `load_base` does, with what its files have no values for: the head of a classifier."""
+        from lorakit.training.base import AbsentBaseError, load_model, load_tokenizer, packing_of, task_of
 
         train = self.recipe.train if self.recipe is not None else None
-        wanted = train.dtype if train is not None and dtype == "auto" else dtype
-        return load_base(
+        try:
+            tokenizer = load_tokenizer(self.base)
+        except AbsentBaseError as absent:
+            if self.state is None:
+                raise
+            raise LorakitError(
+                f"{absent}\nthe adapter has this name of its base; name where it is with --base"
+            ) from absent
+        loaded = load_model(
             self.base,
+            tokenizer,
             task=task_of(self.labels),
             labels=self.labels,
-            dtype=wanted,
+            dtype=train.dtype if train is not None and dtype == "auto" else dtype,
             device=train.device if train is not None else "auto",
-            quant=self.recipe.quant if self.recipe is not None and packed else None,
+            packing=packing_of(self.recipe.quant if self.recipe is not None and packed else None),
         )
+        return loaded, tokenizer
 
 
 def find(given: str, base: str | None = None) -> Source:
@@ -112,9 +127,32 @@ def load_adapter(given: str, base: str | None = None) -> AdapterState:
         AdapterFileError: a base, a file of loralib, an adapter that cannot be read, or one for another base.
     """
     state = _read(given)
-    if base is not None:  # its weights tell still whether it is the one
-        state = replace(state, base=replace(state.base, name=base))
-    return with_widths(state)
+    return with_widths(state if base is None else on_base(state, base))
+
+
+def on_base(state: AdapterState, base: str) -> AdapterState:
+    """Return an adapter that names its base anew; packed weights alone cannot tell whether it is the one.
+
+    Raises:
+        RecipeError: weights of other shapes than the adapter's.
+        AdapterFileError: weights other than the adapter remembers, or none of its layers.
+    """
+    if state.base.probes:
+        from lorakit.training.base import build_empty, task_of
+        from lorakit.training.quantised import holds_packed
+        from lorakit.training.stored_tensors import StoredTensors
+
+        model = build_empty(base, task=task_of(state.labels), labels=state.labels)
+        if not holds_packed(model.config):
+            stored = StoredTensors(base, model, reader="--base", remedy="name the one in 16 bits")
+            known = tuple(u for u in state.updates if stored.known_as(f"{u.site.path}.weight") is not None)
+            if state.updates and not known:
+                raise AdapterFileError(
+                    f"the adapter was trained on another base ({state.base.name or 'unnamed'}) than {base}, which has "
+                    f"none of its layers ({few([update.site.key for update in state.updates])})"
+                )
+            weights_under(replace(state, updates=known), base, "--base")
+    return replace(state, base=replace(state.base, name=base))
 
 
 def with_widths(state: AdapterState) -> AdapterState:
@@ -168,6 +206,7 @@ def weights_under(state: AdapterState, base: str, reader: str) -> DenseWeights:
         state.labels,
         reader=reader,
         remedy="name the base it was made of with --base",
+        tied=True,
     )
     check_base(state.base, found.probed(state.base.probes))
     return found

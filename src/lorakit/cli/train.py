@@ -126,6 +126,7 @@ def _summary(run: Run, recipe: Recipe, out: Screen) -> None:
     losses = f"training loss {run.train_loss:.4f}"
     if run.validation_loss is not None:
         losses += f", validation loss {run.validation_loss:.4f} (best, at step {run.best_step})"
+    folder, merged = shlex.quote(str(run.output)), shlex.quote(f"{run.output}/merged")
     out.say(
         f"{run.steps:,} {'step' if run.steps == 1 else 'steps'} in {duration(run.seconds)}: {losses}",
         f"{run.tokens_per_second:,.0f} tokens/s in its steps, "
@@ -133,13 +134,13 @@ def _summary(run: Run, recipe: Recipe, out: Screen) -> None:
         f"the adapter is in {run.adapter_dir} ({run.trainable_parameters:,} parameters trained)",
         "",
         "next:",
-        f"  lorakit evaluate {run.output}" + ("" if run.validation_loss is not None else " --data FILE"),
+        f"  lorakit evaluate {folder}" + ("" if run.validation_loss is not None else " --data FILE"),
     )
     if run.task == "causal-lm":
-        out.say(f'  lorakit generate {run.output} --prompt "..."')
+        out.say(f'  lorakit generate {folder} --prompt "..."')
     from lorakit.cli.merge import flags_for
     from lorakit.core.method import Static
 
     method = recipe.adapter.build_method()
     if method is None or isinstance(method, Static):
-        out.say(" ".join([f"  lorakit merge {run.output}", *flags_for(recipe), f"--output {run.output}/merged"]))
+        out.say(" ".join([f"  lorakit merge {folder}", *flags_for(recipe), f"--output {merged}"]))

@@ -5,6 +5,7 @@ Here a long text is cut by default, for its label stays true and an evaluation s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,19 +36,27 @@ def prepare_classification(
     """Turn rows of `text`, optional `text_pair` and `label` into `input_ids` and a class number in `labels`.
 
     `labels` are the class names in the order of their numbers; without them they are the dataset's own class names,
-    or the values found, sorted. Hand `Prepared.labels` on to validation data. A label may be a name or a number.
+    or the values found, sorted. Hand `Prepared.labels` on to validation data. A label is a name, or the number of one
+    where no name is itself a number.
     `limit` tells whoever has too long rows what sets their length and what to do, where that is not `max_length`.
 
-    Raises `DataError` for malformed rows, unknown labels, a single class, or ids the model does not know.
+    Raises `DataError` for malformed rows, unknown or blank labels, found ones that are alike but for case and blanks, a
+    single class, or ids the model does not know.
     """
     source, rows, where = load(source_or_rows, split)
     form = named("classification", rows)
     check(rows, form, where)
     values = _label_values(rows)
+    if blank := {i: "field 'label' is empty" for i, v in enumerate(values) if isinstance(v, str) and not v.strip()}:
+        raise DataError(f"rows without a label:\n{at_rows(blank, where)}")
     names = tuple(labels) if labels is not None else _label_names(rows, values)
     classes = _numbers(values, names, where)
     columns, lengths = _encode(rows, tokenizer, max_length, cut=overlong == "cut", where=where)
     limit = limit or f"max_length is {max_length}: raise it"
+    if nothing := {
+        i: "has no token, so there is nothing to classify; remove it" for i, n in enumerate(lengths) if not n
+    }:
+        raise DataError(f"rows that cannot be prepared:\n{at_rows(nothing, where)}")
     long = {i: f"has {n} tokens; {limit}" for i, n in enumerate(lengths) if n > max_length}
     if long and overlong == "error":
         raise DataError(f"rows that cannot be prepared:\n{at_rows(long, where)}")
@@ -60,7 +69,7 @@ def prepare_classification(
     special = SpecialCount(tokenizer)
     for row in rows.select_columns([name for name in ("text", "text_pair") if name in rows.column_names]):
         special.look(row)
-    ids, seen = columns["input_ids"], set(columns["labels"])
+    ids, counts = columns["input_ids"], Counter(columns["labels"])
     check_vocabulary(max(max(row, default=0) for row in ids), tokenizer, vocab_size)
     tokens = sum(map(len, ids))
     report = DataReport(
@@ -78,7 +87,7 @@ def prepare_classification(
         duplicates=len(kept) - len({tuple(row) for row in ids}),
         special_tokens=special.rows,
         special_names=special.names,
-        absent_labels=few([repr(name) for number, name in enumerate(names) if number not in seen], 10),
+        label_rows={name: counts[number] for number, name in enumerate(names)},
     )
     return Prepared(need("datasets", "train").Dataset.from_dict(columns), report, names)
 
@@ -101,9 +110,10 @@ def _encode(
 
 
 def _label_values(rows: Dataset) -> list[str | int]:
-    """The labels as written, or their names where the dataset knows them."""
+    """The labels as written, or their names where the dataset knows them; 1.0 is 1."""
     names = getattr(rows.features["label"], "names", ())
-    return [names[v] if isinstance(v, int) and 0 <= v < len(names) else v for v in rows["label"]]
+    values = [int(v) if isinstance(v, float) else v for v in rows["label"]]
+    return [names[v] if isinstance(v, int) and 0 <= v < len(names) else v for v in values]
 
 
 def _label_names(rows: Dataset, values: Sequence[str | int]) -> tuple[str, ...]:
@@ -111,15 +121,27 @@ def _label_names(rows: Dataset, values: Sequence[str | int]) -> tuple[str, ...]:
     found = {str(value) for value in values}
     numeric = all(name.lstrip("-").isdigit() for name in found)
     names = tuple(own or sorted(found, key=int if numeric else str))
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(name.strip().casefold(), []).append(name)
+    if own is None and (twins := [" and ".join(map(repr, group)) for group in alike.values() if len(group) > 1]):
+        raise DataError(
+            f"labels that differ in case or blanks alone: {few(twins)}; write each class in one way, or name all of "
+            "them with data.labels if they are meant so"
+        )
     if len(names) < 2:
         raise DataError(f"every row has the label {names[0]!r}; a classifier needs two classes or more")
     return names
 
 
 def _numbers(values: Sequence[str | int], names: Sequence[str], where: Where) -> list[int]:
-    """Look each label up by name; a number that is no name counts into `names`."""
+    """Look each label up by name; a number counts into `names` where none of them is a number."""
     number = {name: i for i, name in enumerate(names)}
-    found = [number.get(str(v), v if isinstance(v, int) and 0 <= v < len(names) else None) for v in values]
+    if len(number) < len(names):
+        twice = [repr(name) for name, times in Counter(names).items() if times > 1]
+        raise DataError(f"data.labels names {few(twice)} more than once; a class has one name")
+    counted = len(names) if not any(name.lstrip("-").isdigit() for name in names) else 0
+    found = [number.get(str(v), v if isinstance(v, int) and 0 <= v < counted else None) for v in values]
     unknown = {
         i: f"unknown label {values[i]!r}{did_you_mean(str(values[i]), names)}" for i, n in enumerate(found) if n is None
     }

@@ -80,7 +80,15 @@ def _turns(who: str, what: str, speakers: Mapping[str, str] | None = None) -> Va
     return Value(says, complaint)
 
 
+def _label(value: Any) -> str | None:
+    """Say what is wrong with a label; among a column's NaN its integers are floats."""
+    if isinstance(value, str | int) or (isinstance(value, float) and value.is_integer()):
+        return None
+    return f"is {value if isinstance(value, float) else kind_of(value)}, expected a string or an integer"
+
+
 _STRING = _of_type("a string", str)
+_LABEL = Value("a string or an integer", _label)
 
 FORMATS = {
     form.name: form
@@ -91,7 +99,7 @@ FORMATS = {
         Format("alpaca", {"instruction": _STRING, "output": _STRING}, {"input": _STRING},
                asks=("instruction", "input"), answer="output"),
         Format("sharegpt", {"conversations": _turns("from", "value", SPEAKERS)}),
-        Format("classification", {"text": _STRING, "label": _of_type("a string or an integer", str, int)},
+        Format("classification", {"text": _STRING, "label": _LABEL},
                {"text_pair": _STRING}),
     )
 }  # fmt: skip

@@ -8,7 +8,7 @@ cache behind.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -69,7 +69,10 @@ def prepare(
     limit = limit or f"max_length is {max_length}: raise it"
     encoder = _Encoder(tokenizer, form, seam(rows, form, separator), loss, max_length, limit, overlong,
                        SpecialCount(tokenizer))  # fmt: skip
-    dataset = encoder.map(rows)
+    try:
+        dataset = encoder.map(rows, opening(tokenizer, form))
+    except DataError as fault:
+        raise DataError(f"{source}: {fault}") from fault
     encoder.raise_faults(where, vocab_size)
     report = encoder.report(source, len(rows))
     if packing is None:
@@ -98,11 +101,10 @@ class _Encoder:
     seen: set[int] = field(default_factory=set)
     empty = kept = dropped = cut = split = tokens = trained = lost = longest = duplicates = highest = 0
 
-    def map(self, rows: Dataset) -> Dataset:
-        """Return the rows' tokens as a new in-memory dataset."""
+    def map(self, rows: Dataset, start: Sequence[int]) -> Dataset:
+        """Return the rows' tokens, each after those of `start`, as a new in-memory dataset."""
         datasets = need("datasets", "train")
         ids = datasets.Sequence(datasets.Value("int32"))
-        start = opening(self.tokenizer, self.form)
         own = [name for name in rows.column_names if name in {**self.form.needs, **self.form.may}]
 
         def batch(columns: Mapping[str, list[Any]], numbers: list[int]) -> dict[str, list[list[int]]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from lorakit.errors import DataError
+from lorakit.errors import DataError, few
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,9 +20,9 @@ class DataReport:
     `rows` were read and `kept` are left; `tokens` and `trained_tokens` (those that carry loss; for classification one
     a row) count what is left, `tokens_lost` what was dropped or cut off; `longest` is the longest row before that.
     `empty_completions` rows teach only to stop; `special_tokens` rows have text that is read as special tokens, a few
-    of which are in `special_names`; `absent_labels` names classes that no row has. `packs`, their `row_length` in
-    tokens and `packing_efficiency` (tokens over room) are None without packing; `tokens_shared` are those of prompts
-    that another example of the same row brings.
+    of which are in `special_names`; `label_rows` counts the rows of each class that are left. `packs`, their
+    `row_length` in tokens and `packing_efficiency` (tokens over room) are None without packing; `tokens_shared` are
+    those of prompts that another example of the same row brings.
     """
 
     source: str
@@ -41,7 +42,7 @@ class DataReport:
     special_tokens: int = 0
     special_names: str = ""
     separator_used: str = ""
-    absent_labels: str = ""
+    label_rows: Mapping[str, int] = field(default_factory=dict)
     packs: int | None = None
     row_length: int | None = None
     packing_efficiency: float | None = None
@@ -80,8 +81,12 @@ class DataReport:
             )
         if self.separator_used:
             lines.append(f"prompt and completion are joined by {self.separator_used!r}")
-        if self.absent_labels:
-            lines.append(f"no row has the label {self.absent_labels}")
+        if self.label_rows:
+            most_first = sorted(self.label_rows.items(), key=lambda one: -one[1])
+            told = few([f"{name!r} {rows:,}" for name, rows in most_first if rows], 10)
+            lines.append(f"{len(self.label_rows):,} classes, rows of each: {told}")
+        if absent := [repr(name) for name, rows in self.label_rows.items() if not rows]:
+            lines.append(f"no row has the label {few(absent, 10)}")
         if self.packs is not None:
             lines.append(f"packed into {self.packs:,} rows of {self.row_length:,}, {self.packing_efficiency:.1%} full")
         if self.tokens_shared:

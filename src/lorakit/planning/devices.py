@@ -103,7 +103,7 @@ def device(name: str) -> Device:
     Raises:
         DeviceError: a name that fits no device, or more than one.
     """
-    if amount := _AMOUNT.fullmatch(name.strip()):
+    if (amount := _AMOUNT.fullmatch(name.strip())) and float(amount[1]):
         return Device(name.strip(), int(float(amount[1]) * (GB if amount[2] == "GB" else GIB)))
     asked = _words(name) - _NOISE
     found = [row for row in DEVICES if asked and asked <= _words(row.name) | row.also]

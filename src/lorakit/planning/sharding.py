@@ -3,9 +3,10 @@
     single   one device holds everything
     ddp      each device holds everything, and the buckets its gradients travel in
     fsdp     the frozen weights of the blocks are divided, a block is gathered when it is its turn; the rest as in ddp
+    hybrid   fsdp within a machine, ddp among machines: of one machine, what fsdp is
     zero3    all four parts are divided; what was gathered may stay until a number of parameters is reached
 
-lorakit trains with the first three (`train.parallel`); zero3 is what DeepSpeed does, and with `resident=0` what FSDP2
+lorakit trains with the first four (`train.parallel`); zero3 is what DeepSpeed does, and with `resident=0` what FSDP2
 does to a model that is given to it whole.
 
 Activations, logits, temporaries and overhead belong to a device's own rows and are never divided. Sources: ZeRO, arXiv
@@ -21,7 +22,7 @@ from math import ceil
 from lorakit.errors import SpecError, did_you_mean
 from lorakit.planning.memory import Parts
 
-STRATEGIES = ("single", "ddp", "fsdp", "zero3")
+STRATEGIES = ("single", "ddp", "fsdp", "hybrid", "zero3")
 IN_FLIGHT = 2
 """Layers that are whole at a time: the one that computes, and the one that is gathered ahead."""
 DIVIDED = ("weights", "adapters", "gradients", "optimizer")
@@ -57,7 +58,7 @@ def per_device(
         return parts
     if strategy == "ddp":
         return parts if bucket_view else replace(parts, temporaries=parts.temporaries + parts.gradients)
-    if strategy == "fsdp":
+    if strategy in ("fsdp", "hybrid"):
         mine = parts.weights - undivided
         gathered = min(mine, IN_FLIGHT * layer)
         kept = undivided + ceil(mine / devices)
@@ -84,7 +85,8 @@ def traffic(parts: Parts, devices: int, strategy: str, *, undivided: int = 0) ->
     moved = {
         "single": 0,
         "ddp": 2 * parts.gradients,
-        "fsdp": 2 * (parts.weights - undivided) + 2 * parts.gradients,
+        "fsdp": (divided := 2 * (parts.weights - undivided) + 2 * parts.gradients),
+        "hybrid": divided,
         "zero3": 2 * (parts.weights + parts.adapters) + parts.gradients,
     }[strategy]
     return ceil(moved * (devices - 1) / devices)

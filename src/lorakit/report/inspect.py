@@ -5,6 +5,7 @@ It draws the plain values of `--json` and works nothing out but medians, so the 
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -68,11 +69,11 @@ def findings(found: Values) -> list[str]:
     needs, ranks = (sum(module[word] for module in modules) for word in ("needs", "rank"))
     if needs and needs < ranks:
         kept = sum(module["needs"] * sum(module["shape"]) for module in modules)
-        command = f"lorakit compress {found['adapter']} --energy {found['energy']:g} --output DIR"
+        command = shlex.join(["lorakit", "compress", found["adapter"], "--energy", f"{found['energy']:g}"])
         lines.append(
             f"{needs:,} of {ranks:,} directions hold {found['energy']:.0%} of each update's energy; the others, "
             f"{1 - needs / ranks:.0%} of them, hold the rest"
-            + (f" ({command})" if kept < found["update_parameters"] else "")
+            + (f" ({command} --output DIR)" if kept < found["update_parameters"] else "")
         )
     intruding = [module for module in modules if module["intruders"]]
     if intruding:
@@ -81,6 +82,8 @@ def findings(found: Values) -> list[str]:
             f"{count} intruder dimension(s) in {len(intruding)} weights: strong directions of W + dW that W has "
             f"nothing like, which go with forgetting (arXiv 2410.21228): {few([m['key'] for m in intruding])}"
         )
+    elif counted := sum(module["intruders"] is not None for module in modules):
+        lines.append(f"no intruder dimension in {counted} weights: W + dW has no strong direction that W lacks")
     if found["against"]:
         lines.append(forecast(found))
     return lines

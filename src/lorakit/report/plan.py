@@ -11,6 +11,7 @@ from typing import Any
 
 from lorakit import __version__
 from lorakit.core.site import layer_of
+from lorakit.errors import few
 from lorakit.planning.devices import OVERHEAD
 from lorakit.planning.fitting import TOO_SMALL, VERDICTS
 from lorakit.report.html import (
@@ -65,7 +66,7 @@ DATA = {
     "empty_completions": "rows with an empty completion",
     "special_tokens": "rows with special tokens in their text",
     "special_names": "these special tokens",
-    "absent_labels": "labels that no row has",
+    "label_rows": "rows of each label",
     "separator_used": "between prompt and completion",
     "packs": "rows once packed",
     "row_length": "room of such a row, in tokens",
@@ -231,6 +232,8 @@ def _datum(field: str, value: Any) -> str:
         return f"{value:.1%}"
     if field == "separator_used":
         return repr(value)
+    if field == "label_rows":
+        return few([f"{name!r} {rows:,}" for name, rows in value.items()], 10)
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
@@ -317,6 +320,13 @@ def times(plan: Values) -> list[str]:
         cost = "".join(f", {amount(value)} {what}" for what, value in said.items() if value is not None)
         between = f"{duration(took['fastest'])} to {duration(took['slowest'])}"
         lines.append(f"on {name} about {duration(took['seconds'])} ({between}){cost}: {took['reason']}")
+    where = plan["where"]
+    priced = any(where[name] is not None for name in ("watts", "price_per_kwh", "price_per_hour"))
+    if priced and not pace["times"]:
+        rows = ["rows to train on (data.train)"] if pace["steps"] is None else []
+        speed = [] if where["devices"] else ["a device of known speed (--device, or --calibrate on it)"]
+        of = " and ".join([*rows, *speed]) or "a device of known speed"
+        lines.append(f"no energy and no price: they follow from the time, which asks for {of}")
     named = [fit["device"] for fit in plan["fits"]] if plan["where"]["devices"] and pace["steps"] is not None else []
     unknown = [name for name in named if name not in pace["times"]]
     if unknown and pace["times"].keys() <= set(named):  # else it was measured

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from lorakit.training.quantizer import Packing
     from lorakit.training.recipe import QuantSection
 
+
+class AbsentBaseError(LorakitError):
+    """A name under which there is no model, here or on the hub."""
+
+
 Task = Literal["causal-lm", "classification"]
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -285,7 +290,7 @@ def check_place(name: str, needed: str) -> None:
     if place.is_file():
         raise LorakitError(f"{name} is a file; a base is a directory in the Hugging Face layout, or the name of one")
     if not place.exists() and (place.is_absolute() or name.startswith(".")):
-        raise LorakitError(f"there is no directory {place}{near}{looked_in(place)}")
+        raise AbsentBaseError(f"there is no directory {place}{near}{looked_in(place)}")
     if place.is_dir() and not any(place.glob(needed)) and not (place / "config.json").is_file():
         found = sorted(p.name for p in place.iterdir())
         holds = few(found, 6)
@@ -320,7 +325,7 @@ def explained(name: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if Path(resolve(name)).is_dir():
             raise LorakitError(f"the directory {resolve(name)} holds no model that can be loaded: {reason}") from error
-        raise LorakitError(
+        raise AbsentBaseError(
             f"{name!r} is neither a local directory (looked in {Path.cwd()}) nor a model the Hugging Face hub or its "
             f"cache could give{near}; bundled: {', '.join(bundled()) or 'none'}\n  {reason}"
         ) from error

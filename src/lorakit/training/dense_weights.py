@@ -34,8 +34,9 @@ class DenseWeights(Mapping[str, Tensor]):
     """By the key of a site its weight in canonical layout and fp32, read when it is asked for and not kept."""
 
     def __init__(
-        self, base: str, sites: Sequence[Site], task: Task, labels: Sequence[str], *, reader: str, remedy: str
-    ) -> None:
+        self, base: str, sites: Sequence[Site], task: Task, labels: Sequence[str], *, reader: str, remedy: str,
+        tied: bool = False,
+    ) -> None:  # fmt: skip
         """Find where each site's weight lies in the files of `base`.
 
         Args:
@@ -45,17 +46,24 @@ class DenseWeights(Mapping[str, Tensor]):
             labels: of its classes.
             reader: who asks, for errors.
             remedy: what to do about a base with packed weights, for errors.
+            tied: whether a head without a tensor of its own has that of the embeddings.
 
         Raises:
-            RecipeError: a base whose files are packed, or in which a site has no tensor of its own, or a smaller one.
+            RecipeError: a base whose files are packed, or in which a site has no tensor, or one of another shape.
         """
         model = build_empty(base, task=task, labels=labels)
         kinds = {path: own.kind for path, own in sites_of(model).by_path.items()}
         told = [replace(site, kind=kinds.get(site.path, site.kind)) for site in sites]
         self._base, self._sites = base, {site.key: site for site in told}
         self._stored = StoredTensors(base, model, reader=reader, remedy=remedy)
-        if absent := [key for key, site in self._sites.items() if f"{site.path}.weight" not in self._stored]:
+        own = {key: f"{site.path}.weight" for key, site in self._sites.items()}
+        named = {
+            key: self._stored.known_as(name) if tied else name if name in self._stored else None
+            for key, name in own.items()
+        }
+        if absent := [key for key, name in named.items() if name is None]:
             raise RecipeError(f"{reader}: {base} has no tensor of its own for\n{listing(absent)}")
+        self._named = {key: name for key, name in named.items() if name is not None}
         if wrong := [line for site in told if (line := self._misfit(site)) is not None]:
             raise RecipeError(
                 f"{reader}: the adapter was made for another model than {base}; these weights have other shapes:\n"
@@ -63,8 +71,7 @@ class DenseWeights(Mapping[str, Tensor]):
             )
 
     def __getitem__(self, key: str) -> Tensor:
-        site = self._sites[key]
-        return canonical(site, self._stored[f"{site.path}.weight"])
+        return canonical(self._sites[key], self._stored[self._named[key]])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sites)
@@ -74,7 +81,7 @@ class DenseWeights(Mapping[str, Tensor]):
 
     def _misfit(self, site: Site) -> str | None:
         """Return what is wrong with the shape of a site's weight, or None; a width of 0 is not known."""
-        stored = self._stored.shapes[f"{site.path}.weight"]
+        stored = self._stored.shapes[self._named[site.key]]
         here = (stored[1], stored[0]) if site.kind in LYING else stored
         wanted = (site.height, *site.shape[1:])
         if here == wanted or (not site.in_ and here[0] == wanted[0]):

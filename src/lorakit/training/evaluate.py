@@ -15,7 +15,7 @@ from lorakit.data import DataReport, Format, Prepared, detect, read_rows, render
 from lorakit.data.formats import SPEAKERS, named
 from lorakit.errors import DataError, listing
 from lorakit.training.base import quiet
-from lorakit.training.generate import generate
+from lorakit.training.generate import generate, refuse_nan
 from lorakit.training.loss import batches, logits_of, mean_loss, summed_loss
 from lorakit.training.stage import longest_row, prepare_labelled, prepare_text, rows_of, task_named
 
@@ -82,6 +82,7 @@ def evaluate(
 
     Raises:
         DataError: rows that cannot be read, of another format than the model's task, or without prompts for BLEU.
+        LorakitError: logits that are NaN.
     """
     with quiet():
         rows = read_rows(source, split)
@@ -94,6 +95,7 @@ def evaluate(
         most = longest_row(data, model, tokenizer)
         prepared = prepare_text(data, tokenizer, model, given, split, most=most, separator=data.separator)
         loss, count = mean_loss(model, prepared.dataset, batch_size, _pad(tokenizer))
+        refuse_nan(math.isnan(loss))
         report = replace(prepared.report, source=source)
         scored = Evaluation("causal-lm", loss, count, report.kept, report, perplexity=math.exp(min(loss, 700.0)))
         if bleu:
@@ -133,6 +135,7 @@ def _classifier(
         data, tokenizer, given, split, most=most, labels=names, vocab_size=rows_of(model)
     )
     loss, actual, predicted = _predictions(model, prepared.dataset, batch_size, _pad(tokenizer))
+    refuse_nan(math.isnan(loss))
     classes = {
         name: ClassCounts(
             rows=int((actual == i).sum()),

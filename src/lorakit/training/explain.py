@@ -51,7 +51,7 @@ def explain(
     lines = []
     for key, complaints in by_key.items():
         for place, what in _lines(key, complaints, sections):
-            said = " (from --output)" if place == "output" and place in changes else " (from --set)"
+            said = " (from --output or --set)" if place == "output" and place in changes else " (from --set)"
             lines.append(f"{place}: {what}" + (said if _is_from(place, changes) else ""))
     return lines
 

@@ -92,12 +92,17 @@ def _answer(model: Any, prompts: list[Sequence[int]], settings: Any) -> list[lis
 
 def _numbers(_: Tensor, logits: Tensor) -> Tensor:
     """Return the logits of a next token, which transformers would read as "end the answer" where they are NaN."""
-    if logits.isnan().any():
-        raise LorakitError(
-            "the model's logits are NaN: its weights or its adapter's hold NaN, or 16 bits are too few for it. Ask the "
-            "base without the adapter; if its logits are NaN too, its checkpoint is damaged"
-        )
+    refuse_nan(bool(logits.isnan().any()))
     return logits
+
+
+def refuse_nan(found: bool) -> None:
+    """Raise `LorakitError` where NaN was found in what a model computed."""
+    if found:
+        raise LorakitError(
+            "the model's logits are NaN: its weights or its adapter's hold NaN or numbers far too large, or 16 bits "
+            "are too few for it. Ask the base without the adapter; if its logits are NaN too, its checkpoint is damaged"
+        )
 
 
 def _settings(model: Any, tokenizer: Any, max_new_tokens: int, temperature: float) -> Any:
@@ -121,10 +126,10 @@ def _check(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) ->
         which = f"prompt {empty[0]} is" if len(empty) == 1 else f"prompts {', '.join(empty[:12])}{more} are"
         raise DataError(f"{which} empty, and a model needs something to go on from; write at least one word")
     room, read = size_of(model.config, "max_position_embeddings"), sum(virtual_positions(model))
-    longest = max(map(len, prompts), default=0)
+    longest, number = max(((len(prompt), i) for i, prompt in enumerate(prompts, 1)), default=(0, 0))
     if room is not None and longest + max_new_tokens + read > room:
         taken = f"{room} positions, of which the adapter takes {read}" if read else f"{room} positions"
         raise DataError(
-            f"a prompt of {longest} tokens and an answer of {max_new_tokens} exceed the model's {taken}; "
+            f"prompt {number}, of {longest} tokens, and an answer of {max_new_tokens} exceed the model's {taken}; "
             "shorten the prompt or lower max_new_tokens"
         )

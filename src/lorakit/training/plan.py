@@ -32,7 +32,7 @@ from lorakit.planning.memory import Forecast, Parts
 from lorakit.planning.pace import Bill, Duration, bill, from_throughput
 from lorakit.planning.sharding import per_device
 from lorakit.planning.surprises import surprises
-from lorakit.training.arguments import make_plan
+from lorakit.training.arguments import make_plan, share_of
 from lorakit.training.base import build_empty, choose_device, choose_dtype, quiet, times_fp32
 from lorakit.training.forecast import Load, lower_flops
 from lorakit.training.frozen import lower_or_refuse, needed_bytes
@@ -98,7 +98,13 @@ def plan(recipe: Recipe, where: Where | None = None, *, model: Any = None) -> Pl
         if model is None:
             task: Any = "causal-lm" if recipe.task == "auto" else recipe.task
             model = build_empty(recipe.model, task=task, labels=recipe.data.labels) if stage is None else stage.model
-        return _plan(recipe, where or Where(), model, stage)
+        return _plan(recipe, _shared(recipe, where or Where()), model, stage)
+
+
+def _shared(recipe: Recipe, where: Where) -> Where:
+    """Return where a run is planned, with how its devices share the work: as somebody asked, or as the recipe says."""
+    named = where.strategy or ("single" if where.count == 1 else recipe.train.parallel)
+    return replace(where, strategy=named)
 
 
 def _refuse_on_a_cpu(recipe: Recipe) -> None:
@@ -120,6 +126,8 @@ def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> Plan
     quant = recipe.quant or settings_of(model.config)
     _refuse_correction(spec, quant)
     load = replace(_load(recipe, model, stage), quant=quant)
+    if stage is not None and where.strategy != "zero3":
+        share_of(make_plan(recipe, stage), where.count)  # raises where they cannot share a step
     if stage is not None and spec.method is not None and isinstance(spec.method, Scheduled):
         from lorakit.training.rank_schedule import refuse_schedule  # beside the Trainer, which takes a second
 
@@ -156,7 +164,7 @@ def _plan(recipe: Recipe, where: Where, model: Any, stage: Stage | None) -> Plan
         advice=_advice(recipe, spec, matches, model, skeleton, stage),
         findings=lint(spec, matches, tied=bool(ties), heads=skeleton.heads, trained=trained,
                       depths=skeleton.depths),
-        warnings=(*map(str, roles(counts, skeleton)), *_unread(recipe, stage), *_hybrid(recipe, where),
+        warnings=(*map(str, roles(counts, skeleton)), *_unread(recipe, stage), *_sharing(where),
                   *_guessed(found), *fused_experts(shapes, counts.total_parameters, trained),
                   *_narrow(recipe, stage, load.dtype),
                   *surprises(matches, skeleton, load.dtype, head_width(model.config))),
@@ -181,12 +189,18 @@ def _unread(recipe: Recipe, stage: Stage | None) -> list[str]:
     ]
 
 
-def _hybrid(recipe: Recipe, where: Where) -> list[str]:
-    """Say what a plan of many devices is of, where the recipe divides the base within each machine."""
-    if where.strategy != "fsdp" or recipe.train.parallel != "hybrid":
-        return []
-    return ["train.parallel: hybrid divides the base within each machine, and this is the plan of one with "
-            f"{where.count} devices; of machines with fewer, plan with that many (--gpus)"]  # fmt: skip
+def _sharing(where: Where) -> list[str]:
+    """Say what a plan of many devices is of, where the base is divided within each machine or not at all."""
+    match where.strategy:
+        case "hybrid":
+            return ["train.parallel: hybrid divides the base within each machine, and this is the plan of one with "
+                    f"{where.count} devices; of machines with fewer, plan with that many (--gpus)"]  # fmt: skip
+        case "ddp":
+            return [
+                "train.parallel: ddp leaves the whole base on each device; fsdp divides it (--strategy fsdp plans it)"
+            ]
+        case _:
+            return []
 
 
 def _guessed(found: Ways) -> list[str]:
@@ -247,7 +261,9 @@ def _held(where: Where, forecast: Forecast, depth: int, divided: int, dtype: tor
     layer = (peak.weights + peak.adapters) // max(1, depth)
     gradients = peak.gradients // max(1, depth)
     stays = undivided(peak.weights, divided, dtype, way)
-    shared = per_device(peak, where.count, where.strategy, layer=layer, layer_gradients=gradients, undivided=stays)
+    shared = per_device(
+        peak, where.count, where.strategy or "single", layer=layer, layer_gradients=gradients, undivided=stays
+    )
     return shared + Parts(overhead=OVERHEAD)
 
 

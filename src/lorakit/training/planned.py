@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data.preview import Run
+from lorakit.errors import SpecError
 from lorakit.planning.advice import Advice
 from lorakit.planning.counting import Counts
 from lorakit.planning.devices import DEVICES, Device, device
@@ -26,15 +28,24 @@ if TYPE_CHECKING:
 class Where:
     """On what a run is planned: the devices to try, how many share the work and how, and what they cost.
 
-    Without a name the common devices are tried. The prices are those of one device.
+    Without a name the common devices are tried, and without a strategy several share the work as `train.parallel` says.
+    The prices are those of one device.
     """
 
     devices: tuple[str, ...] = ()
     count: int = 1
-    strategy: str = "single"
+    strategy: str | None = None
     watts: float | None = None
     price_per_kwh: float | None = None
     price_per_hour: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raise `SpecError` for numbers that make no bill."""
+        for name in ("watts", "price_per_kwh", "price_per_hour"):
+            if (value := getattr(self, name)) is not None and not 0 <= value < inf:
+                raise SpecError(f"{name} is {value}; give a finite number, not below 0")
+        if self.price_per_kwh is not None and self.watts is None:
+            raise SpecError("a price per kWh needs the watts of a device; give both")
 
     @property
     def chosen(self) -> tuple[Device, ...]:
