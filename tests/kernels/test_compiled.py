@@ -94,6 +94,20 @@ def test_it_is_compiled_once_into_the_user_s_cache(tmp_path: Path) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("kept", [0, 4096, -1])
+def test_a_damaged_library_is_compiled_anew_and_never_loaded(kept: int, tmp_path: Path) -> None:
+    assert compiled.prepare()
+    (made,) = libraries(tmp_path)
+    whole = made.read_bytes()
+    other = tmp_path / "damaged"  # a file of its own: the first is loaded
+    other.write_bytes(whole[:kept])
+    other.replace(made)
+    compiled._library.cache_clear()
+    assert compiled.prepare()
+    assert made.read_bytes() == whole
+
+
+@needs_compiler
 @pytest.mark.parametrize(
     ("source", "why"),
     [

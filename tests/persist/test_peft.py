@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -154,6 +155,16 @@ def test_another_kind_of_adapter_is_refused_by_its_type() -> None:
 )
 def test_a_wrong_configuration_says_what_is_wrong(more: dict[str, Any], said: str) -> None:
     assert said in refusal(config(**more), pair("q"))
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_never_ends_is_given_up(key: str) -> None:
+    pytest.importorskip("regex", reason="only this package matches within a time")
+    path = "model.layers.0.self_attn.q_proj"
+    began = time.thread_time()
+    said = refusal(config(target_modules=["q_proj"], **{key: {"((.|.)+)+[YZ]": 8}}), pair(path))
+    assert f"takes too long to be matched with {path}; write the module's name" in said
+    assert time.thread_time() - began < 1
 
 
 def test_settings_with_no_bearing_on_the_result_are_accepted() -> None:

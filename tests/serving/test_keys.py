@@ -165,3 +165,11 @@ def test_a_file_with_faults_is_left_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(ServingError, match="has faults"):
         add_key(file, "owner")
     assert file.read_text() == before
+
+
+def test_a_digest_is_no_name_that_a_glob_gives_away() -> None:
+    digest = "f56b76e2" + "0" * 56
+    for globs, may in ((("f*",), False), (("?*",), False), (("*",), True), ((digest,), True), ((digest[:8],), False)):
+        assert Key("shop", frozenset({"infer"}), globs).may_ask(digest) is may, globs
+    assert Key("shop", frozenset({"infer"}), ("f*",)).may_ask("fables")
+    assert Key("shop", frozenset({"infer"}), ("f*",)).may_ask("fables@f56b76e2")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 import time
@@ -105,3 +106,55 @@ def test_a_template_that_was_removed_and_added_anew_is_read_anew(tmp_path: Path)
             made.registry.remove("mine")
             while not made.registry.prune():  # its last answer may be about to let go of it
                 time.sleep(0.01)
+
+
+@pytest.mark.parametrize("text", ["x" * 50_000_000, "no\ud800"])
+def test_what_a_template_raises_is_told_in_a_body_of_readable_length(text: str, tmp_path: Path) -> None:
+    what = f"'{text[:1]}' * {len(text)}" if len(text) > 9 else repr(text)
+    with server(tmp_path) as made, client(made) as web:
+        folder = folder_of(made.folder / "raising", 3.0)
+        (folder / "chat_template.jinja").write_text("{{ raise_exception(" + what + ") }}")
+        made.registry.add("raising", folder)
+        answer = web.post("/v1/chat/completions", json={"model": "raising", "messages": TURNS})
+        assert answer.status_code == 400
+        assert len(answer.content) < 5000
+        assert text[:2].replace("xx", "x") in answer.json()["error"]["message"]
+
+
+def test_another_template_under_the_same_name_replaces_it(tmp_path: Path) -> None:
+    with server(tmp_path) as made, client(made) as web:
+        folder = folder_of(made.folder / "mine", 3.0)
+        for text in ("First", "Second"):
+            (folder / "chat_template.jinja").write_text(text)
+            made.registry.add("mine", folder, replace=True)
+            assert web.post("/v1/chat/completions", json={"model": "mine", "messages": TURNS}).status_code == 200
+            assert tokenizer().decode(made.engine.submitted[-1].prompt) == text
+        made.registry.rollback("mine")
+        web.post("/v1/chat/completions", json={"model": "mine", "messages": TURNS})
+        assert tokenizer().decode(made.engine.submitted[-1].prompt) == "First"
+
+
+def test_a_template_is_remembered_where_the_store_is_lost(tmp_path: Path) -> None:
+    asked = {"model": "mine", "messages": TURNS}
+    with server(tmp_path, {"other": 4.0}) as made, client(made) as web:
+        made.registry.add("mine", folder_of(made.folder / "mine", 3.0))
+        assert web.post("/v1/chat/completions", json=asked).status_code == 200
+        shutil.rmtree(made.registry.store.root)
+        assert web.post("/v1/chat/completions", json=asked).status_code == 200
+        for lost in (
+            web.post("/v1/chat/completions", json={**asked, "model": "other"}),
+            web.post("/admin/prune"),
+            web.put("/admin/adapters/two", json={"path": str(made.folder / "two")}),
+        ):
+            assert (lost.status_code, lost.json()["error"]["code"]) == (503, "store_unavailable"), lost.text
+
+
+def test_a_name_in_a_file_that_is_no_text_refuses_the_adapter(tmp_path: Path) -> None:
+    with server(tmp_path) as made, client(made) as web:
+        folder = folder_of(made.folder / "odd", 3.0)
+        (folder / "lorakit.json").unlink()
+        config = folder / "adapter_config.json"
+        config.write_text(config.read_text().replace("some/base", "\\ud800"))
+        answer = web.put("/admin/adapters/odd", json={"path": str(folder)})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (422, "adapter_refused")
+        assert "holds half of a surrogate pair" in answer.json()["error"]["message"]

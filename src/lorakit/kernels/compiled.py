@@ -91,25 +91,33 @@ def _compiler() -> str | None:
 
 
 def _built(compiler: str) -> Path:
-    """Return the library, compiled now where the cache has none of this source, compiler and processor."""
+    """Return the library, compiled now where the cache has none of this source, compiler and processor.
+
+    Its own hash stands behind it, and a damaged one is compiled anew: loading what was cut off ends the process.
+    """
     parallel = ["-fopenmp", str(openmp())] if openmp() is not None else ["-fopenmp-simd"]
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
     made_of = [SOURCE.read_bytes(), version, " ".join([*FLAGS, *parallel]).encode(), _processor().encode()]
     name = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:24]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakit" / "kernels"
     file = folder / f"rows-{name}.so"
-    if not file.exists():
+    if not file.exists() or not _whole(file.read_bytes()):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         draft = folder / f".{name}-{secrets.token_hex(4)}.so"
         try:
             subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(draft), *parallel], capture_output=True,
                            check=True, timeout=60)  # fmt: skip
+            draft.write_bytes((made := draft.read_bytes()) + hashlib.sha256(made).digest())
             draft.replace(file)
         finally:
             draft.unlink(missing_ok=True)
     if file.stat().st_uid != os.getuid():
         raise OSError(f"{file} is somebody else's")
     return file
+
+
+def _whole(library: bytes) -> bool:
+    return hashlib.sha256(library[:-32]).digest() == library[-32:]
 
 
 def _processor() -> str:

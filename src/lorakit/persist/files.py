@@ -152,6 +152,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise AdapterFileError(f"{path} {how}") from bad
     if not isinstance(value, dict):
         raise AdapterFileError(f"{path} holds a JSON {type(value).__name__}, expected an object")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise AdapterFileError(f"{path} holds half of a surrogate pair, which is no text") from None
     return value
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 from lorakit.core.method import Method
@@ -229,13 +231,33 @@ def _checked(key: str, value: Any, usual: Any) -> Any:
 
 def _first(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """Return the value of the first pattern that matches the end of `path`, as PEFT looks it up."""
-    for pattern, value in patterns.items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", path):
-                return value
-        except re.error as bad:
-            raise AdapterFileError(f"the pattern {pattern!r} is not a regular expression: {bad}") from None
-    return default
+    return next((value for pattern, value in patterns.items() if _ends(path, pattern)), default)
+
+
+def _ends(path: str, pattern: str) -> bool:
+    """Return whether a pattern matches the end of `path`; it is a stranger's, so for a moment at most.
+
+    Python's `re` never gives up on `((a+)+)+b` and lets nobody else run meanwhile. `regex`, which transformers and so
+    the server bring, does what it does within a time.
+    """
+    engine, limit = _engine()
+    try:
+        return engine.match(rf"(.*\.)?({pattern})$", path, **limit) is not None
+    except TimeoutError:
+        raise AdapterFileError(
+            f"the pattern {shown(pattern)} takes too long to be matched with {path}; write the module's name"
+        ) from None
+    except engine.error as bad:
+        raise AdapterFileError(f"the pattern {shown(pattern)} is not a regular expression: {bad}") from None
+
+
+@cache
+def _engine() -> tuple[Any, dict[str, float]]:
+    """Return what matches patterns, and within which time."""
+    try:
+        return import_module("regex"), {"timeout": 0.1}
+    except ModuleNotFoundError:
+        return re, {}
 
 
 def _anchored(path: str) -> str:

@@ -30,7 +30,7 @@ Scope = Literal["infer", "admin", "metrics"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 PREFIX = "lora-"
 _FIELDS = ("name", "sha256", "scopes", "models", "tenant")
-_HASH = re.compile(r"[0-9a-f]{64}")
+_HASH, _DIGEST = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{8,64}")
 _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 
@@ -57,7 +57,12 @@ class Key:
             raise AccessError(f"the key '{self.name}' may not do this: it needs the scope {scope} and has {has}")
 
     def may_ask(self, model: str) -> bool:
-        """Return whether this key may ask `model`: by its name, or as a version or alias `name@...` of one it may."""
+        """Return whether this key may ask `model`: by its name, or as a version or alias `name@...` of one it may.
+
+        A digest is any adapter's and no name, so `*` alone or the digest itself gives it away.
+        """
+        if _DIGEST.fullmatch(model):
+            return "*" in self.models or model in self.models
         return any(fnmatchcase(name, glob) for glob in self.models for name in {model, model.partition("@")[0]})
 
     def need_model(self, model: str) -> None:

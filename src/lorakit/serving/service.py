@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorakit.errors import BusyError, LorakitError, RequestError, UnknownAdapterError, shown
@@ -26,7 +25,7 @@ from lorakit.serving.keys import ANYONE, Key
 from lorakit.serving.metrics import Metrics
 from lorakit.serving.prompts import Ids, Prompts, Reading, Turn
 from lorakit.serving.requests import Engine, Request, Sampling
-from lorakit.serving.shelf.manifest import MANIFEST, read_manifest
+from lorakit.serving.shelf.manifest import read_manifest
 from lorakit.serving.text import Writer
 
 if TYPE_CHECKING:
@@ -228,11 +227,10 @@ class Service:
         """Return how an adapter reads conversations, or the base."""
         if digest is None:
             return Reading()
-        folder = self.registry.store.get(digest)
-        return self._reading_of(folder, (folder / MANIFEST).stat().st_mtime_ns)  # removed and added anew, it may differ
+        return self._reading_of(digest)
 
-    def _read(self, folder: Path, stamp: int) -> Reading:
-        manifest = read_manifest(folder)
+    def _read(self, digest: str) -> Reading:
+        manifest = read_manifest(self.registry.store.get(digest))
         return Reading(manifest.purpose, manifest.chat_template)
 
     def _answer(

@@ -64,6 +64,13 @@ def test_half_of_a_surrogate_pair_is_no_text(web: Any) -> None:
         assert answer.json()["error"]["param"] == param
 
 
+def test_a_name_that_is_no_text_is_unknown_as_any_other(web: Any) -> None:
+    body = b'{"model": "first", "prompt": "a", "\\ud800": 1}'
+    answer = web.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unknown_parameter"), answer.text
+    assert answer.json()["error"]["message"].startswith("\\ud800 is unknown")
+
+
 def test_a_prompt_no_context_holds_is_refused_before_it_is_encoded(web: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     long = "fox " * 100_000
     for path, body in (("completions", {"prompt": long}), ("chat/completions", {"messages": [said("user", long)]})):

@@ -254,7 +254,9 @@ def test_a_change_in_the_store_is_found(store: Store, tmp_path: Path) -> None:
         store.verify(digest)
     manifest["files"]["adapter_config.json"] = {"sha256": "0" * 64, "bytes": 1}
     edit(place / "manifest.json", json.dumps(manifest))
-    with pytest.raises(AdapterFileError, match=rf"manifest\.json: its files make the digest, expected {digest}, found"):
+    with pytest.raises(
+        AdapterFileError, match=rf"manifest\.json: its files and template make the digest, expected {digest}, found"
+    ):
         store.verify(digest)
     (place / "adapter_model.safetensors").unlink()
     (place / "adapter.lorakit.safetensors").write_text("")
@@ -335,10 +337,10 @@ def test_what_the_maker_states_is_kept_and_must_fit_the_files(store: Store, tmp_
     (folder / "manifest.json").unlink()
     assert store.add(folder) == stored
     (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ other }}"}')
-    with pytest.raises(
-        AdapterFileError, match="with other statements(.|\n)*chat_template: stored '{{ messages }}', here"
-    ):
-        store.add(folder)
+    other = store.add(folder)
+    assert other.chat_template == "{{ other }}"
+    assert other.digest != stored.digest, "the same weights answer otherwise"
+    assert store.verify(other.digest) == other
     (folder / "tokenizer_config.json").unlink()
     (folder / "manifest.json").write_text(replace(stated, rank=64).text())
     with pytest.raises(AdapterFileError, match="rank: expected 64, found 2"):
@@ -347,6 +349,25 @@ def test_what_the_maker_states_is_kept_and_must_fit_the_files(store: Store, tmp_
     folder_of(folder, 9.0)
     with pytest.raises(AdapterFileError, match=r"is not what its manifest\.json says(.|\n)*adapter_model\.safetensors"):
         store.add(folder)
+
+
+def test_a_template_counts_wherever_it_stands_and_none_changes_nothing(store: Store, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "a")
+    bare = store.add(folder).digest
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    told = store.add(folder).digest
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert store.add(folder).digest == told != bare
+    names = "adapter_config.json adapter_model.safetensors chat_template.jinja lorakit.json"
+    command = f"cd {folder} && sha256sum {names} | sha256sum"
+    sums = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert sums.stdout.split()[0] == told
+    place = store.get(told) / "manifest.json"
+    place.chmod(0o644)
+    place.write_text(place.read_text().replace("{{ messages }}", "{{ forged }}"))
+    with pytest.raises(AdapterFileError, match="its files and template make the digest"):
+        store.verify(told)
 
 
 def test_a_file_that_changes_while_it_is_stored_is_refused(

@@ -18,9 +18,11 @@ from lorakit.errors import (
 )
 from lorakit.serving.answer import Interrupted
 from lorakit.serving.service import Draining
+from lorakit.serving.shelf.store import StoreError
 
 _CODES: tuple[tuple[type[LorakitError], int, str], ...] = (
     (UnknownAdapterError, 404, "model_not_found"),
+    (StoreError, 503, "store_unavailable"),
     (AdapterFileError, 422, "adapter_refused"),
     (SpecError, 422, "adapter_refused"),
     (AttachError, 422, "adapter_refused"),
@@ -30,6 +32,8 @@ _CODES: tuple[tuple[type[LorakitError], int, str], ...] = (
 )
 _LOST = {"error": (500, "engine_error"), "deadline": (504, "timeout"), "cancelled": (503, "stopped"),
          "slow": (503, "slow_client")}  # fmt: skip
+_MOST = 4000
+"""Characters of a message; what a template or a file says in it is somebody else's."""
 _PROMPTS = {"/v1/chat/completions": "messages", "/generate": "inputs", "/generate_stream": "inputs"}
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -52,7 +56,14 @@ def refusal(error: LorakitError, path: str = "") -> tuple[int, dict[str, Any], d
 def body(code: int, message: str, kind: str | int | None, param: str | None = None) -> dict[str, Any]:
     """Return an error in OpenAI's shape."""
     family = "server_error" if code >= 500 else _TYPES.get(code, "invalid_request_error")
+    message = sendable(message)
     return {"error": {"message": message, "type": family, "param": param, "code": kind}}
+
+
+def sendable(text: str) -> str:
+    """Return a text as a body can hold it: without halves of surrogate pairs, and of readable length."""
+    whole = text[:_MOST].encode("utf-8", "backslashreplace").decode()
+    return whole if len(text) <= _MOST else f"{whole} ..."
 
 
 def of_faults(faults: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

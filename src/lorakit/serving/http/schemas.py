@@ -105,7 +105,8 @@ def _half(value: Any) -> bool:
 
 
 def _fault(code: Code, name: object, what: str) -> PydanticCustomError:
-    return PydanticCustomError(code, "{name} {what}", {"name": str(name)[:64], "what": what})
+    plain = str(name)[:64].encode("utf-8", "backslashreplace").decode()
+    return PydanticCustomError(code, "{name} {what}", {"name": plain, "what": what})
 
 
 class StreamOptions(Strict):

@@ -21,6 +21,7 @@ from lorakit.serving.shelf.typed import Mistyped, mapping, maybe, number, record
 MANIFEST = "manifest.json"
 VERSION = 1
 MOST_GOLDEN = 8
+TEMPLATE = "chat_template.jinja"
 STATED = ("base_config", "base_tokenizer", "chat_template", "evaluation", "golden", "licence")
 """The fields that no file of the adapter tells; their makers do."""
 
@@ -140,12 +141,15 @@ def read_manifest(folder: Path) -> Manifest:
         raise AdapterFileError(f"{folder / MANIFEST}: {wrong}") from wrong.__cause__
 
 
-def digest_of(sums: Mapping[str, str]) -> str:
-    """Return the digest of an adapter from the sha256 of each of its files, by name.
+def digest_of(sums: Mapping[str, str], template: str | None = None) -> str:
+    """Return the digest of an adapter from the sha256 of each of its files, by name, and its chat template.
 
     It is the sha256 of one line `<sha256>  <name>` a file, sorted by name: what
     `sha256sum adapter_config.json adapter_model.safetensors lorakit.json | sha256sum` prints in the adapter's folder.
+    A template counts as `chat_template.jinja`, wherever it stood: with another one the same weights answer otherwise.
     """
+    if template is not None:
+        sums = {**sums, TEMPLATE: hashlib.sha256(template.encode("utf-8", "replace")).hexdigest()}
     return hashlib.sha256("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode()).hexdigest()
 
 

@@ -27,7 +27,7 @@ from lorakit.persist import files
 from lorakit.persist.atomic import atomic_directory, write_file, write_pieces
 from lorakit.persist.native import NATIVE
 from lorakit.persist.peft import CONFIG, NOTE, WEIGHTS
-from lorakit.serving.shelf.manifest import MANIFEST, STATED, File, Manifest, digest_of, read_manifest
+from lorakit.serving.shelf.manifest import MANIFEST, STATED, TEMPLATE, File, Manifest, digest_of, read_manifest
 from lorakit.serving.shelf.turnstile import one_at_a_time
 
 _log = logging.getLogger("lorakit.serving")
@@ -42,6 +42,10 @@ _MOST_TEMPLATE, _MOST_MANIFEST = 1 << 20, 16 << 20  # bytes
 
 class DamagedError(AdapterFileError):
     """A stored adapter that is not what was stored."""
+
+
+class StoreError(AdapterFileError):
+    """A store that cannot be read or written, whichever adapter is asked for."""
 
 
 class Store:
@@ -83,8 +87,7 @@ class Store:
             place = self._adapters / manifest.digest
             if place.is_dir():
                 try:
-                    own = {key: value for key, value in _from_tokenizer(folder).items() if key == "chat_template"}
-                    return _agreed(self.verify(manifest.digest), own | stated, folder)
+                    return _agreed(self.verify(manifest.digest), stated, folder)
                 except DamagedError as damaged:
                     _log.warning("%s; it is stored anew", damaged)
                     self._remove(place)
@@ -107,7 +110,8 @@ class Store:
 
     def digests(self) -> list[str]:
         """Return the digests of all that is stored, sorted."""
-        return sorted(name for name in os.listdir(self._adapters) if re.fullmatch("[0-9a-f]{64}", name))
+        with self._telling("read"):
+            return sorted(name for name in os.listdir(self._adapters) if re.fullmatch("[0-9a-f]{64}", name))
 
     def manifests(self) -> list[Manifest]:
         """Return the manifests of all that is stored, by digest.
@@ -137,8 +141,9 @@ class Store:
         except AdapterFileError as unreadable:
             raise DamagedError(f"{unreadable}; delete that folder and add the adapter anew") from unreadable
         wrong = []
-        if (found := digest_of({name: file.sha256 for name, file in manifest.files.items()})) != place.name:
-            wrong.append(f"{MANIFEST}: its files make the digest, expected {place.name}, found {found}")
+        sums = {name: file.sha256 for name, file in manifest.files.items()}
+        if (found := digest_of(sums, manifest.chat_template)) != place.name:
+            wrong.append(f"{MANIFEST}: its files and template make the digest, expected {place.name}, found {found}")
         if manifest.digest != place.name:
             wrong.append(f"{MANIFEST}: digest, expected {place.name}, found {manifest.digest}")
         here = {file.name for file in place.iterdir()} - {MANIFEST}
@@ -210,13 +215,13 @@ class Store:
             yield alone
 
     @contextmanager
-    def _telling(self) -> Iterator[None]:
+    def _telling(self, what: str = "written") -> Iterator[None]:
         try:
             yield
         except OSError as failed:
-            raise AdapterFileError(
-                f"the store {self.root} cannot be written: {failed.strerror or failed}; make room there or let it be "
-                "written, or choose another (--store)"
+            raise StoreError(
+                f"the store {self.root} cannot be {what}: {failed.strerror or failed}; make room there or let it be "
+                f"{what}, or choose another (--store)"
             ) from failed
 
 
@@ -300,7 +305,7 @@ def examine(folder: Path, *, most_bytes: int = MOST_BYTES) -> Examined:
     sums = {name: File(files.sha256(source), source.stat().st_size) for name, source in sources.items()}
     state = persist.load(folder)
     manifest = Manifest(
-        digest=digest_of({name: file.sha256 for name, file in sums.items()}),
+        digest=digest_of({name: file.sha256 for name, file in sums.items()}, _template(folder)),
         files=sums,
         base=state.base,
         method=state.spec.name,
@@ -362,12 +367,19 @@ def _from_tokenizer(folder: Path) -> dict[str, Any]:
     if (place / "tokenizer.json").exists():
         found["base_tokenizer"] = files.sha256(place / "tokenizer.json")
     template: Any = None
-    if (jinja := place / "chat_template.jinja").exists() and jinja.stat().st_size <= _MOST_TEMPLATE:
+    if (jinja := place / TEMPLATE).exists() and jinja.stat().st_size <= _MOST_TEMPLATE:
         template = jinja.read_text(encoding="utf-8", errors="replace")
     elif (config := place / "tokenizer_config.json").exists() and config.stat().st_size <= _MOST_MANIFEST:
         template = files.read_json(config).get("chat_template")
     if isinstance(template, str) and template:
         found["chat_template"] = template
+    return found
+
+
+def _template(folder: Path) -> str | None:
+    """Return what conversations are read by: what the maker's manifest states, or the tokenizer's files."""
+    theirs = read_manifest(Path(folder)).chat_template if (Path(folder) / MANIFEST).exists() else None
+    found: str | None = theirs or _from_tokenizer(folder).get("chat_template")
     return found
 
 
