@@ -12,8 +12,9 @@ import torch
 from lorakit import AdapterSpec, LoRA, Targets, save
 from lorakit.core.site import Site
 from lorakit.core.state import AdapterState, Base, Purpose, Update
+from lorakit.serving.shelf.arrival import describe
 from lorakit.serving.shelf.manifest import File, Golden, Manifest, digest_of
-from lorakit.serving.shelf.store import Store, describe
+from lorakit.serving.shelf.store import Store
 
 
 def tiny(value: float = 0.0, rank: int = 2) -> AdapterState:

@@ -204,7 +204,7 @@ def test_what_the_command_line_set_is_said_so(file: Path) -> None:
     assert str(refused.value) == (
         f"{file} has 2 problems:\n"
         "  - train.lr: expected a number or auto, given 'fast' (from --set)\n"
-        "  - output: must name a folder, such as runs/first, given ' ' (from --output)"
+        "  - output: must name a folder, such as runs/first, given ' ' (from --output or --set)"
     )
 
 

@@ -167,7 +167,7 @@ def test_a_pickle_is_never_opened(made: Server, web: Any) -> None:
 
 
 def test_a_forged_manifest_is_refused(made: Server, web: Any) -> None:
-    from lorakit.serving.shelf.store import describe
+    from lorakit.serving.shelf.arrival import describe
 
     place = folder_of(made.folder / "forged", 4.0)
     text = describe(place).text()

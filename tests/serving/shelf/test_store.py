@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from lorakit import load
 from lorakit.errors import AdapterFileError, UnknownAdapterError
 from lorakit.serving.shelf import store as module
+from lorakit.serving.shelf.arrival import describe
 from lorakit.serving.shelf.manifest import File, Golden, read_manifest
-from lorakit.serving.shelf.store import Store, describe
+from lorakit.serving.shelf.store import Store
 from tests.serving.adapters import folder_of
 
 

@@ -19,10 +19,11 @@ from lorakit.errors import LorakitError, RequestError, ServingError, UnknownAdap
 from lorakit.persist.native import NATIVE
 from lorakit.persist.peft import CONFIG, PICKLE, WEIGHTS
 from lorakit.serving.requests import Engine
+from lorakit.serving.shelf.arrival import Examined, examine
 from lorakit.serving.shelf.manifest import Manifest
 from lorakit.serving.shelf.names import Names, Resolved, Target, is_digest, targets_of
 from lorakit.serving.shelf.residents import Residents, Usage
-from lorakit.serving.shelf.store import Examined, Store, examine
+from lorakit.serving.shelf.store import Store
 
 _log = logging.getLogger("lorakit.serving")
 __all__ = ["Model", "Registry", "Resolved", "Usage", "Use"]

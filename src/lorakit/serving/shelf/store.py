@@ -1,8 +1,7 @@
 """Adapters by content: a folder that is named by the sha256 of what lies in it, written once and never changed.
 
 Servers that keep an adapter under a name and a path answer with stale caches once its files change. Here a change is
-another digest, hence another path. Strangers' folders come in by this door, so nothing but safetensors and JSON is
-read, no link leads out, and what is stored is what was checked.
+another digest, hence another path. What is stored is what was examined (arrival.py).
 """
 
 from __future__ import annotations
@@ -12,32 +11,23 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lorakit import persist
-from lorakit.core.state import AdapterState
-from lorakit.errors import AdapterFileError, UnknownAdapterError, did_you_mean, listing, looked_in
+from lorakit.errors import AdapterFileError, UnknownAdapterError, did_you_mean, listing
 from lorakit.persist import files
 from lorakit.persist.atomic import atomic_directory, write_file, write_pieces
-from lorakit.persist.native import NATIVE
-from lorakit.persist.peft import CONFIG, NOTE, WEIGHTS
-from lorakit.serving.shelf.manifest import MANIFEST, STATED, TEMPLATE, File, Manifest, digest_of, read_manifest
+from lorakit.serving.shelf.arrival import MOST_BYTES, Examined, examine, from_tokenizer, stated
+from lorakit.serving.shelf.manifest import MANIFEST, File, Manifest, digest_of, read_manifest
 from lorakit.serving.shelf.turnstile import one_at_a_time
 
 _log = logging.getLogger("lorakit.serving")
-MOST_BYTES = 4 << 30
 SHORTEST = 8
 """Hexadecimal digits of a digest that may stand for the whole, where no other begins with them."""
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
-_READ, _BESIDE = (".safetensors", ".json"), (".md", ".txt", ".jinja", ".model")
-_NAME = re.compile(r"[A-Za-z0-9._][A-Za-z0-9._ +-]{0,127}")
-_MOST_TEMPLATE, _MOST_MANIFEST = 1 << 20, 16 << 20  # bytes
 
 
 class DamagedError(AdapterFileError):
@@ -82,16 +72,16 @@ class Store:
     def keep(self, found: Examined) -> Manifest:
         """Store an adapter as it was examined, as `add` does; files that changed since are refused."""
         folder, manifest = found.folder, found.manifest
-        stated = _stated(folder, manifest)
+        says = stated(folder, manifest)
         with self._alone():
             place = self._adapters / manifest.digest
             if place.is_dir():
                 try:
-                    return _agreed(self.verify(manifest.digest), stated, folder)
+                    return _agreed(self.verify(manifest.digest), says, folder)
                 except DamagedError as damaged:
                     _log.warning("%s; it is stored anew", damaged)
                     self._remove(place)
-            manifest = replace(manifest, **(_from_tokenizer(folder) | stated))
+            manifest = replace(manifest, **(from_tokenizer(folder) | says))
             with atomic_directory(place) as draft:
                 for name, source in found.sources.items():
                     _copy(source, draft / name, manifest.files[name])
@@ -225,130 +215,6 @@ class Store:
             ) from failed
 
 
-def describe(folder: Path, *, most_bytes: int = MOST_BYTES) -> Manifest:
-    """Return the manifest of an adapter that is not stored, for its maker to add statements to.
-
-    Raises:
-        AdapterFileError: no adapter, or files that are refused.
-    """
-    return replace(examine(folder, most_bytes=most_bytes).manifest, **_from_tokenizer(folder))
-
-
-def adapter_files(folder: Path, most_bytes: int = MOST_BYTES) -> dict[str, Path]:
-    """Return the files that make the adapter in a folder, by name, without reading one.
-
-    Raises:
-        AdapterFileError: listing each pickle, link out of the folder, odd name and other file that is refused.
-    """
-    place = Path(os.path.realpath(folder))
-    if not place.is_dir():
-        what = "is a file; give the adapter's folder" if place.exists() else "does not exist"
-        raise AdapterFileError(f"{folder} {what}{looked_in(Path(folder))}")
-    try:
-        names = sorted(os.listdir(place))
-    except OSError as failed:
-        raise AdapterFileError(f"{folder} could not be read: {failed.strerror or failed}") from failed
-    if refused := [f"{name!r}: {why}" for name in names if (why := _refusal(place, name)) is not None]:
-        raise AdapterFileError(
-            f"{folder}: a served adapter is safetensors and JSON alone, and here is\n{listing(refused)}"
-        )
-    wanted = (NATIVE,) if NATIVE in names else (CONFIG, WEIGHTS, NOTE)
-    found = {name: Path(os.path.realpath(place / name)) for name in wanted if name in names}
-    size = sum(file.stat().st_size for file in found.values())
-    if size > most_bytes:
-        raise AdapterFileError(f"{folder} holds {size:,} bytes, and at most {most_bytes:,} are taken")
-    return found
-
-
-def _refusal(place: Path, name: str) -> str | None:
-    """Return why a folder with this entry is not taken, or None."""
-    entry = place / name
-    if not _NAME.fullmatch(name):
-        return "an odd name; use letters, digits and ._-"
-    target = Path(os.path.realpath(entry))
-    if entry.is_symlink() and not target.is_relative_to(place):
-        return f"a link out of the folder, to {target}; copy the folder with `cp -rL`"
-    if name.startswith("."):
-        return None
-    if target.is_dir():
-        inner = (
-            " with an adapter; give that folder" if (target / CONFIG).exists() else "; give the adapter's folder alone"
-        )
-        return f"a folder{inner}"
-    if not target.is_file():
-        return "not a file" if target.exists() else "a link to nothing"
-    if target.suffix.lower() in _PICKLES or entry.suffix.lower() in _PICKLES:
-        return (
-            "a pickle, which can hold code; convert it to safetensors, or move it away if it is no part of the adapter"
-        )
-    if entry.suffix not in (*_READ, *_BESIDE) and entry.stem not in ("LICENSE", "LICENCE", "NOTICE"):
-        return "of no kind an adapter has; move it away"
-    return None
-
-
-@dataclass(frozen=True)
-class Examined:
-    """An adapter that is not stored yet: its folder, what its files tell of it, and where they lie."""
-
-    folder: Path
-    manifest: Manifest
-    sources: Mapping[str, Path]
-
-
-def examine(folder: Path, *, most_bytes: int = MOST_BYTES) -> Examined:
-    """Return what the files of an adapter tell of it, each of them read once.
-
-    Raises:
-        AdapterFileError: no adapter, or files that are refused.
-    """
-    sources = adapter_files(folder, most_bytes)
-    sums = {name: File(files.sha256(source), source.stat().st_size) for name, source in sources.items()}
-    state = persist.load(folder)
-    manifest = Manifest(
-        digest=digest_of({name: file.sha256 for name, file in sums.items()}, _template(folder)),
-        files=sums,
-        base=state.base,
-        method=state.spec.name,
-        rank=_rank(state),
-        parameters=state.parameters,
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        purpose=state.purpose,
-    )
-    return Examined(folder, manifest, sources)
-
-
-def _rank(state: AdapterState) -> int | None:
-    """Return the largest rank of an adapter's updates; a method that wraps another has the other's."""
-    ranks = []
-    for update in state.updates:
-        method: Any = update.method
-        while not hasattr(method, "rank") and hasattr(method, "inner"):
-            method = method.inner
-        if isinstance(rank := getattr(method, "rank", None), int):
-            ranks.append(rank)
-    return max(ranks, default=None)
-
-
-def _stated(folder: Path, measured: Manifest) -> dict[str, Any]:
-    """Return what the maker's manifest in a folder states; raises where it contradicts the files beside it."""
-    if not (file := Path(folder) / MANIFEST).exists():
-        return {}
-    if (size := file.stat().st_size) > _MOST_MANIFEST:
-        raise AdapterFileError(f"{file} holds {size:,} bytes, and at most {_MOST_MANIFEST:,} are taken")
-    theirs = read_manifest(Path(folder))
-    wrong = []
-    for name in sorted(theirs.files.keys() | measured.files.keys()):
-        expected, found = theirs.files.get(name), measured.files.get(name)
-        if expected != found:
-            wrong.append(f"{name}: expected {expected or 'no such file'}, found {found or 'none'}")
-    for key in ("digest", "base", "method", "rank", "parameters", "purpose"):
-        if not wrong and getattr(theirs, key) != getattr(measured, key):
-            wrong.append(f"{key}: expected {getattr(theirs, key)}, found {getattr(measured, key)}")
-    if wrong:
-        raise AdapterFileError(f"{folder} is not what its {MANIFEST} says; get it again:\n{listing(wrong)}")
-    return {key: value for key in (*STATED, "created") if (value := getattr(theirs, key))}
-
-
 def _agreed(stored: Manifest, stated: dict[str, Any], folder: Path) -> Manifest:
     """Return the stored manifest where the newcomer states nothing else: what is stored does not change."""
     other = [f"{key}: stored {getattr(stored, key)!r}, here {value!r}" for key, value in stated.items()
@@ -359,28 +225,6 @@ def _agreed(stored: Manifest, stated: dict[str, Any], folder: Path) -> Manifest:
             f"{listing(other)}"
         )
     return stored
-
-
-def _from_tokenizer(folder: Path) -> dict[str, Any]:
-    """Return what the tokenizer's files in a folder tell, where there are any."""
-    place, found = Path(folder), dict[str, Any]()
-    if (place / "tokenizer.json").exists():
-        found["base_tokenizer"] = files.sha256(place / "tokenizer.json")
-    template: Any = None
-    if (jinja := place / TEMPLATE).exists() and jinja.stat().st_size <= _MOST_TEMPLATE:
-        template = jinja.read_text(encoding="utf-8", errors="replace")
-    elif (config := place / "tokenizer_config.json").exists() and config.stat().st_size <= _MOST_MANIFEST:
-        template = files.read_json(config).get("chat_template")
-    if isinstance(template, str) and template:
-        found["chat_template"] = template
-    return found
-
-
-def _template(folder: Path) -> str | None:
-    """Return what conversations are read by: what the maker's manifest states, or the tokenizer's files."""
-    theirs = read_manifest(Path(folder)).chat_template if (Path(folder) / MANIFEST).exists() else None
-    found: str | None = theirs or _from_tokenizer(folder).get("chat_template")
-    return found
 
 
 def _copy(source: Path, target: Path, expected: File) -> None:
