@@ -83,6 +83,7 @@ def test_an_adapter_whose_template_does_not_end_keeps_nobody_waiting(tmp_path: P
         folder = folder_of(made.folder / "endless", 3.0)
         (folder / "chat_template.jinja").write_text(ENDLESS)
         made.registry.add("endless", folder)
+        web.post("/v1/chat/completions", json={"model": "tales", **asked})  # whatever the first one imports
         held = threading.Thread(target=lambda: web.post("/v1/chat/completions", json={"model": "endless", **asked}))
         held.start()
         time.sleep(0.2)
