@@ -23,6 +23,7 @@ TURNS = [{"role": "user", "content": "Hi"}]
 @pytest.mark.parametrize("template", [ENDLESS, RECURSIVE, "{% generation %}" + ENDLESS + "{% endgeneration %}"])
 def test_a_template_that_does_not_end_is_ended_and_names_its_model(template: str) -> None:
     prompts = Prompts(tokenizer(), 512)
+    prompts.chat(TURNS, Reading(), "tales")  # whatever the first one imports
     began = time.thread_time()
     with pytest.raises(RequestError, match="the chat template of fables ran for more than 1 s"):
         prompts.chat(TURNS, Reading(template=template), "fables")
@@ -109,7 +110,7 @@ def test_a_template_that_was_removed_and_added_anew_is_read_anew(tmp_path: Path)
                 time.sleep(0.01)
 
 
-@pytest.mark.parametrize("text", ["x" * 50_000_000, "no\ud800"])
+@pytest.mark.parametrize("text", ["x" * 2_000_000, "no\ud800"])
 def test_what_a_template_raises_is_told_in_a_body_of_readable_length(text: str, tmp_path: Path) -> None:
     what = f"'{text[:1]}' * {len(text)}" if len(text) > 9 else repr(text)
     with server(tmp_path) as made, client(made) as web:
