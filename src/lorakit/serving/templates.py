@@ -68,7 +68,7 @@ def _within(seconds: float) -> Iterator[None]:
     def look(frame: FrameType, event: str, found: Any) -> Any:
         if time.thread_time() > until:
             raise _TooLong
-        return look
+        return look if frame.f_code.co_filename == "<template>" else None  # of others the calls are enough
 
     before = sys.gettrace()
     sys.settrace(look)
