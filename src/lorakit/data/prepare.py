@@ -70,9 +70,10 @@ def prepare(
     encoder = _Encoder(tokenizer, form, seam(rows, form, separator), loss, max_length, limit, overlong,
                        SpecialCount(tokenizer))  # fmt: skip
     try:
-        dataset = encoder.map(rows, opening(tokenizer, form))
+        start = opening(tokenizer, form)
     except DataError as fault:
         raise DataError(f"{source}: {fault}") from fault
+    dataset = encoder.map(rows, start)
     encoder.raise_faults(where, vocab_size)
     report = encoder.report(source, len(rows))
     if packing is None:

@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 def rows(y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> bool:
     """Add `x_i down_i^T up_i` to each row of `y`, in place; return False, and do nothing, where it is not for this.
 
-    It is for fp32 in the memory of the CPU, row after row, once `library` was asked for.
+    It is for fp32 in the memory of the CPU, row after row, once `prepare` was called.
     """
     kernel, (n, rank, inputs), outputs = _ready, down.shape, up.shape[2]
     if (

@@ -25,12 +25,13 @@ import yaml
 
 from lorakit.core.jsontext import too_deep
 from lorakit.errors import AccessError, ServingError, did_you_mean, listing, looked_in, shown
+from lorakit.serving.shelf.names import begins_digest
 
 Scope = Literal["infer", "admin", "metrics"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 PREFIX = "lora-"
 _FIELDS = ("name", "sha256", "scopes", "models", "tenant")
-_HASH, _DIGEST = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{8,64}")
+_HASH = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 
@@ -61,7 +62,7 @@ class Key:
 
         A digest is any adapter's and no name, so `*` alone or the digest itself gives it away.
         """
-        if _DIGEST.fullmatch(model):
+        if begins_digest(model):
             return "*" in self.models or model in self.models
         return any(fnmatchcase(name, glob) for glob in self.models for name in {model, model.partition("@")[0]})
 

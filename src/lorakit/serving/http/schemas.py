@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from lorakit.errors import did_you_mean, shown
 from lorakit.serving.feedback import MOST_COMMENT
+from lorakit.serving.http.refusals import sendable
 from lorakit.serving.requests import MOST_LOGPROBS
 
 MOST_CHOICES = 16
@@ -105,8 +106,7 @@ def _half(value: Any) -> bool:
 
 
 def _fault(code: Code, name: object, what: str) -> PydanticCustomError:
-    plain = str(name)[:64].encode("utf-8", "backslashreplace").decode()
-    return PydanticCustomError(code, "{name} {what}", {"name": plain, "what": what})
+    return PydanticCustomError(code, "{name} {what}", {"name": sendable(str(name)[:64]), "what": what})
 
 
 class StreamOptions(Strict):

@@ -184,7 +184,7 @@ class Names:
     def _version(self, turns: _Turns, asked: str) -> Resolved:
         """Return the adapter that `asked` names by digest; of a name, among the versions it and its aliases had."""
         name, _, tag = asked.rpartition("@")
-        if _PART.fullmatch(tag):
+        if begins_digest(tag):
             of = [past for key, past in turns.items() if not name or key.partition("@")[0] == name]
             digests = {t for past in of for turn in past for t in targets_of(turn.target) if _DIGEST.fullmatch(t)}
             found = sorted(digest for digest in digests if digest.startswith(tag))
@@ -286,6 +286,11 @@ def is_digest(word: str) -> bool:
     return _DIGEST.fullmatch(word) is not None
 
 
+def begins_digest(word: str) -> bool:
+    """Return whether a word stands for a digest, whole or its first digits; then it is no name."""
+    return _PART.fullmatch(word) is not None
+
+
 def _drawn(alias: str, arms: Mapping[str, float], user: str | None, request: str | None) -> str:
     """Return the arm whose clock rings first for this user, or for this request where no user is known."""
     if not (user or request):
@@ -328,7 +333,7 @@ def _check_word(name: str, bases: Sequence[str]) -> None:
             f"{shown(name)} is no name: use letters, digits and ._-/, at most {_LONGEST} in all, no '..', and begin "
             "with a letter or digit; name@alias for an alias"
         )
-    if _PART.fullmatch(parts[-1]):
+    if begins_digest(parts[-1]):
         raise RequestError(f"{name}: {parts[-1]} would be taken for a digest; choose another name")
     if name in bases:
         raise RequestError(f"{name} is the base itself; choose another name")
